@@ -1,0 +1,2 @@
+//! This host and PCIe, and the two hosts: model, VFIO, NTB, paths.
+#![deny(missing_docs)]

@@ -1,0 +1,2 @@
+//! This host and a VM: the vfio-user server that hands a function to a VMM.
+#![deny(missing_docs)]
