@@ -1,2 +1,5 @@
 //! This host and PCIe, and the two hosts: model, VFIO, NTB, paths.
 #![deny(missing_docs)]
+
+pub mod model;
+pub mod ntb;

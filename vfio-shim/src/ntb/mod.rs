@@ -1,0 +1,5 @@
+//! A host's own end of an NTB: windows, doorbells, scratchpads, link, as the kernel's ntb.h names them.
+
+mod port;
+
+pub use port::{NtbPort, PortError, PortInfo};
