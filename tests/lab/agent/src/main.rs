@@ -1,2 +1,70 @@
-//! Entry point.
-fn main() {}
+//! The program inside the lab's hosts and guests: serves the runner, and is a few small tools.
+
+mod devmem;
+mod dio;
+mod interrupts;
+mod nvme;
+mod process;
+mod relay;
+mod serve;
+mod snapshot;
+
+use anyhow::{Context, Result, bail};
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: lab-agent COMMAND
+  serve PORT                        answer the runner on this character device
+  nvme-virt-mgmt DEV ACTION RESOURCE CONTROLLER COUNT
+  devmem read PHYS BYTES            32-bit reads, as hex words
+  devmem write PHYS VALUE           one 32-bit write
+  dio write DEV OFFSET BYTES SEED   O_DIRECT, prints the SHA-256
+  dio read DEV OFFSET BYTES
+  interrupts BDF                    /proc/interrupts of one device, as JSON
+  snapshot                          what a scenario may not leave behind, as JSON";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match run(&words) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lab-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(words: &[&str]) -> Result<()> {
+    match words {
+        ["serve", port] => serve::serve(port),
+        ["nvme-virt-mgmt", dev, action, resource, controller, count] => {
+            let result = nvme::virt_mgmt(
+                dev,
+                number(action)? as u32,
+                number(resource)? as u32,
+                number(controller)? as u32,
+                number(count)? as u32,
+            )?;
+            println!("{result}");
+            Ok(())
+        }
+        ["devmem", "read", phys, bytes] => devmem::read(number(phys)?, number(bytes)? as usize),
+        ["devmem", "write", phys, value] => devmem::write(number(phys)?, number(value)? as u32),
+        ["dio", "write", dev, offset, bytes, seed] => {
+            dio::write(dev, number(offset)?, number(bytes)?, number(seed)?)
+        }
+        ["dio", "read", dev, offset, bytes] => dio::read(dev, number(offset)?, number(bytes)?),
+        ["interrupts", bdf] => interrupts::print(bdf),
+        ["snapshot"] => snapshot::print(),
+        _ => bail!("{USAGE}"),
+    }
+}
+
+/// A decimal number, or a hexadecimal one after `0x`.
+fn number(text: &str) -> Result<u64> {
+    let parsed = match text.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.with_context(|| format!("not a number: {text}"))
+}

@@ -1,0 +1,257 @@
+//! A guest (L2) inside a host: QEMU or cloud-hypervisor under nested KVM, on hugepages.
+
+use crate::agent::Agent;
+use crate::cache::Cache;
+use crate::host::{Host, vfio_user_device};
+use crate::initramfs::{Initramfs, PORT_NAME, Port};
+use anyhow::{Context, Result, ensure};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// What a guest loads.
+const MODULES: [&str; 4] = ["virtio_pci", "virtio_console", "nvme", "igbvf"];
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// While a guest boots, its VMM is looked after this often.
+const LOOK_AFTER_VMM: Duration = Duration::from_secs(3);
+const END_TIMEOUT: Duration = Duration::from_secs(30);
+const SIGKILL: i32 = 9;
+
+/// Which program runs the guest.
+#[derive(Clone, Debug)]
+pub enum Vmm {
+    /// The newer Debian's.
+    Qemu,
+    /// A static binary, as a host sees it.
+    CloudHypervisor(String),
+}
+
+/// What a guest is made of.
+pub struct GuestSpec {
+    /// Names its logs and sockets.
+    pub name: String,
+    /// The program.
+    pub vmm: Vmm,
+    /// Its RAM, on hugepages, shared.
+    pub memory_mib: u32,
+    /// vfio-user sockets on the host, one for each device.
+    pub devices: Vec<String>,
+    /// Modules: `name` or `name key=value`.
+    pub modules: Vec<String>,
+    /// Added to the kernel's command line.
+    pub cmdline: String,
+}
+
+impl GuestSpec {
+    /// A guest of 128 MiB with the stock kernel.
+    pub fn stock(name: &str, vmm: &Vmm) -> Self {
+        GuestSpec {
+            name: name.to_owned(),
+            vmm: vmm.clone(),
+            memory_mib: 128,
+            devices: Vec::new(),
+            modules: MODULES.map(str::to_owned).to_vec(),
+            cmdline: String::new(),
+        }
+    }
+
+    /// Attaches the device behind a vfio-user socket.
+    pub fn device(mut self, socket: &str) -> Self {
+        self.devices.push(socket.to_owned());
+        self
+    }
+}
+
+/// A running guest.
+pub struct Guest {
+    /// Its agent, reached through its host's.
+    pub agent: Agent,
+    /// The VMM's process id on the host.
+    pub pid: u32,
+    host: Agent,
+    sockets: Vec<String>,
+    console: PathBuf,
+}
+
+impl Guest {
+    /// Starts the VMM; the guest is up after [`Guest::wait_ready`].
+    pub fn start(spec: &GuestSpec, host: &Host, cache: &Cache) -> Result<Self> {
+        let kernel = cache.kernel()?;
+        let name = &spec.name;
+        let initramfs = format!("guest-{name}.cpio");
+        Initramfs {
+            kernel: &kernel,
+            modules: spec.modules.clone(),
+            files: Vec::new(),
+            built_modules: Vec::new(),
+            setup: String::new(),
+            port: match spec.vmm {
+                Vmm::Qemu => Port::Virtio,
+                Vmm::CloudHypervisor(_) => Port::Serial("ttyS0"),
+            },
+        }
+        .write(cache, &host.dir.join(&initramfs))?;
+        let image = host.cache.join(kernel.image.strip_prefix(&cache.root)?);
+        let paths = Paths {
+            kernel: image.display().to_string(),
+            initramfs: host.shared(&initramfs),
+            console: host.shared(&format!("guest-{name}.log")),
+            agent: format!("/run/guest-{name}.agent"),
+            control: format!("/run/guest-{name}.api"),
+        };
+        let argv = match &spec.vmm {
+            Vmm::Qemu => qemu(spec, &paths, &host.cache),
+            Vmm::CloudHypervisor(program) => cloud_hypervisor(spec, &paths, program),
+        };
+        let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        let pid = host
+            .agent
+            .spawn(&argv, &host.shared(&format!("guest-{name}-vmm.log")))?;
+        Ok(Guest {
+            agent: host.agent.beyond(&paths.agent),
+            pid,
+            host: host.agent.clone(),
+            sockets: vec![paths.agent, paths.control],
+            console: host.dir.join(format!("guest-{name}.log")),
+        })
+    }
+
+    /// Waits for its agent, or for its VMM's end.
+    pub fn wait_ready(&self) -> Result<()> {
+        let deadline = Instant::now() + BOOT_TIMEOUT;
+        loop {
+            let Err(error) = self.agent.wait_ready(LOOK_AFTER_VMM) else {
+                return Ok(());
+            };
+            if let Ok(code) = self.host.wait(self.pid, Duration::ZERO) {
+                return Err(error).context(format!("the VMM ended with {code:?}"));
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "not up within {BOOT_TIMEOUT:?}: {error:#}"
+            );
+        }
+    }
+
+    /// The guest's kernel log.
+    pub fn dmesg(&self) -> Result<String> {
+        self.agent.run(&["dmesg"])
+    }
+
+    /// The serial console's file, outside.
+    pub fn console(&self) -> &Path {
+        &self.console
+    }
+
+    /// Powers it off and waits for the VMM's end.
+    pub fn shut_down(self) -> Result<()> {
+        // The answer may be lost with the guest: what counts is the end of the VMM.
+        let _ = self
+            .agent
+            .try_run(&["poweroff", "-f"], &[], Duration::from_secs(1));
+        let code = self.host.wait(self.pid, END_TIMEOUT)?;
+        ensure!(code == Some(0), "the VMM ended with {code:?}");
+        self.remove_sockets()
+    }
+
+    /// Kills the VMM.
+    pub fn kill(self) -> Result<()> {
+        self.host.kill(self.pid, SIGKILL)?;
+        self.host.wait(self.pid, END_TIMEOUT)?;
+        self.remove_sockets()
+    }
+
+    fn remove_sockets(&self) -> Result<()> {
+        let mut argv = vec!["rm", "-f"];
+        argv.extend(self.sockets.iter().map(String::as_str));
+        self.host.run(&argv).map(drop)
+    }
+}
+
+struct Paths {
+    kernel: String,
+    initramfs: String,
+    console: String,
+    agent: String,
+    control: String,
+}
+
+fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
+    let mib = spec.memory_mib;
+    let cmdline = format!("console=ttyS0 panic=-1 quiet {}", spec.cmdline);
+    let mut argv = Cache::qemu(cache);
+    let words = [
+        "-M",
+        "q35,memory-backend=m",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-smp",
+        "1",
+        "-m",
+        &format!("{mib}M"),
+        "-object",
+        &format!("memory-backend-memfd,id=m,size={mib}M,hugetlb=on,hugetlbsize=2M,share=on"),
+        "-nodefaults",
+        "-display",
+        "none",
+        "-nic",
+        "none",
+        "-no-reboot",
+        "-serial",
+        &format!("file:{}", paths.console),
+        "-kernel",
+        &paths.kernel,
+        "-initrd",
+        &paths.initramfs,
+        "-append",
+        cmdline.trim_end(),
+        "-device",
+        "virtio-serial-pci",
+        "-chardev",
+        &format!("socket,id=agent,path={},server=on,wait=off", paths.agent),
+        "-device",
+        &format!("virtserialport,chardev=agent,name={PORT_NAME}"),
+        "-qmp",
+        &format!("unix:{},server=on,wait=off", paths.control),
+    ];
+    argv.extend(words.map(str::to_owned));
+    for socket in &spec.devices {
+        argv.push("-device".into());
+        argv.push(vfio_user_device(socket, None));
+    }
+    argv
+}
+
+/// The agent has the serial line, the only one that listens on a socket there; the log is hvc0's.
+fn cloud_hypervisor(spec: &GuestSpec, paths: &Paths, program: &str) -> Vec<String> {
+    let cmdline = format!("console=hvc0 panic=-1 quiet {}", spec.cmdline);
+    let words = [
+        program,
+        "--kernel",
+        &paths.kernel,
+        "--initramfs",
+        &paths.initramfs,
+        "--cmdline",
+        cmdline.trim_end(),
+        "--cpus",
+        "boot=1",
+        "--memory",
+        &format!(
+            "size={}M,shared=on,hugepages=on,hugepage_size=2M",
+            spec.memory_mib
+        ),
+        "--serial",
+        &format!("socket={}", paths.agent),
+        "--console",
+        &format!("file={}", paths.console),
+        "--api-socket",
+        &format!("path={}", paths.control),
+    ];
+    let mut argv = words.map(str::to_owned).to_vec();
+    for socket in &spec.devices {
+        argv.push("--user-device".into());
+        argv.push(format!("socket={socket}"));
+    }
+    argv
+}

@@ -1,0 +1,261 @@
+//! A host (L1): QEMU under TCG with an IOMMU, a lender's NVMe where wanted, and an NTB.
+
+use crate::agent::Agent;
+use crate::cache::{Cache, Kernel};
+use crate::initramfs::{Initramfs, PORT_NAME, Port};
+use crate::log::Log;
+use crate::program::Program;
+use anyhow::{Context, Result};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What a host loads; its NTB, its VFs and its NVMe are then bound by name.
+const MODULES: [&str; 12] = [
+    "virtio_pci",
+    "virtio_console",
+    "9pnet_virtio",
+    "9p",
+    "vfio",
+    "vfio_iommu_type1",
+    "vfio-pci",
+    "kvm",
+    "kvm-amd",
+    "nvme",
+    "igb",
+    "virtio_net",
+];
+/// Two cores under TCG bring a host up in 6 to 8 s; a busy machine takes longer.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// Of 2 MiB: two guests of 128 MiB and room for their firmware's rounding.
+const HUGE_PAGES: u32 = 160;
+const NVME_BYTES: u64 = 64 << 20;
+
+/// Where a host sees the scenario's folder.
+pub const RUN_IN_HOST: &str = "/lab/run";
+/// A port's end of the NTB.
+pub const NTB_BDF: &str = "0000:02:00.0";
+/// The lender's physical function.
+pub const PF_BDF: &str = "0000:01:00.0";
+/// Its first virtual function.
+pub const VF_BDF: &str = "0000:01:00.1";
+
+/// What a host is made of.
+pub struct HostSpec {
+    /// Names its log and its sockets.
+    pub name: String,
+    /// The kernel, and the modules it loads: `name` or `name key=value`.
+    pub kernel: Kernel,
+    /// See [`HostSpec::stock`] for the usual ones.
+    pub modules: Vec<String>,
+    /// Modules built outside of Debian, with their parameters.
+    pub built_modules: Vec<(PathBuf, String)>,
+    /// Added to the kernel's command line.
+    pub cmdline: String,
+    /// Whether it has the NVMe with SR-IOV.
+    pub lends: bool,
+    /// The vfio-user socket of its half of the NTB.
+    pub ntb: Option<PathBuf>,
+    /// More QEMU arguments.
+    pub arguments: Vec<String>,
+}
+
+impl HostSpec {
+    /// A host with Debian's newest kernel and all that the lab's usual scenarios load.
+    pub fn stock(name: &str, cache: &Cache) -> Result<Self> {
+        Ok(HostSpec {
+            name: name.to_owned(),
+            kernel: cache.kernel()?,
+            modules: MODULES.map(str::to_owned).to_vec(),
+            built_modules: Vec::new(),
+            cmdline: String::new(),
+            lends: false,
+            ntb: None,
+            arguments: Vec::new(),
+        })
+    }
+}
+
+/// A running host; dropping it ends it.
+pub struct Host {
+    /// From the spec.
+    pub name: String,
+    /// Its agent.
+    pub agent: Agent,
+    /// Its QEMU, whose log is also the serial console.
+    pub qemu: Program,
+    /// The cache folder as it sees it.
+    pub cache: PathBuf,
+    /// The scenario's folder, outside.
+    pub dir: PathBuf,
+}
+
+impl Host {
+    /// Starts QEMU; the host is ready after [`Host::wait_ready`].
+    pub fn start(spec: &HostSpec, cache: &Cache, dir: &Path, since: Instant) -> Result<Self> {
+        let initramfs = dir.join(format!("{}.cpio", spec.name));
+        Initramfs {
+            kernel: &spec.kernel,
+            modules: spec.modules.clone(),
+            files: Vec::new(),
+            built_modules: spec.built_modules.clone(),
+            setup: setup(),
+            port: Port::Virtio,
+        }
+        .write(cache, &initramfs)?;
+        let socket = dir.join(format!("{}.agent", spec.name));
+        let mut argv = Cache::qemu(&cache.root);
+        argv.extend(machine(spec, cache, dir, &initramfs, &socket));
+        if spec.lends {
+            argv.extend(lent_nvme(&spec.name, dir)?);
+        }
+        if let Some(ntb) = &spec.ntb {
+            argv.push("-device".into());
+            argv.push(vfio_user_device(&ntb.display().to_string(), Some("rp1")));
+        }
+        argv.extend(spec.arguments.iter().cloned());
+        let log = Log::new(dir.join(format!("host-{}.log", spec.name)), since);
+        let mut qemu = Program::start(&format!("host {}", spec.name), &argv, log)?;
+        let agent = connect(&socket, &mut qemu)?;
+        Ok(Host {
+            name: spec.name.clone(),
+            agent,
+            qemu,
+            cache: PathBuf::from(Cache::IN_HOST),
+            dir: dir.to_owned(),
+        })
+    }
+
+    /// Waits for its agent.
+    pub fn wait_ready(&mut self) -> Result<()> {
+        let ready = self.agent.wait_ready(BOOT_TIMEOUT);
+        self.qemu.ensure_alive()?;
+        ready.with_context(|| format!("host {}", self.name))
+    }
+
+    /// A path of the scenario's folder as this host sees it.
+    pub fn shared(&self, name: &str) -> String {
+        format!("{RUN_IN_HOST}/{name}")
+    }
+}
+
+/// The device argument for a vfio-user server's socket.
+pub fn vfio_user_device(socket: &str, bus: Option<&str>) -> String {
+    let mut device = serde_json::json!({
+        "driver": "vfio-user-pci",
+        "socket": { "type": "unix", "path": socket },
+    });
+    if let Some(bus) = bus {
+        device["bus"] = bus.into();
+    }
+    device.to_string()
+}
+
+fn setup() -> String {
+    format!(
+        "mount -t hugetlbfs huge /dev/hugepages\n\
+         mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=1048576,cache=loose cache {cache}\n\
+         mount -t 9p -o trans=virtio,version=9p2000.L,msize=1048576 run {RUN_IN_HOST}\n",
+        cache = Cache::IN_HOST
+    )
+}
+
+fn machine(
+    spec: &HostSpec,
+    cache: &Cache,
+    dir: &Path,
+    initramfs: &Path,
+    socket: &Path,
+) -> Vec<String> {
+    let share = |path: &Path, tag: &str, more: &str| {
+        let path = path.display();
+        format!("local,path={path},mount_tag={tag},security_model=none{more}")
+    };
+    let cmdline = format!(
+        "console=ttyS0 panic=-1 intel_iommu=on quiet hugepages={HUGE_PAGES} iomem=relaxed {}",
+        spec.cmdline
+    );
+    let words = [
+        "-M",
+        "q35,kernel-irqchip=split,memory-backend=m",
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "max",
+        "-smp",
+        "2",
+        "-m",
+        "3G",
+        "-object",
+        "memory-backend-memfd,id=m,size=3G,share=on",
+        "-display",
+        "none",
+        "-monitor",
+        "none",
+        "-serial",
+        "stdio",
+        "-no-reboot",
+        "-nodefaults",
+        "-nic",
+        "none",
+        "-kernel",
+        &spec.kernel.image.display().to_string(),
+        "-initrd",
+        &initramfs.display().to_string(),
+        "-append",
+        cmdline.trim_end(),
+        "-device",
+        "intel-iommu,intremap=on,caching-mode=on",
+        // The addresses give the two ports' devices the bus numbers 1 and 2.
+        "-device",
+        "pcie-root-port,id=rp0,slot=1,addr=5",
+        "-device",
+        "pcie-root-port,id=rp1,slot=2,addr=6",
+        "-device",
+        "virtio-serial-pci,addr=8",
+        "-chardev",
+        &format!(
+            "socket,id=agent,path={},server=on,wait=off",
+            socket.display()
+        ),
+        "-device",
+        &format!("virtserialport,chardev=agent,name={PORT_NAME}"),
+        "-virtfs",
+        &share(&cache.root, "cache", ",readonly=on"),
+        "-virtfs",
+        &share(dir, "run", ""),
+    ];
+    words.map(str::to_owned).to_vec()
+}
+
+fn lent_nvme(name: &str, dir: &Path) -> Result<Vec<String>> {
+    let image = dir.join(format!("{name}.nvme"));
+    File::create(&image)
+        .and_then(|file| file.set_len(NVME_BYTES))
+        .with_context(|| format!("cannot make {}", image.display()))?;
+    let words = [
+        "-drive",
+        &format!("if=none,id=n0,file={},format=raw", image.display()),
+        "-device",
+        "nvme-subsys,id=ss0",
+        "-device",
+        "nvme,serial=lent,subsys=ss0,bus=rp0,sriov_max_vfs=4,sriov_vq_flexible=8,sriov_vi_flexible=4,max_ioqpairs=12,msix_qsize=9",
+        "-device",
+        "nvme-ns,drive=n0,nsid=1,shared=on",
+    ];
+    Ok(words.map(str::to_owned).to_vec())
+}
+
+/// QEMU makes the socket before it starts the machine, but not before it runs.
+fn connect(socket: &Path, qemu: &mut Program) -> Result<Agent> {
+    let deadline = Instant::now() + BOOT_TIMEOUT;
+    loop {
+        match Agent::connect(socket) {
+            Ok(agent) => return Ok(agent),
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => qemu.ensure_alive()?,
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,139 @@
+//! One run of a scenario: its folder, its time, its options, and the pair of hosts that most need.
+
+use crate::cache::Cache;
+use crate::guest::{Guest, GuestSpec, Vmm};
+use crate::host::{Host, HostSpec, RUN_IN_HOST};
+use crate::ntb::Ntb;
+use crate::snapshot::Snapshot;
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What the command line says beyond the scenario's name.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Sockets of an NTB that already listens.
+    pub ntb_sockets: Option<(PathBuf, PathBuf)>,
+    /// A cloud-hypervisor binary to run guests.
+    pub vmm: Option<PathBuf>,
+    /// Keep the scenario's folder even when all went well.
+    pub keep: bool,
+}
+
+/// What a scenario works with.
+pub struct Lab {
+    /// From the command line.
+    pub options: Options,
+    /// What was installed.
+    pub cache: Cache,
+    /// The scenario's folder; hosts see it at [`RUN_IN_HOST`].
+    pub dir: PathBuf,
+    /// The zero of all stamps.
+    pub since: Instant,
+}
+
+/// Two hosts and what lies between them. The NTB goes last: a host without it hangs at its end.
+pub struct Pair {
+    /// The lender.
+    pub a: Host,
+    /// The borrower.
+    pub b: Host,
+    /// None where a scenario has no cable.
+    pub ntb: Option<Ntb>,
+}
+
+impl Lab {
+    /// Makes the scenario's folder.
+    pub fn new(options: Options, name: &str) -> Result<Self> {
+        let cache = Cache::find()?;
+        // Short, since Unix sockets lie in it.
+        let dir = std::env::temp_dir().join(format!("sublet-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(dir.join("bin"))
+            .with_context(|| format!("cannot make {}", dir.display()))?;
+        let since = Instant::now();
+        Ok(Lab {
+            options,
+            cache,
+            dir,
+            since,
+        })
+    }
+
+    /// The NTB that the command line names, or our model with these options.
+    pub fn ntb(&self, options: &[&str]) -> Result<Ntb> {
+        match &self.options.ntb_sockets {
+            Some((a, b)) => Ok(Ntb::foreign(a.clone(), b.clone())),
+            None => Ntb::model(&self.cache, &self.dir, options, self.since),
+        }
+    }
+
+    /// Boots both hosts at once, the first with an NVMe to lend.
+    pub fn boot_pair(&self, ntb: Option<Ntb>) -> Result<Pair> {
+        let mut a = HostSpec::stock("a", &self.cache)?;
+        let mut b = HostSpec::stock("b", &self.cache)?;
+        a.lends = true;
+        a.ntb = ntb.as_ref().map(|ntb| ntb.socket_a.clone());
+        b.ntb = ntb.as_ref().map(|ntb| ntb.socket_b.clone());
+        self.boot(&a, &b, ntb)
+    }
+
+    /// Boots any two hosts at once.
+    pub fn boot(&self, a: &HostSpec, b: &HostSpec, ntb: Option<Ntb>) -> Result<Pair> {
+        // QEMU waits for its half's socket while it starts, and dies with the thread that started it.
+        let mut a = Host::start(a, &self.cache, &self.dir, self.since)?;
+        let mut b = Host::start(b, &self.cache, &self.dir, self.since)?;
+        a.wait_ready()?;
+        b.wait_ready()?;
+        Ok(Pair { a, b, ntb })
+    }
+
+    /// The program that runs guests, put where a host sees it.
+    pub fn vmm(&self) -> Result<Vmm> {
+        let Some(path) = &self.options.vmm else {
+            return Ok(Vmm::Qemu);
+        };
+        self.share_program(path, "vmm")?;
+        Ok(Vmm::CloudHypervisor(format!("{RUN_IN_HOST}/bin/vmm")))
+    }
+
+    /// Copies one of the project's binaries into the hosts' share and gives its path there.
+    pub fn share_binary(&self, name: &str) -> Result<String> {
+        self.share_program(&self.cache.binary(name)?, name)?;
+        Ok(format!("{RUN_IN_HOST}/bin/{name}"))
+    }
+
+    fn share_program(&self, from: &Path, name: &str) -> Result<()> {
+        let to = self.dir.join("bin").join(name);
+        fs::copy(from, to).with_context(|| format!("cannot copy {}", from.display()))?;
+        Ok(())
+    }
+
+    /// Boots a guest and waits for its agent.
+    pub fn boot_guest(&self, spec: &GuestSpec, host: &Host) -> Result<Guest> {
+        let guest = Guest::start(spec, host, &self.cache)?;
+        guest
+            .wait_ready()
+            .with_context(|| format!("guest {}", spec.name))?;
+        Ok(guest)
+    }
+}
+
+impl Pair {
+    /// Both hosts as they are now.
+    pub fn snapshot(&self) -> Result<(Snapshot, Snapshot)> {
+        Ok((
+            Snapshot::take(&self.a.agent)?,
+            Snapshot::take(&self.b.agent)?,
+        ))
+    }
+
+    /// Both hosts are as they were: every scenario's last check.
+    pub fn ensure_unchanged(&self, before: &(Snapshot, Snapshot)) -> Result<&'static str> {
+        let after = self.snapshot()?;
+        before.0.ensure_equal(&after.0).context("host a")?;
+        before.1.ensure_equal(&after.1).context("host b")?;
+        Ok("")
+    }
+}

@@ -1,0 +1,124 @@
+//! Logs of the lab's programs: each line stamped with the scenario's time, kept in a file, searchable.
+
+use anyhow::{Context, Result, bail};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How many of the last lines of a log are printed when a scenario fails.
+const TAIL_LINES: usize = 40;
+
+#[derive(Default)]
+struct State {
+    lines: Vec<String>,
+    ended: bool,
+}
+
+/// What one program said so far.
+#[derive(Clone)]
+pub struct Log {
+    path: PathBuf,
+    state: Arc<(Mutex<State>, Condvar)>,
+    since: Instant,
+}
+
+impl Log {
+    /// An empty log that is also written to this file.
+    pub fn new(path: PathBuf, since: Instant) -> Self {
+        let state = Arc::default();
+        Log { path, state, since }
+    }
+
+    /// Follows a program's output in a thread until it ends.
+    pub fn follow(&self, from: impl Read + Send + 'static) -> Result<()> {
+        let mut file = File::options()
+            .create(true)
+            .append(true)
+            .open(&self.path)
+            .with_context(|| format!("cannot open {}", self.path.display()))?;
+        let log = self.clone();
+        thread::spawn(move || {
+            let mut reader = BufReader::new(from);
+            let mut bytes = Vec::new();
+            while matches!(reader.read_until(b'\n', &mut bytes), Ok(1..)) {
+                let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+                let _ = writeln!(file, "{:9.3} {text}", log.since.elapsed().as_secs_f64());
+                log.change(|state| state.lines.push(text));
+                bytes.clear();
+            }
+            log.change(|state| state.ended = true);
+        });
+        Ok(())
+    }
+
+    fn change(&self, act: impl FnOnce(&mut State)) {
+        act(&mut self.state.0.lock().unwrap_or_else(PoisonError::into_inner));
+        self.state.1.notify_all();
+    }
+
+    /// Waits for a line that contains this text.
+    pub fn wait_for(&self, text: &str, timeout: Duration) -> Result<String> {
+        let state = self.state.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = |state: &State| state.lines.iter().find(|line| line.contains(text)).cloned();
+        let (state, _) = self
+            .state
+            .1
+            .wait_timeout_while(state, timeout, |state| {
+                !state.ended && found(state).is_none()
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        match found(&state) {
+            Some(line) => Ok(line),
+            None if state.ended => bail!("{} ended without `{text}`", self.path.display()),
+            None => bail!("no `{text}` in {} within {timeout:?}", self.path.display()),
+        }
+    }
+
+    /// All lines so far that contain this text.
+    pub fn lines_with(&self, text: &str) -> Vec<String> {
+        let state = self.state.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state
+            .lines
+            .iter()
+            .filter(|line| line.contains(text))
+            .cloned()
+            .collect()
+    }
+}
+
+/// Every log file of a scenario's folder.
+pub fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .collect();
+    files.sort();
+    files
+}
+
+/// Prints the end of each log of a folder.
+pub fn print_tails(dir: &Path) {
+    for file in files(dir) {
+        let text = String::from_utf8_lossy(&fs::read(&file).unwrap_or_default()).into_owned();
+        let lines: Vec<&str> = text.lines().collect();
+        println!("--- the end of {}", file.display());
+        for line in &lines[lines.len().saturating_sub(TAIL_LINES)..] {
+            println!("    {}", line.trim_end());
+        }
+    }
+}
+
+/// Whether any log of a folder contains one of these texts.
+pub fn any_contains(dir: &Path, texts: &[&str]) -> bool {
+    files(dir).iter().any(|file| {
+        let bytes = fs::read(file).unwrap_or_default();
+        let content = String::from_utf8_lossy(&bytes);
+        texts.iter().any(|text| content.contains(text))
+    })
+}

@@ -1,0 +1,78 @@
+//! Scenario `hosts`: both hosts boot, have what the other scenarios need, and carry a guest.
+
+use super::Scenario;
+use crate::check::Checks;
+use crate::guest::GuestSpec;
+use crate::host::{NTB_BDF, VF_BDF};
+use crate::lab::Lab;
+use crate::pci;
+use anyhow::{Result, ensure};
+use std::time::Duration;
+
+/// A new scenario starts as a copy of this file.
+pub const SCENARIO: Scenario = Scenario {
+    name: "hosts",
+    checks: 9,
+    gate: true,
+    deadline: Duration::from_secs(240),
+    run,
+};
+
+fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
+    let ntb = lab.ntb(&[])?;
+    let mut pair = None;
+    checks.must("both hosts boot and their agents answer", || {
+        let booted = lab.boot_pair(Some(ntb))?;
+        let release = booted.a.agent.run(&["uname", "-r"])?;
+        pair = Some(booted);
+        Ok(release)
+    })?;
+    let Some(pair) = pair else { return Ok(()) };
+    let (a, b) = (&pair.a.agent, &pair.b.agent);
+    checks.check("host b has nested KVM", || {
+        b.run(&["test", "-c", "/dev/kvm"])
+    });
+    for host in [&pair.a, &pair.b] {
+        checks.check(
+            &format!("host {} sees the NTB in a group of its own", host.name),
+            || {
+                let dir = format!("/sys/bus/pci/devices/{NTB_BDF}");
+                let id = host.agent.sh(&format!(
+                    "cat {dir}/vendor {dir}/device; ls {dir}/iommu_group/devices"
+                ))?;
+                ensure!(id == format!("0x8086\n0x347e\n{NTB_BDF}"), "found {id}");
+                Ok("8086:347e")
+            },
+        );
+    }
+    // The driver of the physical function finds its namespace some time after its module is loaded.
+    a.wait_until("test -b /dev/nvme0n1", Duration::from_secs(20))?;
+    let before = pair.snapshot()?;
+    checks.check("host a makes a VF without a driver", || {
+        pci::make_vfs(a, 1)?;
+        a.sh(&format!(
+            "test -e /sys/bus/pci/devices/{VF_BDF}; ! test -e /sys/bus/pci/devices/{VF_BDF}/driver"
+        ))
+    });
+    checks.check("the VF comes online and binds to vfio-pci", || {
+        pci::nvme_online(a, 1, 2, 1)?;
+        pci::bind(a, VF_BDF, "vfio-pci")?;
+        a.sh("ls /dev/vfio")
+    });
+    checks.check("the VF is given back", || {
+        pci::unbind(a, VF_BDF)?;
+        pci::nvme_offline(a, 1)?;
+        pci::remove_vfs(a)?;
+        Ok("")
+    });
+    checks.check("a guest boots on host b and shuts down", || {
+        let guest = lab.boot_guest(&GuestSpec::stock("g", &lab.vmm()?), &pair.b)?;
+        let release = guest.agent.run(&["uname", "-r"])?;
+        guest.shut_down()?;
+        Ok(release)
+    });
+    checks.check("both hosts are as before", || {
+        pair.ensure_unchanged(&before)
+    });
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! The scenarios, one file each.
+
+mod hosts;
+
+use crate::check::Checks;
+use crate::lab::Lab;
+use anyhow::Result;
+use std::time::Duration;
+
+/// A scenario: what it is called, how many checks it makes, and how long it may take at most.
+pub struct Scenario {
+    /// As on the command line.
+    pub name: &'static str,
+    /// Fewer are a failure.
+    pub checks: usize,
+    /// Whether `tests/run` without arguments has it.
+    pub gate: bool,
+    /// After this it is ended from outside.
+    pub deadline: Duration,
+    /// Makes the checks.
+    pub run: fn(&Lab, &mut Checks) -> Result<()>,
+}
+
+/// In the order in which the gate runs them.
+pub const ALL: &[Scenario] = &[hosts::SCENARIO];

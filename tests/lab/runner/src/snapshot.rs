@@ -1,0 +1,120 @@
+//! What a host looks like, taken by its agent, and what differs between two times.
+
+use crate::agent::Agent;
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+/// A daemon's own heap may grow a little between two times; its mappings and pins may not.
+const RESIDENT_GROWTH_KIB_MAX: u64 = 4096;
+const DIFFERENCES_SHOWN_MAX: usize = 20;
+
+/// One host at one time.
+#[derive(Clone, Debug)]
+pub struct Snapshot(Value);
+
+impl Snapshot {
+    /// Takes it.
+    pub fn take(agent: &Agent) -> Result<Self> {
+        let text = agent.run(&["lab-agent", "snapshot"])?;
+        Ok(Snapshot(
+            serde_json::from_str(&text).context("a snapshot that is no JSON")?,
+        ))
+    }
+
+    /// Fails with every difference.
+    pub fn ensure_equal(&self, after: &Snapshot) -> Result<()> {
+        let mut differences = Vec::new();
+        differ("", &self.0, &after.0, &mut differences);
+        let count = differences.len();
+        differences.truncate(DIFFERENCES_SHOWN_MAX);
+        ensure!(
+            count == 0,
+            "{count} differences: {}",
+            differences.join("; ")
+        );
+        Ok(())
+    }
+}
+
+fn differ(path: &str, before: &Value, after: &Value, into: &mut Vec<String>) {
+    match (before, after) {
+        (Value::Object(one), Value::Object(two)) => {
+            for key in one
+                .keys()
+                .chain(two.keys().filter(|key| !one.contains_key(*key)))
+            {
+                let at = |map: &serde_json::Map<String, Value>| {
+                    map.get(key).cloned().unwrap_or_default()
+                };
+                differ(&format!("{path}/{key}"), &at(one), &at(two), into);
+            }
+        }
+        (Value::Array(one), Value::Array(two)) => {
+            let gone = one
+                .iter()
+                .filter(|item| !two.contains(item))
+                .map(|item| format!("{path} lost {item}"));
+            let new = two
+                .iter()
+                .filter(|item| !one.contains(item))
+                .map(|item| format!("{path} gained {item}"));
+            let found = into.len();
+            into.extend(gone.chain(new));
+            if into.len() == found && one.len() != two.len() {
+                into.push(format!(
+                    "{path} had {} entries, has {}",
+                    one.len(),
+                    two.len()
+                ));
+            }
+        }
+        (Value::Number(one), Value::Number(two)) if path.ends_with("/resident_kib") => {
+            let (one, two) = (one.as_u64().unwrap_or(0), two.as_u64().unwrap_or(0));
+            if two > one + RESIDENT_GROWTH_KIB_MAX {
+                into.push(format!("{path} grew from {one} to {two}"));
+            }
+        }
+        _ if before != after => into.push(format!("{path} was {before}, is {after}")),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Snapshot;
+    use serde_json::json;
+
+    #[test]
+    fn every_kind_of_difference_is_named() {
+        let one = Snapshot(json!({"pci": {"a": {"driver": "nvme"}}, "files": ["x", "y"], "n": 1}));
+        let two = Snapshot(json!({"pci": {"a": {"driver": null}}, "files": ["x", "z"], "n": 1}));
+        let error = one.ensure_equal(&two).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "3 differences: /files lost \"y\"; /files gained \"z\"; /pci/a/driver was \"nvme\", is null"
+        );
+        assert!(one.ensure_equal(&one.clone()).is_ok());
+    }
+
+    #[test]
+    fn one_of_two_equal_entries_that_goes_is_a_difference() {
+        let one = Snapshot(json!({"processes": ["p", "p"]}));
+        let two = Snapshot(json!({"processes": ["p"]}));
+        assert!(one.ensure_equal(&two).is_err());
+    }
+
+    #[test]
+    fn resident_memory_may_grow_a_little() {
+        let at = |kib: u64| Snapshot(json!({"daemons": {"d": {"resident_kib": kib}}}));
+        assert!(
+            at(1000)
+                .ensure_equal(&at(1000 + super::RESIDENT_GROWTH_KIB_MAX))
+                .is_ok()
+        );
+        assert!(
+            at(1000)
+                .ensure_equal(&at(1001 + super::RESIDENT_GROWTH_KIB_MAX))
+                .is_err()
+        );
+    }
+}
