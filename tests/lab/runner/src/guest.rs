@@ -2,7 +2,7 @@
 
 use crate::agent::Agent;
 use crate::cache::Cache;
-use crate::host::{Host, vfio_user_device};
+use crate::host::{Host, QUICK, vfio_user_device};
 use crate::initramfs::{Initramfs, PORT_NAME, Port};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
@@ -177,7 +177,7 @@ struct Paths {
 
 fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
     let mib = spec.memory_mib;
-    let cmdline = format!("console=ttyS0 panic=-1 quiet {}", spec.cmdline);
+    let cmdline = format!("console=ttyS0 {QUICK} {}", spec.cmdline);
     let mut argv = Cache::qemu(cache);
     let words = [
         "-M",
@@ -225,7 +225,7 @@ fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
 
 /// The agent has the serial line, the only one that listens on a socket there; the log is hvc0's.
 fn cloud_hypervisor(spec: &GuestSpec, paths: &Paths, program: &str) -> Vec<String> {
-    let cmdline = format!("console=hvc0 panic=-1 quiet {}", spec.cmdline);
+    let cmdline = format!("console=hvc0 {QUICK} {}", spec.cmdline);
     let words = [
         program,
         "--kernel",

@@ -71,11 +71,11 @@ impl Lab {
 
     /// Boots both hosts at once, the first with an NVMe to lend.
     pub fn boot_pair(&self, ntb: Option<Ntb>) -> Result<Pair> {
-        let mut a = HostSpec::stock("a", &self.cache)?;
-        let mut b = HostSpec::stock("b", &self.cache)?;
-        a.lends = true;
-        a.ntb = ntb.as_ref().map(|ntb| ntb.socket_a.clone());
-        b.ntb = ntb.as_ref().map(|ntb| ntb.socket_b.clone());
+        let mut a = HostSpec::stock("a", &self.cache)?.lender();
+        let mut b = HostSpec::stock("b", &self.cache)?.borrower();
+        if let Some(ntb) = &ntb {
+            (a, b) = (a.ntb(&ntb.socket_a), b.ntb(&ntb.socket_b));
+        }
         self.boot(&a, &b, ntb)
     }
 
