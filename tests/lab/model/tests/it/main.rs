@@ -1,0 +1,5 @@
+//! The whole model against fake clients.
+
+mod bridge;
+mod common;
+mod protocol;
