@@ -1,5 +1,6 @@
 //! This host and PCIe, and the two hosts: model, VFIO, NTB, paths.
 #![deny(missing_docs)]
 
+pub mod iova;
 pub mod model;
 pub mod ntb;

@@ -1,0 +1,489 @@
+//! One port's whole state: link session, mailbox, lender's and borrower's ends, joined; pure.
+//!
+//! Events go in with the time, actions come out. `path::engine` is the thin driver around it, the
+//! simulator another.
+
+use super::borrower::{Borrower, BorrowerAction, Call, CallError, Pin, Step, Token};
+use super::lender::{JobId, Lender, LenderAction};
+use super::link::{Link, LinkAction, LinkEvent};
+use super::mailbox::{Mailbox, MailboxAction};
+use super::message::{
+    LeaseId, Message, OpId, Refusal, RefusalCode, Reply, Request, Secret,
+};
+use super::plan::SlicePool;
+use super::wire::{ScratchpadSet, SLOT_BYTES, STATUS_BYTES};
+use super::work::{FunctionWork, WorkOutcome};
+use crate::model::{Bdf, WindowOffset};
+use std::collections::HashMap;
+
+/// Randomness from outside.
+pub type Entropy = Box<dyn FnMut() -> u64 + Send>;
+
+/// What a port is told at its start.
+#[derive(Clone, Debug)]
+pub struct CoreConfig {
+    /// This host's node id.
+    pub node: u16,
+    /// Own window in bytes: what this side's inbound window can hold.
+    pub window_bytes: u64,
+    /// Heartbeat, milliseconds.
+    pub heartbeat_ms: u64,
+    /// The peer is lost when its heartbeat stands still for so long, milliseconds.
+    pub lost_after_ms: u64,
+}
+
+/// What happened.
+pub enum Event {
+    /// The heartbeat's time has come; what the driver read.
+    Beat {
+        /// Whether the link is up.
+        link_up: bool,
+        /// The own scratchpads.
+        spads: [u32; 6],
+        /// The mailbox.
+        inbox: Inbox,
+    },
+    /// Bell 0 rang.
+    Bell(Inbox),
+    /// The link went up or down.
+    LinkChange(bool),
+    /// A worker or a verb calls.
+    Call(Token, Call),
+    /// An executor has done its work.
+    Worked(JobId, Result<WorkOutcome, Refusal>),
+    /// The mapper has pinned or unpinned.
+    Pinned(Step, Result<(), CallError>),
+}
+
+/// Copies of what the peer wrote.
+pub struct Inbox {
+    /// The peer's status line.
+    pub status: [u8; STATUS_BYTES],
+    /// The slot.
+    pub slot: Box<[u8; SLOT_BYTES]>,
+}
+
+/// What the driver has to do, in this order.
+#[derive(Debug)]
+pub enum Action {
+    /// Close the inbound window.
+    CloseWindow,
+    /// Zero the own mailbox, then store the nonce.
+    PrepareMailbox(u64),
+    /// Open the inbound window.
+    OpenWindow,
+    /// Post to the peer's scratchpads.
+    Post(ScratchpadSet),
+    /// Write the peer's slot: all but commit, then commit.
+    WriteSlot(Box<[u8; SLOT_BYTES]>),
+    /// Write the peer's status line.
+    WriteStatus([u8; STATUS_BYTES]),
+    /// Ring bell 0.
+    RingMailbox,
+    /// A session is open.
+    SessionOpened {
+        /// Its id.
+        session: u64,
+        /// What the fence must read.
+        peer_nonce: u64,
+    },
+    /// It is over: relays stop, workers read ones.
+    SessionOver,
+    /// Work for a function's executor.
+    Work(Bdf, JobId, FunctionWork),
+    /// Map guest RAM into the port's container.
+    Pin(Step, Vec<Pin>),
+    /// Unmap it.
+    Unpin(Step, Vec<(WindowOffset, u64)>),
+    /// Scan interrupt words for a lease.
+    Scan(LeaseId, u32, u32),
+    /// Scan them no more.
+    ScanEnd(LeaseId),
+    /// Answer a call.
+    Answer(Token, Result<super::borrower::Answer, CallError>),
+    /// A borrowed lease is over.
+    Lost(LeaseId, String),
+}
+
+/// The open session.
+#[derive(Clone, Debug)]
+pub struct SessionInfo {
+    /// Its id.
+    pub session: u64,
+    /// The protocol's version.
+    pub version: u16,
+    /// Who is at the far end, once it has said so.
+    pub peer_node: Option<u16>,
+    /// When it opened, in the driver's milliseconds.
+    pub since_ms: u64,
+}
+
+enum Waiting {
+    Hello,
+    Step(Step),
+    Revoked(LeaseId),
+}
+
+struct Session {
+    info: SessionInfo,
+    mailbox: Mailbox,
+    waiting: HashMap<OpId, Waiting>,
+    op_last: u64,
+}
+
+/// One port's whole state.
+pub struct PortCore {
+    config: CoreConfig,
+    entropy: Entropy,
+    link: Link,
+    /// The lender's end.
+    pub lender: Lender,
+    /// The borrower's end.
+    pub borrower: Borrower,
+    pool: SlicePool,
+    session: Option<Session>,
+    link_up: bool,
+    undoing: bool,
+    over_reason: Option<String>,
+}
+
+impl PortCore {
+    /// A port whose window is closed.
+    pub fn new(config: CoreConfig, entropy: Entropy) -> Self {
+        let link = Link::new(config.heartbeat_ms, config.lost_after_ms);
+        Self {
+            pool: SlicePool::closed(),
+            config,
+            entropy,
+            link,
+            lender: Lender::default(),
+            borrower: Borrower::default(),
+            session: None,
+            link_up: false,
+            undoing: false,
+            over_reason: None,
+        }
+    }
+
+    /// The open session, if there is one.
+    pub fn session(&self) -> Option<&SessionInfo> {
+        self.session.as_ref().map(|session| &session.info)
+    }
+
+    /// The mailbox's counters, while a session is open.
+    pub fn mailbox(&self) -> Option<&Mailbox> {
+        self.session.as_ref().map(|session| &session.mailbox)
+    }
+
+    /// The link session's state.
+    pub fn link(&self) -> &Link {
+        &self.link
+    }
+
+    /// Why the last session ended.
+    pub fn over_reason(&self) -> Option<&str> {
+        self.over_reason.as_deref()
+    }
+
+    /// The window's slices.
+    pub fn pool(&self) -> &SlicePool {
+        &self.pool
+    }
+
+    /// Whether nothing is lent, borrowed or under way.
+    pub fn is_idle(&self) -> bool {
+        self.lender.is_undone() && self.borrower.is_undone()
+    }
+
+    /// One event, at `now_ms` of a monotonic clock.
+    pub fn handle(&mut self, event: Event, now_ms: u64) -> Vec<Action> {
+        let mut out = Vec::new();
+        match event {
+            Event::Beat { link_up, spads, inbox } => self.beat(link_up, spads, inbox, now_ms, &mut out),
+            Event::Bell(inbox) => self.inbox(inbox, now_ms, &mut out),
+            Event::LinkChange(up) => self.link_change(up, now_ms, &mut out),
+            Event::Call(token, call) => self.call(token, call, now_ms, &mut out),
+            Event::Worked(job, result) => {
+                let actions = self.lender.done(job, result, &mut self.pool);
+                self.lender_actions(actions, now_ms, &mut out);
+            }
+            Event::Pinned(step, result) => {
+                let actions = self.borrower.pinned(step, result, &mut self.pool);
+                self.borrower_actions(actions, now_ms, &mut out);
+            }
+        }
+        self.finish_undo(now_ms, &mut out);
+        out
+    }
+
+    /// Ends every path, as if the session were over, and starts no new one: for an orderly stop.
+    pub fn shut_down(&mut self, now_ms: u64) -> Vec<Action> {
+        let mut out = Vec::new();
+        self.link_change(false, now_ms, &mut out);
+        out
+    }
+
+    /// Ends the lease of a lent function from this side.
+    pub fn revoke(&mut self, bdf: Bdf, why: &str, now_ms: u64) -> Vec<Action> {
+        let mut out = Vec::new();
+        let actions = self.lender.revoke(bdf, why);
+        self.lender_actions(actions, now_ms, &mut out);
+        out
+    }
+
+    fn link_change(&mut self, up: bool, now_ms: u64, out: &mut Vec<Action>) {
+        if up == self.link_up {
+            return;
+        }
+        self.link_up = up;
+        let event = if up { LinkEvent::Up { nonce: (self.entropy)() } } else { LinkEvent::Down };
+        self.link_event(event, now_ms, out);
+    }
+
+    fn beat(
+        &mut self,
+        link_up: bool,
+        spads: [u32; 6],
+        inbox: Inbox,
+        now_ms: u64,
+        out: &mut Vec<Action>,
+    ) {
+        self.link_change(link_up, now_ms, out);
+        let fresh_nonce = (self.entropy)();
+        self.link_event(LinkEvent::Beat { spads, fresh_nonce }, now_ms, out);
+        self.inbox(inbox, now_ms, out);
+        if let Some(session) = &mut self.session {
+            let actions = session.mailbox.beat();
+            self.mailbox_actions(actions, now_ms, out);
+        }
+    }
+
+    fn inbox(&mut self, inbox: Inbox, now_ms: u64, out: &mut Vec<Action>) {
+        let Some(session) = &mut self.session else { return };
+        let mut actions = session.mailbox.on_status(&inbox.status);
+        actions.extend(session.mailbox.on_slot(&inbox.slot));
+        self.mailbox_actions(actions, now_ms, out);
+    }
+
+    fn call(&mut self, token: Token, call: Call, now_ms: u64, out: &mut Vec<Action>) {
+        let ready = self.session.as_ref().is_some_and(|s| s.info.peer_node.is_some());
+        if !ready {
+            let why = self.over_reason.as_deref().unwrap_or("the other host has not answered yet");
+            let text = format!(
+                "no link session is open ({why}): see `sublet status`, and check that the other \
+                 host's daemon runs and the cable is in"
+            );
+            out.push(Action::Answer(token, Err(CallError::Gone(text))));
+            return;
+        }
+        let actions = self.borrower.call(token, call, &mut self.pool);
+        self.borrower_actions(actions, now_ms, out);
+    }
+
+    fn link_event(&mut self, event: LinkEvent, now_ms: u64, out: &mut Vec<Action>) {
+        for action in self.link.handle(event, now_ms) {
+            match action {
+                LinkAction::CloseWindow => out.push(Action::CloseWindow),
+                LinkAction::Undo { reason } => self.undo(reason.to_string(), now_ms, out),
+                LinkAction::PrepareMailbox { nonce } => out.push(Action::PrepareMailbox(nonce)),
+                LinkAction::OpenWindow => out.push(Action::OpenWindow),
+                LinkAction::Post(set) => out.push(Action::Post(set)),
+                LinkAction::Opened { session, version, peer_nonce } => {
+                    self.opened(session, version, peer_nonce, now_ms, out);
+                }
+                LinkAction::Over { reason, .. } => {
+                    self.over_reason = Some(reason.to_string());
+                    self.session = None;
+                    out.push(Action::SessionOver);
+                }
+            }
+        }
+    }
+
+    fn opened(
+        &mut self,
+        session: u64,
+        version: u16,
+        peer_nonce: u64,
+        now_ms: u64,
+        out: &mut Vec<Action>,
+    ) {
+        let info = SessionInfo { session, version, peer_node: None, since_ms: now_ms };
+        self.session = Some(Session {
+            info,
+            mailbox: Mailbox::new(session),
+            waiting: HashMap::new(),
+            op_last: 0,
+        });
+        out.push(Action::SessionOpened { session, peer_nonce });
+        let hello =
+            Request::Hello { node: self.config.node, window_bytes: self.config.window_bytes };
+        self.request(Waiting::Hello, hello, now_ms, out);
+    }
+
+    fn undo(&mut self, reason: String, now_ms: u64, out: &mut Vec<Action>) {
+        self.undoing = true;
+        let lender = self.lender.session_over();
+        self.lender_actions(lender, now_ms, out);
+        let borrower = self.borrower.session_over(&reason);
+        self.borrower_actions(borrower, now_ms, out);
+    }
+
+    /// When nothing of the old session is under way any more, the link machine may go on, and all
+    /// slices are free again: the next session's handshake says that the peer maps none of them.
+    fn finish_undo(&mut self, now_ms: u64, out: &mut Vec<Action>) {
+        if self.undoing && self.lender.is_undone() && self.borrower.is_undone() {
+            self.undoing = false;
+            self.pool = SlicePool::closed();
+            let nonce = (self.entropy)();
+            self.link_event(LinkEvent::Undone { nonce }, now_ms, out);
+        }
+    }
+
+    fn request(&mut self, waiting: Waiting, request: Request, now_ms: u64, out: &mut Vec<Action>) {
+        let Some(session) = &mut self.session else { return };
+        session.op_last += 1;
+        let op = OpId(session.op_last);
+        session.waiting.insert(op, waiting);
+        self.send(Message::Request(op, request), now_ms, out);
+    }
+
+    fn send(&mut self, message: Message, now_ms: u64, out: &mut Vec<Action>) {
+        let Some(session) = &mut self.session else { return };
+        match session.mailbox.send(&message) {
+            Ok(actions) => self.mailbox_actions(actions, now_ms, out),
+            Err(error) => self.violation(error.to_string(), now_ms, out),
+        }
+    }
+
+    fn violation(&mut self, text: String, now_ms: u64, out: &mut Vec<Action>) {
+        self.link_event(LinkEvent::Violation(text), now_ms, out);
+    }
+
+    fn mailbox_actions(&mut self, actions: Vec<MailboxAction>, now_ms: u64, out: &mut Vec<Action>) {
+        for action in actions {
+            match action {
+                MailboxAction::WriteSlot(slot) => out.push(Action::WriteSlot(slot)),
+                MailboxAction::WriteStatus(status) => out.push(Action::WriteStatus(status)),
+                MailboxAction::RingMailbox => out.push(Action::RingMailbox),
+                MailboxAction::Heartbeat(value) => {
+                    self.link_event(LinkEvent::PeerHeartbeat(value), now_ms, out);
+                }
+                MailboxAction::Deliver(message) => self.deliver(message, now_ms, out),
+                MailboxAction::UnknownOp { op, code } => {
+                    let text = "this version of Sublet does not know the operation: upgrade it";
+                    let refusal = Refusal {
+                        code: RefusalCode::UnknownOp,
+                        figure: code.into(),
+                        text: text.into(),
+                    };
+                    self.send(Message::Reply(op, code, Err(refusal)), now_ms, out);
+                }
+                MailboxAction::Violation(text) => self.violation(text, now_ms, out),
+            }
+        }
+    }
+
+    fn deliver(&mut self, message: Message, now_ms: u64, out: &mut Vec<Action>) {
+        match message {
+            Message::Request(op, Request::Hello { node, window_bytes }) => {
+                self.hello(node, window_bytes);
+                let reply =
+                    Reply::Hello { node: self.config.node, window_bytes: self.config.window_bytes };
+                let code = Request::HELLO;
+                self.send(Message::Reply(op, code, Ok(reply)), now_ms, out);
+            }
+            Message::Request(op, Request::Revoked { lease, text }) => {
+                let actions = self.borrower.revoked(lease, text);
+                self.borrower_actions(actions, now_ms, out);
+                self.send(Message::Reply(op, Request::REVOKED, Ok(Reply::Done)), now_ms, out);
+            }
+            Message::Request(op, request) => {
+                let secret = self.fresh_secret();
+                let code = request.op();
+                let actions = self.lender.request(op, code, request, &mut self.pool, secret);
+                self.lender_actions(actions, now_ms, out);
+            }
+            Message::Reply(op, _, result) => self.replied(op, result, now_ms, out),
+        }
+    }
+
+    fn replied(
+        &mut self,
+        op: OpId,
+        result: Result<Reply, Refusal>,
+        now_ms: u64,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(session) = &mut self.session else { return };
+        match session.waiting.remove(&op) {
+            Some(Waiting::Hello) => {
+                if let Ok(Reply::Hello { node, window_bytes }) = result {
+                    self.hello(node, window_bytes);
+                }
+            }
+            Some(Waiting::Step(step)) => {
+                let actions = self.borrower.reply(step, result, &mut self.pool);
+                self.borrower_actions(actions, now_ms, out);
+            }
+            Some(Waiting::Revoked(lease)) => self.lender.revoke_confirmed(lease, &mut self.pool),
+            None => {
+                let text = format!("an answer to operation {op}, which was never asked");
+                self.violation(text, now_ms, out);
+            }
+        }
+    }
+
+    fn hello(&mut self, node: u16, window_bytes: u64) {
+        let Some(session) = &mut self.session else { return };
+        if session.info.peer_node.replace(node).is_none() {
+            self.pool = SlicePool::open(self.config.window_bytes.min(window_bytes));
+        }
+    }
+
+    fn fresh_secret(&mut self) -> Secret {
+        let (a, b) = ((self.entropy)(), (self.entropy)());
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&a.to_le_bytes());
+        bytes[8..].copy_from_slice(&b.to_le_bytes());
+        Secret(bytes)
+    }
+
+    fn lender_actions(&mut self, actions: Vec<LenderAction>, now_ms: u64, out: &mut Vec<Action>) {
+        for action in actions {
+            match action {
+                LenderAction::Work(bdf, job, work) => out.push(Action::Work(bdf, job, work)),
+                LenderAction::Reply(op, code, result) => {
+                    self.send(Message::Reply(op, code, result), now_ms, out);
+                }
+                LenderAction::Revoked(lease, text) => {
+                    let request = Request::Revoked { lease, text };
+                    self.request(Waiting::Revoked(lease), request, now_ms, out);
+                }
+            }
+        }
+    }
+
+    fn borrower_actions(
+        &mut self,
+        actions: Vec<BorrowerAction>,
+        now_ms: u64,
+        out: &mut Vec<Action>,
+    ) {
+        for action in actions {
+            match action {
+                BorrowerAction::Send(step, request) => {
+                    self.request(Waiting::Step(step), request, now_ms, out);
+                }
+                BorrowerAction::Pin(step, pins) => out.push(Action::Pin(step, pins)),
+                BorrowerAction::Unpin(step, spans) => out.push(Action::Unpin(step, spans)),
+                BorrowerAction::Scan(lease, first, count) => {
+                    out.push(Action::Scan(lease, first, count));
+                }
+                BorrowerAction::ScanEnd(lease) => out.push(Action::ScanEnd(lease)),
+                BorrowerAction::Answer(token, result) => out.push(Action::Answer(token, result)),
+                BorrowerAction::Lost(lease, why) => out.push(Action::Lost(lease, why)),
+            }
+        }
+    }
+}

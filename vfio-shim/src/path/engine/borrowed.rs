@@ -1,0 +1,504 @@
+//! The borrowed function: the borrower's end of a path as a `Function`, for the vfio-user server.
+
+use super::{Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, lock};
+use crate::model::{
+    AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionInfo, IrqIndex,
+    MapError, Mapping, Memory, RegionIndex, ShadowConfig, Span, WindowOffset,
+};
+use crate::path::borrower::{Answer, Call, CallError, GuestMap, MAPS_MAX, OpenedPath};
+use crate::path::message::{LeaseId, Request};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+/// Interrupt requests on x86: an address space of guest RAM never maps them (Intel SDM 3A, 12.11).
+const MSI_HOLE: (u64, u64) = (0xfee0_0000, 0xfef0_0000);
+/// What guest-physical addresses can be at most: 52 bits.
+const GUEST_END: u64 = 1 << 52;
+
+struct Trigger {
+    fd: Option<OwnedFd>,
+    masked: bool,
+    held: bool,
+    signals: u64,
+}
+
+struct Triggers {
+    armed: Option<IrqIndex>,
+    vectors: Vec<Trigger>,
+    special: [Option<OwnedFd>; 2],
+}
+
+/// A function of another host, as this host's VMM sees it.
+pub struct BorrowedFunction {
+    engine: Arc<Engine>,
+    lease: LeaseId,
+    info: FunctionInfo,
+    slices: [Option<WindowOffset>; BAR_COUNT],
+    shadow: Mutex<ShadowConfig>,
+    state: Arc<LeaseShared>,
+    triggers: Arc<Mutex<Triggers>>,
+    maps: AtomicUsize,
+    stop: OwnedFd,
+    signaller: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A BAR of the far function as this process loads and stores it: its slice of the window.
+struct SliceAperture {
+    window: Arc<dyn Aperture>,
+    base: u64,
+    len: u64,
+    state: Arc<LeaseShared>,
+}
+
+impl SliceAperture {
+    fn is_open(&self, offset: u64, len: usize) -> bool {
+        let inside = offset.checked_add(len as u64).is_some_and(|end| end <= self.len);
+        inside && lock(&self.state.lost).is_none()
+    }
+}
+
+impl Aperture for SliceAperture {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if self.is_open(offset, data.len()) {
+            self.window.read(self.base + offset, data);
+        } else {
+            data.fill(0xff);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if self.is_open(offset, data.len()) {
+            self.window.write(self.base + offset, data);
+        }
+    }
+
+    fn mapping(&self) -> Option<&dyn Mapping> {
+        None
+    }
+}
+
+impl BorrowedFunction {
+    pub(super) fn start(
+        engine: Arc<Engine>,
+        lease: LeaseId,
+        opened: OpenedPath,
+        state: Arc<LeaseShared>,
+    ) -> Result<Arc<Self>, CallError> {
+        let (info, slices) = opened.function.into_parts();
+        let shadow = ShadowConfig::new(&opened.config, &info)
+            .map_err(|error| CallError::Gone(crate::path::words(&error)))?;
+        let info = FunctionInfo { ids: shadow.ids(), ..info };
+        let count = vector_count(&info);
+        let vector = || Trigger { fd: None, masked: false, held: false, signals: 0 };
+        let vectors = (0..count).map(|_| vector()).collect();
+        let triggers = Triggers { armed: None, vectors, special: [None, None] };
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let failed = |error: std::io::Error| CallError::Gone(error.to_string());
+        let stop = eventfd(0, flags).map_err(|error| failed(error.into()))?;
+        let triggers = Arc::new(Mutex::new(triggers));
+        let signaller = Signaller {
+            state: Arc::clone(&state),
+            triggers: Arc::clone(&triggers),
+            stop: stop.try_clone().map_err(failed)?,
+        };
+        let thread = std::thread::Builder::new().name(format!("irq-lease-{lease}"));
+        let handle = thread.spawn(move || signaller.run()).map_err(failed)?;
+        Ok(Arc::new(Self {
+            engine,
+            lease,
+            info,
+            slices,
+            shadow: Mutex::new(shadow),
+            state,
+            triggers,
+            maps: AtomicUsize::new(0),
+            stop,
+            signaller: Mutex::new(Some(handle)),
+        }))
+    }
+
+    /// The lease.
+    pub fn lease(&self) -> LeaseId {
+        self.lease
+    }
+
+    /// Why the lease is lost, if it is.
+    pub fn lost(&self) -> Option<String> {
+        lock(&self.state.lost).clone()
+    }
+
+    /// Per vector: how often its eventfd was signalled.
+    pub fn signals(&self) -> Vec<u64> {
+        lock(&self.triggers).vectors.iter().map(|vector| vector.signals).collect()
+    }
+
+    fn forward(&self, act: &'static str, request: Request, wait_ms: u64) -> Result<Answer, FunctionError> {
+        if let Some(why) = self.lost() {
+            return Err(FunctionError::Gone(why));
+        }
+        let answer = self.engine.call(Call::Forward(self.lease, request), wait_ms);
+        answer.map_err(|error| match error {
+            CallError::Gone(why) => FunctionError::Gone(why),
+            CallError::Timeout(ms) => FunctionError::Timeout { act, ms },
+            other => FunctionError::Peer { act, cause: other.to_string() },
+        })
+    }
+
+    fn check(&self, region: RegionIndex, offset: u64, len: usize) -> Result<(), FunctionError> {
+        let size = self.info.region(region).map_or(0, |region| region.size);
+        match Span::new(offset, len as u64) {
+            Some(span) if span.end() <= size => Ok(()),
+            span => {
+                let span = span.or(Span::new(offset, 0)).unwrap_or(EMPTY);
+                Err(FunctionError::OutOfRange { region: region.0, span })
+            }
+        }
+    }
+
+    fn in_area(&self, region: RegionIndex, offset: u64, len: usize) -> bool {
+        let Some(info) = self.info.region(region) else { return false };
+        let span = Span::new(offset, len as u64);
+        span.is_some_and(|span| info.areas.iter().any(|area| area.contains(span)))
+    }
+
+    fn config_write(&self, offset: u64, data: &[u8]) -> Result<(), FunctionError> {
+        let effects = lock(&self.shadow).write(offset as usize, data);
+        if let Some(enable) = effects.bus_master {
+            let request = Request::BusMaster { lease: self.lease, enable };
+            self.forward("set bus mastering", request, MAP_WAIT_MS)?;
+        }
+        if effects.flr {
+            self.reset()?;
+        }
+        Ok(())
+    }
+
+    /// Whichever of MSI and MSI-X the guest uses: all its vectors are armed on the lender at the
+    /// first trigger, and stay so until a reset. A trigger swap after that is local.
+    fn arm(&self, index: IrqIndex) -> Result<(), FunctionError> {
+        let armed = lock(&self.triggers).armed;
+        if armed == Some(index) {
+            return Ok(());
+        }
+        let request = Request::Irqs { lease: self.lease, index, enable: true };
+        self.forward("enable interrupts", request, RESET_WAIT_MS)?;
+        lock(&self.triggers).armed = Some(index);
+        Ok(())
+    }
+
+    fn vectors(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        count: usize,
+    ) -> Result<std::ops::Range<usize>, FunctionError> {
+        let have = self.info.irqs[index as usize].count;
+        let end = u64::from(start) + count as u64;
+        if end > u64::from(have) {
+            return Err(FunctionError::NoVector { index, start, end, count: have });
+        }
+        Ok(start as usize..end as usize)
+    }
+}
+
+const EMPTY: Span = match Span::new(0, 0) {
+    Some(span) => span,
+    None => panic!("an empty span fits"),
+};
+
+fn vector_count(info: &FunctionInfo) -> u32 {
+    info.irqs[IrqIndex::Msi as usize].count.max(info.irqs[IrqIndex::Msix as usize].count)
+}
+
+impl Function for BorrowedFunction {
+    fn info(&self) -> &FunctionInfo {
+        &self.info
+    }
+
+    fn region_read(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<(), FunctionError> {
+        self.check(region, offset, data.len())?;
+        if region == RegionIndex::CONFIG {
+            lock(&self.shadow).read(offset as usize, data);
+            return Ok(());
+        }
+        data.fill(0xff);
+        if let Some(bar) = self.bar(region)
+            && self.in_area(region, offset, data.len())
+        {
+            bar.read(offset, data);
+            return Ok(());
+        }
+        let request = Request::RegionRead {
+            lease: self.lease,
+            region: region.0 as u8,
+            offset,
+            len: data.len() as u8,
+        };
+        match self.forward("read a register", request, MAP_WAIT_MS) {
+            Ok(Answer::Bytes(bytes)) if bytes.len() == data.len() => data.copy_from_slice(&bytes),
+            Ok(_) | Err(FunctionError::Gone(_)) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn region_write(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), FunctionError> {
+        self.check(region, offset, data.len())?;
+        if region == RegionIndex::CONFIG {
+            return self.config_write(offset, data);
+        }
+        if let Some(bar) = self.bar(region)
+            && self.in_area(region, offset, data.len())
+        {
+            bar.write(offset, data);
+            return Ok(());
+        }
+        let request = Request::RegionWrite {
+            lease: self.lease,
+            region: region.0 as u8,
+            offset,
+            data: data.to_vec(),
+        };
+        match self.forward("write a register", request, MAP_WAIT_MS) {
+            Ok(_) | Err(FunctionError::Gone(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn bar(&self, region: RegionIndex) -> Option<Arc<dyn Aperture>> {
+        let slice = self.slices[region.bar()?]?;
+        Some(Arc::new(SliceAperture {
+            window: self.engine.port().window(0),
+            base: slice.0,
+            len: self.info.region(region)?.size,
+            state: Arc::clone(&self.state),
+        }))
+    }
+
+    fn mmap_fd(&self, region: RegionIndex) -> Option<(BorrowedFd<'_>, u64)> {
+        let slice = self.slices[region.bar()?]?;
+        let (fd, window) = self.engine.port().window_fd(0)?;
+        Some((fd, window + slice.0))
+    }
+
+    fn set_irqs(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        triggers: Vec<Option<OwnedFd>>,
+    ) -> Result<(), FunctionError> {
+        let range = self.vectors(index, start, triggers.len())?;
+        if matches!(index, IrqIndex::Err | IrqIndex::Req) {
+            let at = usize::from(index == IrqIndex::Req);
+            lock(&self.triggers).special[at] = triggers.into_iter().next().flatten();
+            return Ok(());
+        }
+        let any = triggers.iter().any(Option::is_some);
+        {
+            let mut held = lock(&self.triggers);
+            for (vector, fd) in range.zip(triggers) {
+                held.vectors[vector].fd = fd;
+            }
+        }
+        if any {
+            self.arm(index)?;
+        }
+        // What was raised while there was no trigger is delivered now.
+        self.state.signals.wake();
+        Ok(())
+    }
+
+    fn disable_irqs(&self, index: IrqIndex) -> Result<(), FunctionError> {
+        let mut held = lock(&self.triggers);
+        match index {
+            IrqIndex::Err => held.special[0] = None,
+            IrqIndex::Req => held.special[1] = None,
+            _ if held.armed == Some(index) => {
+                for vector in &mut held.vectors {
+                    vector.fd = None;
+                    vector.masked = false;
+                    vector.held = false;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn mask_irqs(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        count: u32,
+        masked: bool,
+    ) -> Result<(), FunctionError> {
+        let range = self.vectors(index, start, count as usize)?;
+        for vector in &mut lock(&self.triggers).vectors[range] {
+            vector.masked = masked;
+        }
+        // The lender stops too, so that a masked storm crosses no cable.
+        let request = Request::Mask { lease: self.lease, index, start, count, masked };
+        self.forward("mask interrupts", request, MAP_WAIT_MS)?;
+        self.state.signals.wake();
+        Ok(())
+    }
+
+    fn raise_irqs(&self, index: IrqIndex, start: u32, count: u32) -> Result<(), FunctionError> {
+        for vector in self.vectors(index, start, count as usize)? {
+            self.state.signals.raise(vector as u32);
+        }
+        Ok(())
+    }
+
+    fn reset(&self) -> Result<(), FunctionError> {
+        let request = Request::Reset { lease: self.lease };
+        self.forward("reset the function", request, RESET_WAIT_MS)?;
+        lock(&self.shadow).reset();
+        let again = {
+            let mut held = lock(&self.triggers);
+            let again = held.armed.take();
+            again.filter(|_| held.vectors.iter().any(|vector| vector.fd.is_some()))
+        };
+        again.map_or(Ok(()), |index| self.arm(index))
+    }
+
+    fn address_space(&self) -> &dyn AddressSpace {
+        self
+    }
+}
+
+impl AddressSpace for BorrowedFunction {
+    fn usable(&self) -> Vec<Span> {
+        let low = Span::new(0, MSI_HOLE.0);
+        let high = Span::new(MSI_HOLE.1, GUEST_END - MSI_HOLE.1);
+        low.into_iter().chain(high).collect()
+    }
+
+    fn available(&self) -> u32 {
+        MAPS_MAX.saturating_sub(self.maps.load(Ordering::Relaxed)) as u32
+    }
+
+    fn map(&self, maps: &[DmaMap<'_>]) -> Result<(), MapError> {
+        let mut guest = Vec::with_capacity(maps.len());
+        for map in maps {
+            let Memory::Fd(fd, fd_offset) = map.memory else {
+                return Err(MapError::NoMapping(map.span));
+            };
+            let fd = fd.try_clone_to_owned();
+            let fd = fd.map_err(|source| MapError::Kernel { act: "map", span: map.span, source })?;
+            let (span, access) = (map.span, map.access);
+            guest.push(GuestMap { span, access, fd: Arc::new(fd), fd_offset });
+        }
+        let all = maps.first().map_or(EMPTY, |map| map.span);
+        match self.engine.call(Call::Map(self.lease, guest), MAP_WAIT_MS) {
+            Ok(_) => {
+                self.maps.fetch_add(maps.len(), Ordering::Relaxed);
+                Ok(())
+            }
+            Err(error) => Err(map_error(all, error)),
+        }
+    }
+
+    fn unmap(&self, span: Span) -> Result<u64, MapError> {
+        if self.lost().is_some() {
+            // The session's end has unmapped all.
+            return Ok(0);
+        }
+        match self.engine.call(Call::Unmap(self.lease, span), MAP_WAIT_MS) {
+            Ok(Answer::Unmapped(bytes)) => Ok(bytes),
+            Ok(_) | Err(CallError::Gone(_)) => Ok(0),
+            Err(error) => Err(map_error(span, error)),
+        }
+    }
+}
+
+fn map_error(span: Span, error: CallError) -> MapError {
+    match error {
+        CallError::Gone(why) => MapError::Gone(why),
+        CallError::Timeout(ms) => MapError::Timeout(span, ms),
+        CallError::Overlap(span) => MapError::Overlap(span),
+        other => MapError::Peer { span, cause: other.to_string() },
+    }
+}
+
+impl Drop for BorrowedFunction {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        if let Some(handle) = lock(&self.signaller).take() {
+            let _ = handle.join();
+        }
+    }
+}
+
+/// The thread that writes the VMM's eventfds: the port's threads never touch them.
+struct Signaller {
+    state: Arc<LeaseShared>,
+    triggers: Arc<Mutex<Triggers>>,
+    stop: OwnedFd,
+}
+
+impl Signaller {
+    fn run(self) {
+        loop {
+            let mut fds = [
+                PollFd::from_borrowed_fd(self.state.signals.wake_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "interrupts of a borrowed function stop");
+                    return;
+                }
+            }
+            if !fds[1].revents().is_empty() {
+                return;
+            }
+            self.deliver();
+        }
+    }
+
+    fn deliver(&self) {
+        let mut held = lock(&self.triggers);
+        self.state.signals.take(|vector| {
+            if let Some(vector) = held.vectors.get_mut(vector as usize) {
+                vector.held = true;
+            }
+        });
+        for vector in held.vectors.iter_mut().filter(|vector| vector.held && !vector.masked) {
+            if let Some(fd) = &vector.fd {
+                vector.held = false;
+                vector.signals += u64::from(signal(fd.as_fd()));
+            }
+        }
+        if lock(&self.state.lost).is_some()
+            && let Some(fd) = held.special[0].take()
+        {
+            signal(fd.as_fd());
+        }
+    }
+}
+
+/// Writes an eventfd that came from a VMM; one at its limit is left alone: it is readable anyway.
+fn signal(fd: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+    let ready = poll(&mut fds, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 }));
+    ready.is_ok_and(|count| count == 1) && rustix::io::write(fd, &1u64.to_ne_bytes()).is_ok()
+}

@@ -1,0 +1,492 @@
+//! The control thread: feeds `PortCore` and carries its actions out; nothing here waits for an ioctl.
+
+use super::executor::{Executor, ExecutorShared};
+use super::irq::{IrqCommand, IrqHandle, IrqThread, RelayCounters};
+use super::mapper::{Mapper, MapperJob};
+use super::{EngineConfig, EngineError, LeaseShared, Shared, lock};
+use crate::model::{
+    Access, Aperture, Bdf, DmaMap, Function, Memory, Span, WindowOffset,
+};
+use crate::ntb::NtbPort;
+use crate::path::borrower::{Call, LeaseStatus, Token};
+use crate::path::core::{Action, CoreConfig, Event, Inbox, PortCore, SessionInfo};
+use crate::path::lender::{JobId, OfferState, OfferStatus};
+use crate::path::mailbox::MailboxCounters;
+use crate::path::message::{LeaseId, PoolEntry, Refusal};
+use crate::path::wire::{
+    BELL_IRQ, BELL_MAILBOX, MAILBOX_BYTES, SLOT, SLOT_BYTES, SLOT_COMMIT, STATUS, STATUS_BYTES,
+    ScratchpadSet,
+};
+use crate::path::work::FunctionWork;
+use crate::vfio::{MappingSpec, Mmio};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+/// What reaches the control thread.
+pub(crate) enum Input {
+    Beat,
+    Bell,
+    LinkChange,
+    Event(Event),
+    Call(Token, Call),
+    Offer(Box<PoolEntry>, Arc<dyn Function>, mpsc::Sender<Result<(), Refusal>>),
+    Withdraw(Bdf, mpsc::Sender<Result<(), Refusal>>),
+    Revoke(Bdf, String),
+    Status(mpsc::Sender<PortStatus>),
+    Stop,
+}
+
+/// The open session, as `status` tells it.
+#[derive(Clone, Debug)]
+pub struct SessionStatus {
+    /// The session.
+    pub info: SessionInfo,
+    /// Its age in milliseconds.
+    pub age_ms: u64,
+    /// The mailbox's counters.
+    pub mailbox: MailboxCounters,
+}
+
+/// A lent function, as `status` tells it.
+#[derive(Clone, Debug)]
+pub struct LentStatus {
+    /// What the lender's end knows.
+    pub offer: OfferStatus,
+    /// Per vector: the sum of its eventfd's values in the current or last path.
+    pub raised: Vec<u64>,
+    /// Fences read.
+    pub fences: u64,
+    /// Bells rung.
+    pub bells: u64,
+    /// Fences that did not read the peer's nonce.
+    pub suspects: u64,
+}
+
+/// Everything that `status` tells of a port.
+#[derive(Clone, Debug)]
+pub struct PortStatus {
+    /// Whether the link is up.
+    pub link_up: bool,
+    /// The link session's state in words.
+    pub link: String,
+    /// The open session.
+    pub session: Option<SessionStatus>,
+    /// Why the last session ended.
+    pub over_reason: Option<String>,
+    /// The usable window in bytes; 0 until the peer said hello.
+    pub window_usable: u64,
+    /// Free bytes of it.
+    pub window_free: u64,
+    /// Lent functions.
+    pub lent: Vec<LentStatus>,
+    /// Borrowed leases.
+    pub borrowed: Vec<(LeaseStatus, Vec<u64>)>,
+}
+
+struct Worker {
+    jobs: mpsc::Sender<(JobId, FunctionWork)>,
+    handle: JoinHandle<()>,
+    shared: Arc<ExecutorShared>,
+}
+
+pub(super) struct Control {
+    port: Arc<dyn NtbPort>,
+    config: EngineConfig,
+    shared: Arc<Shared>,
+    inbox: mpsc::Sender<Input>,
+    core: PortCore,
+    mailbox: Arc<dyn Aperture>,
+    mailbox_span: Span,
+    window: Arc<dyn Aperture>,
+    irq: IrqHandle,
+    irq_thread: Option<IrqThread>,
+    irq_join: Option<JoinHandle<()>>,
+    mapper: Option<mpsc::Sender<MapperJob>>,
+    mapper_join: Option<JoinHandle<()>>,
+    workers: HashMap<Bdf, Worker>,
+    stopping: bool,
+}
+
+fn spawn(
+    name: String,
+    what: &'static str,
+    run: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, EngineError> {
+    let builder = std::thread::Builder::new().name(name);
+    builder.spawn(run).map_err(|source| EngineError::Thread { what, source })
+}
+
+fn entropy() -> u64 {
+    let mut bytes = [0; 8];
+    let mut have = 0;
+    while have < bytes.len() {
+        // getrandom only fails before the kernel's pool is ready, or on a signal: ask again.
+        let flags = rustix::rand::GetRandomFlags::empty();
+        have += rustix::rand::getrandom(&mut bytes[have..], flags).unwrap_or(0);
+    }
+    u64::from_ne_bytes(bytes)
+}
+
+/// The mailbox's memory: a memfd of its own, in no tenant's reach.
+fn mailbox_memory() -> Result<(OwnedFd, Arc<dyn Aperture>), EngineError> {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    let failed = |act| move |source| EngineError::Mailbox { act, source };
+    let fd = memfd_create("sublet-mailbox", MemfdFlags::CLOEXEC)
+        .map_err(|error| failed("made")(error.into()))?;
+    ftruncate(&fd, MAILBOX_BYTES).map_err(|error| failed("made")(error.into()))?;
+    let spec = MappingSpec { offset: 0, len: MAILBOX_BYTES, physical: None };
+    let mapped = Mmio::map(fd.as_fd(), &[spec]).map_err(failed("mapped"))?;
+    Ok((fd, Arc::new(mapped)))
+}
+
+impl Control {
+    pub(super) fn new(
+        port: Arc<dyn NtbPort>,
+        config: EngineConfig,
+        shared: Arc<Shared>,
+        inbox: mpsc::Sender<Input>,
+    ) -> Result<Self, EngineError> {
+        let (memory, mailbox) = mailbox_memory()?;
+        let mailbox_span = Span::new(config.window_base.0, MAILBOX_BYTES)
+            .ok_or(crate::model::MapError::TooMany(0))?;
+        port.window_close(0);
+        port.address_space().map(&[DmaMap {
+            span: mailbox_span,
+            access: Access::READ_WRITE,
+            memory: Memory::Fd(memory.as_fd(), 0),
+        }])?;
+        port.doorbell_unmask_only(1 << BELL_MAILBOX | 1 << BELL_IRQ);
+        let (thread, irq) = IrqThread::new(
+            Arc::clone(&port),
+            Arc::clone(&mailbox),
+            config.heartbeat_ms,
+            inbox.clone(),
+        )?;
+        let core = PortCore::new(
+            CoreConfig {
+                node: config.node,
+                window_bytes: config.window_bytes,
+                heartbeat_ms: config.heartbeat_ms,
+                lost_after_ms: config.lost_after_ms,
+            },
+            Box::new(entropy),
+        );
+        Ok(Self {
+            window: port.window(0),
+            port,
+            config,
+            shared,
+            inbox,
+            core,
+            mailbox,
+            mailbox_span,
+            irq,
+            irq_thread: Some(thread),
+            irq_join: None,
+            mapper: None,
+            mapper_join: None,
+            workers: HashMap::new(),
+            stopping: false,
+        })
+    }
+
+    /// Starts irq thread, mapper, and this thread.
+    pub(super) fn spawn(
+        mut self,
+        events: mpsc::Receiver<Input>,
+    ) -> Result<JoinHandle<()>, EngineError> {
+        let name = self.config.name.clone();
+        if let Some(thread) = self.irq_thread.take() {
+            let run = move || thread.run();
+            self.irq_join = Some(spawn(format!("{name}-irq"), "irq thread", run)?);
+        }
+        let (jobs, work) = mpsc::channel();
+        let mapper = Mapper {
+            port: Arc::clone(&self.port),
+            base: self.config.window_base,
+            inbox: self.inbox.clone(),
+        };
+        self.mapper = Some(jobs);
+        let run = move || mapper.run(&work);
+        self.mapper_join = Some(spawn(format!("{name}-map"), "mapper thread", run)?);
+        spawn(format!("{name}-ctl"), "control thread", move || self.run(&events))
+    }
+
+    fn run(mut self, events: &mpsc::Receiver<Input>) {
+        for input in events {
+            self.input(input);
+            if self.stopping && self.core.is_idle() {
+                break;
+            }
+        }
+        self.end();
+    }
+
+    fn input(&mut self, input: Input) {
+        let now = self.shared.now_ms();
+        let event = match input {
+            Input::Beat if self.stopping => return,
+            Input::Beat => Event::Beat {
+                link_up: self.port.link_is_up(),
+                spads: std::array::from_fn(|index| self.port.spad_read(index as u32)),
+                inbox: self.read_inbox(),
+            },
+            Input::Bell => Event::Bell(self.read_inbox()),
+            Input::LinkChange if self.stopping => return,
+            Input::LinkChange => Event::LinkChange(self.port.link_is_up()),
+            Input::Event(event) => event,
+            Input::Call(token, call) => Event::Call(token, call),
+            Input::Offer(entry, function, reply) => {
+                let _ = reply.send(self.offer(*entry, function));
+                return;
+            }
+            Input::Withdraw(bdf, reply) => {
+                let _ = reply.send(self.withdraw(bdf));
+                return;
+            }
+            Input::Revoke(bdf, why) => {
+                let actions = self.core.revoke(bdf, &why, now);
+                return self.perform(actions);
+            }
+            Input::Status(reply) => {
+                let _ = reply.send(self.status(now));
+                return;
+            }
+            Input::Stop => {
+                self.stopping = true;
+                self.port.link_enable(false);
+                let actions = self.core.shut_down(now);
+                return self.perform(actions);
+            }
+        };
+        let actions = self.core.handle(event, now);
+        self.perform(actions);
+    }
+
+    fn read_inbox(&self) -> Inbox {
+        let mut status = [0; STATUS_BYTES];
+        self.mailbox.read(STATUS as u64, &mut status);
+        let mut slot = Box::new([0; SLOT_BYTES]);
+        let commit = self.mailbox.read_u64((SLOT + SLOT_COMMIT) as u64);
+        std::sync::atomic::fence(Ordering::Acquire);
+        if commit != 0 {
+            self.mailbox.read(SLOT as u64, &mut slot[..SLOT_COMMIT]);
+            slot[SLOT_COMMIT..].copy_from_slice(&commit.to_le_bytes());
+        }
+        Inbox { status, slot }
+    }
+
+    fn perform(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::CloseWindow => self.port.window_close(0),
+            Action::PrepareMailbox(nonce) => self.prepare_mailbox(nonce),
+            Action::OpenWindow => self.open_window(),
+            Action::Post(set) => self.post(&set),
+            Action::WriteSlot(slot) => self.write_slot(&slot),
+            Action::WriteStatus(status) => self.window.write(STATUS as u64, &status),
+            Action::RingMailbox => self.port.peer_doorbell_ring(1 << BELL_MAILBOX),
+            Action::SessionOpened { session, peer_nonce } => {
+                tracing::info!(port = self.config.name, "link session {session:#018x} is open");
+                self.irq.send(IrqCommand::SessionOpened { session, peer_nonce });
+            }
+            Action::SessionOver => {
+                let why = self.core.over_reason().unwrap_or("unknown");
+                tracing::warn!(port = self.config.name, "the link session is over: {why}");
+                self.irq.send(IrqCommand::SessionOver);
+            }
+            Action::Work(bdf, job, work) => self.work(bdf, job, work),
+            Action::Pin(step, pins) => self.map(MapperJob::Pin(step, pins)),
+            Action::Unpin(step, spans) => {
+                let base = self.config.window_base.0;
+                let span = |(offset, len): (WindowOffset, u64)| Span::new(base + offset.0, len);
+                self.map(MapperJob::Unpin(step, spans.into_iter().filter_map(span).collect()));
+            }
+            Action::Scan(lease, first, count) => {
+                if let Some(state) = self.borrowed(lease) {
+                    self.clear_words(first, count);
+                    let signals = Arc::clone(&state.signals);
+                    self.irq.send(IrqCommand::Scan { lease, first, count, signals });
+                }
+            }
+            Action::ScanEnd(lease) => self.irq.send(IrqCommand::ScanEnd(lease)),
+            Action::Answer(token, result) => {
+                if let Some(reply) = lock(&self.shared.calls).remove(&token) {
+                    let _ = reply.send(result);
+                }
+            }
+            Action::Lost(lease, why) => {
+                if let Some(state) = self.borrowed(lease) {
+                    *lock(&state.lost) = Some(why);
+                    state.signals.wake();
+                }
+            }
+        }
+    }
+
+    fn borrowed(&self, lease: LeaseId) -> Option<Arc<LeaseShared>> {
+        lock(&self.shared.borrowed).get(&lease).cloned()
+    }
+
+    fn work(&mut self, bdf: Bdf, job: JobId, work: FunctionWork) {
+        let sent = self.workers.get(&bdf).is_some_and(|worker| worker.jobs.send((job, work)).is_ok());
+        if !sent {
+            let refusal = Refusal::stopped();
+            let _ = self.inbox.send(Input::Event(Event::Worked(job, Err(refusal))));
+        }
+    }
+
+    fn map(&self, job: MapperJob) {
+        // The mapper lives as long as control does.
+        if let Some(mapper) = &self.mapper {
+            let _ = mapper.send(job);
+        }
+    }
+
+    fn prepare_mailbox(&self, nonce: u64) {
+        for offset in (0..MAILBOX_BYTES).step_by(8) {
+            self.mailbox.write_u64(offset, 0);
+        }
+        self.mailbox.write_u64(0, nonce);
+    }
+
+    fn clear_words(&self, first: u32, count: u32) {
+        for word in first..first + count {
+            let offset = crate::path::wire::IRQ_TABLE as u64 + u64::from(word) * 8;
+            self.mailbox.write_u64(offset, 0);
+        }
+    }
+
+    fn open_window(&self) {
+        let (base, bytes) = (self.config.window_base, self.config.window_bytes);
+        if let Err(error) = self.port.window_open(0, base, bytes) {
+            tracing::error!(port = self.config.name, %error, "the inbound window stays closed");
+        }
+    }
+
+    /// 5 := 0 first and its value last, so that a reader never takes half a set.
+    fn post(&self, set: &ScratchpadSet) {
+        let words = set.encode();
+        self.port.peer_spad_write(5, 0);
+        for (index, word) in words.iter().enumerate() {
+            self.port.peer_spad_write(index as u32, *word);
+        }
+    }
+
+    /// Only what the message fills, then the commit: a store across the NTB is dear.
+    fn write_slot(&self, slot: &[u8; SLOT_BYTES]) {
+        let used = crate::path::wire::slot_used_bytes(slot);
+        self.window.write(SLOT as u64, &slot[..used]);
+        std::sync::atomic::fence(Ordering::Release);
+        self.window.write((SLOT + SLOT_COMMIT) as u64, &slot[SLOT_COMMIT..]);
+    }
+
+    fn offer(&mut self, entry: PoolEntry, function: Arc<dyn Function>) -> Result<(), Refusal> {
+        let bdf = entry.bdf;
+        self.core.lender.offer(entry, function.info().clone())?;
+        let (jobs, work) = mpsc::channel();
+        let shared = Arc::new(ExecutorShared::default());
+        let executor = Executor {
+            function,
+            port: Arc::clone(&self.port),
+            base: self.config.window_base,
+            irq: self.irq.clone(),
+            inbox: self.inbox.clone(),
+            shared: Arc::clone(&shared),
+            path: None,
+        };
+        let name = format!("{}-{bdf}", self.config.name);
+        match spawn(name, "executor thread", move || executor.run(&work)) {
+            Ok(handle) => {
+                self.workers.insert(bdf, Worker { jobs, handle, shared });
+                Ok(())
+            }
+            Err(error) => {
+                let _ = self.core.lender.withdraw(bdf);
+                Err(Refusal::kernel(&error))
+            }
+        }
+    }
+
+    fn withdraw(&mut self, bdf: Bdf) -> Result<(), Refusal> {
+        self.core.lender.withdraw(bdf)?;
+        if let Some(worker) = self.workers.remove(&bdf) {
+            // Idle by the lender's state, so that this does not wait for an ioctl.
+            drop(worker.jobs);
+            let _ = worker.handle.join();
+        }
+        Ok(())
+    }
+
+    fn status(&self, now_ms: u64) -> PortStatus {
+        let session = self.core.session().map(|info| SessionStatus {
+            info: info.clone(),
+            age_ms: now_ms - info.since_ms,
+            mailbox: self.core.mailbox().map(|m| m.counters().clone()).unwrap_or_default(),
+        });
+        let lent = self.core.lender.status().into_iter().map(|offer| self.lent(offer)).collect();
+        let borrowed = self.core.borrower.status().into_iter();
+        PortStatus {
+            link_up: self.port.link_is_up(),
+            link: self.core.link().state().to_string(),
+            session,
+            over_reason: self.core.over_reason().map(str::to_owned),
+            window_usable: self.core.pool().usable_bytes(),
+            window_free: self.core.pool().free_bytes(),
+            lent,
+            borrowed: borrowed
+                .map(|status| {
+                    let state = self.borrowed(status.lease);
+                    (status, state.map(|s| s.signals.scanned()).unwrap_or_default())
+                })
+                .collect(),
+        }
+    }
+
+    fn lent(&self, offer: OfferStatus) -> LentStatus {
+        let worker = self.workers.get(&offer.entry.bdf);
+        let counters: Option<Arc<RelayCounters>> =
+            worker.and_then(|worker| lock(&worker.shared.counters).clone());
+        let load = |value: &std::sync::atomic::AtomicU64| value.load(Ordering::Relaxed);
+        let raised = counters.as_ref().map(|c| c.raised.iter().map(load).collect());
+        LentStatus {
+            offer,
+            raised: raised.unwrap_or_default(),
+            fences: counters.as_ref().map_or(0, |c| load(&c.fences)),
+            bells: counters.as_ref().map_or(0, |c| load(&c.bells)),
+            suspects: counters.as_ref().map_or(0, |c| load(&c.suspects)),
+        }
+    }
+
+    /// Executors, mapper, irq thread; then the window is closed and the mailbox unmapped.
+    fn end(&mut self) {
+        for (_, worker) in self.workers.drain() {
+            drop(worker.jobs);
+            let _ = worker.handle.join();
+        }
+        self.mapper = None;
+        self.irq.send(IrqCommand::Stop);
+        for handle in [self.mapper_join.take(), self.irq_join.take()].into_iter().flatten() {
+            let _ = handle.join();
+        }
+        self.port.window_close(0);
+        if let Err(error) = self.port.address_space().unmap(self.mailbox_span) {
+            tracing::error!(%error, "the mailbox stays mapped");
+        }
+    }
+}
+
+impl OfferState {
+    /// Whether somebody has the function.
+    pub fn is_in_use(&self) -> bool {
+        matches!(self, Self::Leased | Self::Opening | Self::Open | Self::Closing)
+    }
+}

@@ -1,0 +1,267 @@
+//! The executor of one lent function: does its work piece by piece, and undoes a path in one order.
+//!
+//! The one order of undoing, for return, revoke, session end and a failed open alike; each step
+//! is idempotent:
+//! 1. interrupts off (`SET_IRQS`), and the relay confirms that it rings no more
+//! 2. bus mastering off: no DMA begins after this
+//! 3. BAR slices out of the port's container: the peer reaches no register
+//! 4. reset
+//! 5. guest RAM out of the function's container
+
+use super::control::Input;
+use super::irq::{IrqCommand, IrqHandle, Relay, RelayCounters};
+use crate::model::{
+    Access, BAR_COUNT, DmaMap, Function, FunctionError, IrqIndex, MapError, Memory, PortIova,
+    RegionIndex, Span, WindowOffset,
+};
+use crate::ntb::NtbPort;
+use crate::path::core::Event;
+use crate::path::lender::JobId;
+use crate::path::message::{MapRange, Refusal};
+use crate::path::work::{FunctionWork, OpenPlan, WorkOutcome};
+use rustix::event::{EventfdFlags, eventfd};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, mpsc};
+
+const COMMAND: u64 = 0x04;
+const COMMAND_MEMORY: u16 = 1 << 1;
+const COMMAND_BUS_MASTER: u16 = 1 << 2;
+
+type Done = Result<WorkOutcome, Refusal>;
+
+/// What `status` reads of an executor.
+#[derive(Default)]
+pub(super) struct ExecutorShared {
+    pub(super) counters: Mutex<Option<Arc<RelayCounters>>>,
+}
+
+pub(super) struct Executor {
+    pub(super) function: Arc<dyn Function>,
+    pub(super) port: Arc<dyn NtbPort>,
+    pub(super) base: PortIova,
+    pub(super) irq: IrqHandle,
+    pub(super) inbox: mpsc::Sender<Input>,
+    pub(super) shared: Arc<ExecutorShared>,
+    pub(super) path: Option<OpenPath>,
+}
+
+pub(super) struct OpenPath {
+    plan: OpenPlan,
+    slices: Vec<Span>,
+    maps: Vec<Span>,
+    armed: Option<IrqIndex>,
+}
+
+impl Executor {
+    /// Works until the senders of `jobs` are gone; a path still open then is undone.
+    pub(super) fn run(mut self, jobs: &mpsc::Receiver<(JobId, FunctionWork)>) {
+        for (job, work) in jobs {
+            let result = self.work(work);
+            let _ = self.inbox.send(Input::Event(Event::Worked(job, result)));
+        }
+        if let Err(refusal) = self.close() {
+            tracing::error!(%refusal, "a lent function was not put back to power-on state");
+        }
+    }
+
+    fn work(&mut self, work: FunctionWork) -> Done {
+        match work {
+            FunctionWork::Open(plan) => self.open(plan),
+            FunctionWork::Close => self.close().map(|()| WorkOutcome::Done),
+            FunctionWork::Map(ranges) => self.map(&ranges),
+            FunctionWork::Unmap(spans) => self.unmap(&spans),
+            FunctionWork::Irqs(index, enable) => self.irqs(index, enable),
+            FunctionWork::Mask { index: _, start, count, masked } => {
+                let lease = self.path()?.plan.lease;
+                self.irq.send(IrqCommand::Mask { lease, start, count, masked });
+                Ok(WorkOutcome::Done)
+            }
+            FunctionWork::BusMaster(enable) => {
+                self.command(COMMAND_BUS_MASTER, enable)?;
+                Ok(WorkOutcome::Done)
+            }
+            FunctionWork::Reset => self.reset(),
+            FunctionWork::Config { offset, len } => {
+                self.read(RegionIndex::CONFIG, offset.into(), len.into())
+            }
+            FunctionWork::Read { region, offset, len } => self.read(region, offset, len.into()),
+            FunctionWork::Write { region, offset, data } => {
+                self.function.region_write(region, offset, &data)?;
+                Ok(WorkOutcome::Done)
+            }
+        }
+    }
+
+    fn path(&mut self) -> Result<&mut OpenPath, Refusal> {
+        self.path.as_mut().ok_or_else(Refusal::not_open)
+    }
+
+    fn read(&self, region: RegionIndex, offset: u64, len: usize) -> Done {
+        let mut data = vec![0xff; len];
+        self.function.region_read(region, offset, &mut data)?;
+        Ok(WorkOutcome::Bytes(data))
+    }
+
+    fn command(&self, bits: u16, on: bool) -> Result<(), FunctionError> {
+        let mut bytes = [0; 2];
+        self.function.region_read(RegionIndex::CONFIG, COMMAND, &mut bytes)?;
+        let old = u16::from_le_bytes(bytes);
+        let new = if on { old | bits } else { old & !bits };
+        self.function.region_write(RegionIndex::CONFIG, COMMAND, &new.to_le_bytes())
+    }
+
+    fn open(&mut self, plan: OpenPlan) -> Done {
+        let irq_words = plan.irq_count as usize;
+        *super::lock(&self.shared.counters) = Some(Arc::new(RelayCounters {
+            raised: (0..irq_words).map(|_| 0.into()).collect(),
+            ..RelayCounters::default()
+        }));
+        self.path = Some(OpenPath { plan, slices: Vec::new(), maps: Vec::new(), armed: None });
+        let opened = self.prepare();
+        if opened.is_err() {
+            // The first cause is what the peer is told; a failed reset shows at the next open.
+            let _ = self.close();
+        }
+        opened
+    }
+
+    /// The reset that counts: at the start of a lease.
+    fn prepare(&mut self) -> Done {
+        self.command(COMMAND_BUS_MASTER, false)?;
+        self.function.reset()?;
+        self.command(COMMAND_MEMORY, true)?;
+        self.map_slices()?;
+        let config = self.function.info().regions[RegionIndex::CONFIG.0 as usize].size;
+        Ok(WorkOutcome::Opened { config_len: config.min(4096) as u16 })
+    }
+
+    fn map_slices(&mut self) -> Result<(), Refusal> {
+        let plan = self.path()?.plan.clone();
+        for bar in 0..BAR_COUNT {
+            let Some(slice) = plan.slices[bar] else { continue };
+            let Some(aperture) = self.function.bar(RegionIndex(bar as u32)) else { continue };
+            let mut maps = Vec::new();
+            for area in &self.function.info().regions[bar].areas {
+                maps.push(DmaMap {
+                    span: self.port_span(slice, area.start(), area.len())?,
+                    access: Access::READ_WRITE,
+                    memory: Memory::Aperture(Arc::clone(&aperture), area.start()),
+                });
+            }
+            self.port.address_space().map(&maps)?;
+            let path = self.path()?;
+            path.slices.extend(maps.iter().map(|map| map.span));
+        }
+        Ok(())
+    }
+
+    fn port_span(&self, slice: WindowOffset, offset: u64, len: u64) -> Result<Span, Refusal> {
+        let start = self.base.0.checked_add(slice.0).and_then(|start| start.checked_add(offset));
+        start.and_then(|start| Span::new(start, len)).ok_or_else(Refusal::not_open)
+    }
+
+    fn unmap_slices(&mut self) -> Result<(), MapError> {
+        let Some(path) = &mut self.path else { return Ok(()) };
+        while let Some(span) = path.slices.last() {
+            self.port.address_space().unmap(*span)?;
+            path.slices.pop();
+        }
+        Ok(())
+    }
+
+    fn map(&mut self, ranges: &[MapRange]) -> Done {
+        let window = self.port.window(0);
+        let map = |range: &MapRange| DmaMap {
+            span: range.span,
+            access: range.access,
+            memory: Memory::Aperture(Arc::clone(&window), range.offset.0),
+        };
+        let maps: Vec<DmaMap<'_>> = ranges.iter().map(map).collect();
+        self.path()?;
+        self.function.address_space().map(&maps)?;
+        self.path()?.maps.extend(ranges.iter().map(|range| range.span));
+        Ok(WorkOutcome::Done)
+    }
+
+    fn unmap(&mut self, spans: &[Span]) -> Done {
+        for span in spans {
+            self.function.address_space().unmap(*span)?;
+            self.path()?.maps.retain(|held| !span.contains(*held));
+        }
+        Ok(WorkOutcome::Done)
+    }
+
+    fn irqs(&mut self, index: IrqIndex, enable: bool) -> Done {
+        let count = self.function.info().irqs[index as usize].count;
+        let plan = self.path()?.plan.clone();
+        self.irqs_off()?;
+        if !enable {
+            return Ok(WorkOutcome::Done);
+        }
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let count = count.min(plan.irq_count);
+        let made: Result<Vec<OwnedFd>, _> = (0..count).map(|_| eventfd(0, flags)).collect();
+        let eventfds = made.map_err(|error| kernel("make an eventfd", error.into()))?;
+        let given: Result<Vec<Option<OwnedFd>>, _> =
+            eventfds.iter().map(|fd| fd.try_clone().map(Some)).collect();
+        let given = given.map_err(|error| kernel("clone an eventfd", error))?;
+        let Some(counters) = super::lock(&self.shared.counters).clone() else {
+            return Err(Refusal::not_open());
+        };
+        // The relay first: a vector that fires at once finds its reader.
+        let relay = Relay { lease: plan.lease, first: plan.irq_first, eventfds, counters };
+        self.irq.send(IrqCommand::Arm(relay));
+        self.path()?.armed = Some(index);
+        self.function.set_irqs(index, 0, given)?;
+        Ok(WorkOutcome::Done)
+    }
+
+    fn irqs_off(&mut self) -> Result<(), FunctionError> {
+        let Some(path) = &mut self.path else { return Ok(()) };
+        if let Some(index) = path.armed {
+            self.function.disable_irqs(index)?;
+            self.irq.disarm(path.plan.lease);
+            path.armed = None;
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Done {
+        self.irqs_off()?;
+        self.command(COMMAND_BUS_MASTER, false)?;
+        self.unmap_slices()?;
+        self.function.reset()?;
+        self.command(COMMAND_MEMORY, true)?;
+        self.map_slices()?;
+        Ok(WorkOutcome::Done)
+    }
+
+    /// The one order of undoing. Every step is tried even when one before it failed; the first
+    /// failure is told.
+    fn close(&mut self) -> Result<(), Refusal> {
+        if self.path.is_none() {
+            return Ok(());
+        }
+        let irqs = self.irqs_off().map_err(Refusal::from);
+        let bus_master = self.command(COMMAND_BUS_MASTER, false).map_err(Refusal::from);
+        let slices = self.unmap_slices().map_err(Refusal::from);
+        let reset = self.function.reset().map_err(Refusal::from);
+        let maps = self.unmap_all().map_err(Refusal::from);
+        self.path = None;
+        irqs.and(bus_master).and(slices).and(reset).and(maps)
+    }
+
+    fn unmap_all(&mut self) -> Result<(), MapError> {
+        let Some(path) = &mut self.path else { return Ok(()) };
+        let mut first = Ok(());
+        for span in path.maps.drain(..) {
+            let done = self.function.address_space().unmap(span);
+            first = first.and(done.map(|_| ()));
+        }
+        first
+    }
+}
+
+fn kernel(act: &'static str, source: std::io::Error) -> FunctionError {
+    FunctionError::Kernel { act, source }
+}

@@ -1,0 +1,353 @@
+//! The irq thread: doorbells, the lender's relay with its fence, the borrower's scan, and the heartbeat; it never waits for an ioctl.
+
+use super::control::Input;
+use super::{EngineError, Signals};
+use crate::model::Aperture;
+use crate::ntb::NtbPort;
+use crate::path::message::LeaseId;
+use crate::path::relay::{RelayStep, Scan, VectorRelay};
+use crate::path::wire::{BELL_IRQ, BELL_MAILBOX, IRQ_TABLE, irq_word_session};
+use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+
+const KEY_PORT: u64 = 0;
+const KEY_COMMAND: u64 = 1;
+const KEY_TIMER: u64 = 2;
+const KEY_RELAY: u64 = 1 << 63;
+/// How many events one wait takes.
+const EVENTS_MAX: usize = 64;
+
+/// What the relay of one lent function has done.
+#[derive(Debug, Default)]
+pub struct RelayCounters {
+    /// Per vector: the sum of the values read from its eventfd.
+    pub raised: Vec<AtomicU64>,
+    /// Fences read.
+    pub fences: AtomicU64,
+    /// Bells rung.
+    pub bells: AtomicU64,
+    /// Fences that did not read the peer's nonce.
+    pub suspects: AtomicU64,
+}
+
+/// A path's relay, as the executor hands it over.
+pub(super) struct Relay {
+    pub(super) lease: LeaseId,
+    pub(super) first: u32,
+    pub(super) eventfds: Vec<OwnedFd>,
+    pub(super) counters: Arc<RelayCounters>,
+}
+
+/// What other threads ask of the irq thread.
+pub(super) enum IrqCommand {
+    SessionOpened { session: u64, peer_nonce: u64 },
+    SessionOver,
+    Arm(Relay),
+    /// Confirmed when no bell for the path comes any more.
+    Disarm(LeaseId, mpsc::Sender<()>),
+    Mask { lease: LeaseId, start: u32, count: u32, masked: bool },
+    Scan { lease: LeaseId, first: u32, count: u32, signals: Arc<Signals> },
+    ScanEnd(LeaseId),
+    Stop,
+}
+
+/// The irq thread's door for other threads.
+#[derive(Clone)]
+pub(super) struct IrqHandle {
+    commands: mpsc::Sender<IrqCommand>,
+    wake: Arc<OwnedFd>,
+}
+
+impl IrqHandle {
+    pub(super) fn send(&self, command: IrqCommand) {
+        // Both only fail when the thread is gone, and then there is no relay and no scan either.
+        let _ = self.commands.send(command);
+        let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Returns when the path's relay rings no more.
+    pub(super) fn disarm(&self, lease: LeaseId) {
+        let (done, wait) = mpsc::channel();
+        self.send(IrqCommand::Disarm(lease, done));
+        let _ = wait.recv();
+    }
+}
+
+struct Armed {
+    first: u32,
+    vectors: Vec<(OwnedFd, VectorRelay)>,
+    counters: Arc<RelayCounters>,
+    index: u64,
+}
+
+struct Scanned {
+    first: u32,
+    scan: Scan,
+    signals: Arc<Signals>,
+}
+
+pub(super) struct IrqThread {
+    port: Arc<dyn NtbPort>,
+    window: Arc<dyn Aperture>,
+    mailbox: Arc<dyn Aperture>,
+    inbox: mpsc::Sender<Input>,
+    commands: mpsc::Receiver<IrqCommand>,
+    wake: Arc<OwnedFd>,
+    epoll: OwnedFd,
+    timer: OwnedFd,
+    session: Option<(u64, u64)>,
+    relays: HashMap<LeaseId, Armed>,
+    by_index: HashMap<u64, LeaseId>,
+    index_last: u64,
+    scans: HashMap<LeaseId, Scanned>,
+}
+
+fn made<T>(what: &'static str, result: rustix::io::Result<T>) -> Result<T, EngineError> {
+    result.map_err(|error| EngineError::Thread { what, source: error.into() })
+}
+
+impl IrqThread {
+    pub(super) fn new(
+        port: Arc<dyn NtbPort>,
+        mailbox: Arc<dyn Aperture>,
+        heartbeat_ms: u64,
+        inbox: mpsc::Sender<Input>,
+    ) -> Result<(Self, IrqHandle), EngineError> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let wake = Arc::new(made("wake-up eventfd", eventfd(0, flags))?);
+        let epoll = made("epoll", epoll::create(epoll::CreateFlags::CLOEXEC))?;
+        let timer = made("timer", heartbeat_timer(heartbeat_ms))?;
+        let (sender, commands) = mpsc::channel();
+        let watched: [(BorrowedFd<'_>, u64); 3] =
+            [(port.event(), KEY_PORT), (wake.as_fd(), KEY_COMMAND), (timer.as_fd(), KEY_TIMER)];
+        for (fd, key) in watched {
+            let data = epoll::EventData::new_u64(key);
+            made("epoll entry", epoll::add(&epoll, fd, data, epoll::EventFlags::IN))?;
+        }
+        let thread = Self {
+            window: port.window(0),
+            port,
+            mailbox,
+            inbox,
+            commands,
+            wake: Arc::clone(&wake),
+            epoll,
+            timer,
+            session: None,
+            relays: HashMap::new(),
+            by_index: HashMap::new(),
+            index_last: 0,
+            scans: HashMap::new(),
+        };
+        Ok((thread, IrqHandle { commands: sender, wake }))
+    }
+
+    /// Works until told to stop.
+    pub(super) fn run(mut self) {
+        let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENTS_MAX);
+        loop {
+            events.clear();
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    tracing::error!(%error, "the irq thread cannot wait for events");
+                    return;
+                }
+            }
+            for event in &events {
+                match event.data.u64() {
+                    KEY_PORT => self.doorbell(),
+                    KEY_TIMER => self.beat(),
+                    KEY_COMMAND => {
+                        if self.commanded() {
+                            return;
+                        }
+                    }
+                    key => self.raised(key),
+                }
+            }
+        }
+    }
+
+    fn doorbell(&mut self) {
+        drain(self.port.event());
+        loop {
+            let bits = self.port.doorbell_take();
+            if bits == 0 {
+                return;
+            }
+            if bits >> self.port.info().doorbell_count != 0 {
+                self.tell(Input::LinkChange);
+            }
+            if bits & (1 << BELL_MAILBOX) != 0 {
+                self.tell(Input::Bell);
+            }
+            if bits & (1 << BELL_IRQ) != 0 {
+                self.scan_all();
+            }
+        }
+    }
+
+    fn tell(&self, input: Input) {
+        let _ = self.inbox.send(input);
+    }
+
+    fn beat(&mut self) {
+        drain(self.timer.as_fd());
+        self.tell(Input::Beat);
+        // A lost bell is late, never lost.
+        self.scan_all();
+    }
+
+    fn scan_all(&mut self) {
+        let Some((session, _)) = self.session else { return };
+        for scanned in self.scans.values_mut() {
+            let first = scanned.first;
+            let mailbox = &self.mailbox;
+            let read = |vector: usize| mailbox.read_u64(word_offset(first, vector as u32));
+            for vector in scanned.scan.scan(read, session) {
+                scanned.signals.raise(vector as u32);
+            }
+        }
+    }
+
+    /// True when told to stop.
+    fn commanded(&mut self) -> bool {
+        drain(self.wake.as_fd());
+        while let Ok(command) = self.commands.try_recv() {
+            match command {
+                IrqCommand::Stop => return true,
+                IrqCommand::SessionOpened { session, peer_nonce } => {
+                    self.session = Some((session, peer_nonce));
+                }
+                IrqCommand::SessionOver => self.session = None,
+                IrqCommand::Arm(relay) => self.arm(relay),
+                IrqCommand::Disarm(lease, done) => {
+                    self.disarm(lease);
+                    let _ = done.send(());
+                }
+                IrqCommand::Mask { lease, start, count, masked } => {
+                    self.mask(lease, start, count, masked);
+                }
+                IrqCommand::Scan { lease, first, count, signals } => {
+                    let scan = Scan::new(count as usize);
+                    self.scans.insert(lease, Scanned { first, scan, signals });
+                }
+                IrqCommand::ScanEnd(lease) => {
+                    self.scans.remove(&lease);
+                }
+            }
+        }
+        false
+    }
+
+    fn arm(&mut self, relay: Relay) {
+        self.disarm(relay.lease);
+        self.index_last += 1;
+        let index = self.index_last & 0x7fff_ffff;
+        for (vector, fd) in relay.eventfds.iter().enumerate() {
+            let data = epoll::EventData::new_u64(KEY_RELAY | index << 32 | vector as u64);
+            if let Err(error) = epoll::add(&self.epoll, fd, data, epoll::EventFlags::IN) {
+                tracing::error!(%error, vector, "an interrupt of a lent function is not watched");
+            }
+        }
+        let vectors = relay.eventfds.into_iter().map(|fd| (fd, VectorRelay::default())).collect();
+        let armed = Armed { first: relay.first, vectors, counters: relay.counters, index };
+        self.by_index.insert(index, relay.lease);
+        self.relays.insert(relay.lease, armed);
+    }
+
+    fn disarm(&mut self, lease: LeaseId) {
+        let Some(armed) = self.relays.remove(&lease) else { return };
+        self.by_index.remove(&armed.index);
+        for (vector, (fd, _)) in armed.vectors.iter().enumerate() {
+            // Raises that nobody has read yet are counted, so that the sums agree.
+            armed.counters.raised[vector].fetch_add(read_count(fd.as_fd()), Ordering::Relaxed);
+            let _ = epoll::delete(&self.epoll, fd);
+        }
+    }
+
+    fn mask(&mut self, lease: LeaseId, start: u32, count: u32, masked: bool) {
+        let Some(armed) = self.relays.get_mut(&lease) else { return };
+        let mut fire = Vec::new();
+        for vector in start..start.saturating_add(count).min(armed.vectors.len() as u32) {
+            let relay = &mut armed.vectors[vector as usize].1;
+            if relay.mask(masked) == RelayStep::Fence {
+                fire.push(vector);
+            }
+        }
+        for vector in fire {
+            self.relay(lease, vector);
+        }
+    }
+
+    fn raised(&mut self, key: u64) {
+        let (index, vector) = (key >> 32 & 0x7fff_ffff, key as u32);
+        let Some(lease) = self.by_index.get(&index).copied() else { return };
+        let Some(armed) = self.relays.get_mut(&lease) else { return };
+        let Some((fd, relay)) = armed.vectors.get_mut(vector as usize) else { return };
+        let value = read_count(fd.as_fd());
+        if value == 0 {
+            return;
+        }
+        armed.counters.raised[vector as usize].fetch_add(value, Ordering::Relaxed);
+        if relay.on_raise(value) == RelayStep::Fence {
+            self.relay(lease, vector);
+        }
+    }
+
+    /// Fence, count, bell; in this order, or an interrupt could overtake the data it tells of.
+    fn relay(&mut self, lease: LeaseId, vector: u32) {
+        let Some((session, peer_nonce)) = self.session else { return };
+        let Some(armed) = self.relays.get_mut(&lease) else { return };
+        let Some((_, relay)) = armed.vectors.get_mut(vector as usize) else { return };
+        armed.counters.fences.fetch_add(1, Ordering::Relaxed);
+        let read = self.window.read_u32(0);
+        let RelayStep::Store(word) = relay.on_fence(read, peer_nonce, session) else {
+            armed.counters.suspects.fetch_add(1, Ordering::Relaxed);
+            self.tell(Input::LinkChange);
+            return;
+        };
+        let offset = word_offset(armed.first, vector);
+        self.window.write_u64(offset, word);
+        if !self.port.info().doorbell_ordered {
+            let _ = self.window.read_u64(offset);
+        }
+        self.port.peer_doorbell_ring(1 << BELL_IRQ);
+        armed.counters.bells.fetch_add(1, Ordering::Relaxed);
+        debug_assert_eq!(word as u32, irq_word_session(session));
+    }
+}
+
+fn word_offset(first: u32, vector: u32) -> u64 {
+    IRQ_TABLE as u64 + (u64::from(first) + u64::from(vector)) * 8
+}
+
+fn read_count(fd: BorrowedFd<'_>) -> u64 {
+    let mut value = [0u8; 8];
+    match rustix::io::read(fd, &mut value) {
+        Ok(8) => u64::from_ne_bytes(value),
+        _ => 0,
+    }
+}
+
+fn drain(fd: BorrowedFd<'_>) {
+    let _ = read_count(fd);
+}
+
+fn heartbeat_timer(heartbeat_ms: u64) -> rustix::io::Result<OwnedFd> {
+    use rustix::time::{timerfd_create, timerfd_settime};
+    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+    let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+    let every = Timespec {
+        tv_sec: (heartbeat_ms / 1000) as i64,
+        tv_nsec: (heartbeat_ms % 1000 * 1_000_000) as _,
+    };
+    let spec = Itimerspec { it_interval: every, it_value: every };
+    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &spec)?;
+    Ok(timer)
+}

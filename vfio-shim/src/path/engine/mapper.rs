@@ -1,0 +1,56 @@
+//! The mapper: pins and unpins guest RAM in the port's own container, one piece after the other.
+
+use super::control::Input;
+use crate::model::{DmaMap, MapError, Memory, PortIova, Span};
+use crate::ntb::NtbPort;
+use crate::path::borrower::{CallError, Pin, Step};
+use crate::path::core::Event;
+use std::os::fd::AsFd;
+use std::sync::{Arc, mpsc};
+
+/// One piece of the mapper's work.
+pub(super) enum MapperJob {
+    Pin(Step, Vec<Pin>),
+    Unpin(Step, Vec<Span>),
+}
+
+pub(super) struct Mapper {
+    pub(super) port: Arc<dyn NtbPort>,
+    pub(super) base: PortIova,
+    pub(super) inbox: mpsc::Sender<Input>,
+}
+
+impl Mapper {
+    /// Works until the senders of `jobs` are gone.
+    pub(super) fn run(self, jobs: &mpsc::Receiver<MapperJob>) {
+        for job in jobs {
+            let (step, result) = match job {
+                MapperJob::Pin(step, pins) => (step, self.pin(&pins)),
+                MapperJob::Unpin(step, spans) => (step, self.unpin(&spans)),
+            };
+            let result = result.map_err(|error| CallError::Pin(crate::path::words(&error)));
+            // When control is gone, so is everybody who waits for the answer.
+            let _ = self.inbox.send(Input::Event(Event::Pinned(step, result)));
+        }
+    }
+
+    fn pin(&self, pins: &[Pin]) -> Result<(), MapError> {
+        let mut maps = Vec::with_capacity(pins.len());
+        for pin in pins {
+            let start = self.base.0.saturating_add(pin.offset.0);
+            let Some(span) = Span::new(start, pin.map.span.len()) else {
+                return Err(MapError::Align(pin.map.span));
+            };
+            let memory = Memory::Fd(pin.map.fd.as_fd(), pin.map.fd_offset);
+            maps.push(DmaMap { span, access: pin.map.access, memory });
+        }
+        self.port.address_space().map(&maps)
+    }
+
+    fn unpin(&self, spans: &[Span]) -> Result<(), MapError> {
+        for span in spans {
+            self.port.address_space().unmap(*span)?;
+        }
+        Ok(())
+    }
+}

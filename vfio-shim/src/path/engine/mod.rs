@@ -1,0 +1,267 @@
+//! The threads around one port's state: control, interrupts and heartbeat, mapper, and one executor for each lent function.
+//!
+//! | thread | does | never |
+//! |---|---|---|
+//! | control | owns `PortCore`; mailbox, handshake, answers | waits for an ioctl |
+//! | irq | doorbells, relay, scan, heartbeat | an ioctl that can wait |
+//! | mapper | pins guest RAM into the port's container | |
+//! | executor, one per lent function | resets, interrupts, maps of that function | |
+//!
+//! Drop order: verbs and workers first, then the executors (each closes its path), the mapper, the
+//! irq thread, control; the port itself, and with it window and link, goes last.
+
+mod borrowed;
+mod control;
+mod executor;
+mod irq;
+mod mapper;
+mod signals;
+
+pub use borrowed::BorrowedFunction;
+pub use control::{LentStatus, PortStatus, SessionStatus};
+pub use irq::RelayCounters;
+pub use signals::Signals;
+
+use super::borrower::{Answer, Call, CallError, Token};
+use super::lender::OfferState;
+use super::message::{LeaseId, PoolEntry, Refusal};
+use crate::model::{Bdf, Function, MapError, PortIova};
+use crate::ntb::NtbPort;
+use control::{Control, Input};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a map, or the reply to the first bus-master enable, may take, milliseconds.
+pub const MAP_WAIT_MS: u64 = 4_000;
+/// How long a lender's reset may take: xe's can take 5 s per GT, milliseconds.
+pub const RESET_WAIT_MS: u64 = 15_000;
+
+/// What a port's engine is told.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// The port's name, for thread names and logs.
+    pub name: String,
+    /// This host's node id.
+    pub node: u16,
+    /// The inbound window's first address in the port's container.
+    pub window_base: PortIova,
+    /// The inbound window's size in bytes.
+    pub window_bytes: u64,
+    /// Heartbeat, milliseconds.
+    pub heartbeat_ms: u64,
+    /// The peer is lost when its heartbeat stands still for so long, milliseconds.
+    pub lost_after_ms: u64,
+}
+
+/// Why an engine could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The mailbox's memory.
+    #[error("the mailbox's memory could not be {act}")]
+    Mailbox {
+        /// `made` or `mapped`.
+        act: &'static str,
+        /// The kernel's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The mailbox could not be mapped into the port's container.
+    #[error("the mailbox could not be mapped into the NTB's container")]
+    Map(#[from] MapError),
+    /// A thread, a timer or an eventfd.
+    #[error("the port's {what} could not be made")]
+    Thread {
+        /// Which.
+        what: &'static str,
+        /// The kernel's error.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+type CallReply = Result<Answer, CallError>;
+
+/// What the engine's threads share; each lock is held for a look-up only.
+pub(crate) struct Shared {
+    calls: Mutex<HashMap<Token, mpsc::Sender<CallReply>>>,
+    borrowed: Mutex<HashMap<LeaseId, Arc<LeaseShared>>>,
+    token_last: AtomicU64,
+    start: Instant,
+}
+
+/// What control, irq thread and worker share of one borrowed lease.
+pub(crate) struct LeaseShared {
+    pub(crate) signals: Arc<Signals>,
+    pub(crate) lost: Mutex<Option<String>>,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A poisoned lock means that another thread of ours panicked; the data is still whole, since
+    // no critical section leaves it half changed.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.start.elapsed().as_millis() as u64
+    }
+}
+
+/// One port at work.
+pub struct Engine {
+    inbox: mpsc::Sender<Input>,
+    shared: Arc<Shared>,
+    port: Arc<dyn NtbPort>,
+    control: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Engine {
+    /// Starts the threads and the link's training.
+    pub fn start(port: Arc<dyn NtbPort>, config: EngineConfig) -> Result<Arc<Self>, EngineError> {
+        let shared = Arc::new(Shared {
+            calls: Mutex::default(),
+            borrowed: Mutex::default(),
+            token_last: AtomicU64::new(0),
+            start: Instant::now(),
+        });
+        let (inbox, events) = mpsc::channel();
+        let control =
+            Control::new(Arc::clone(&port), config, Arc::clone(&shared), inbox.clone())?;
+        let handle = control.spawn(events)?;
+        port.link_enable(true);
+        Ok(Arc::new(Self { inbox, shared, port, control: Mutex::new(Some(handle)) }))
+    }
+
+    /// Puts a function into the pool. Its executor starts here and ends at `withdraw`.
+    pub fn offer(&self, entry: PoolEntry, function: Arc<dyn Function>) -> Result<(), Refusal> {
+        self.ask(|reply| Input::Offer(Box::new(entry), function, reply))
+    }
+
+    /// Takes a function out of the pool; refused while somebody has it.
+    pub fn withdraw(&self, bdf: Bdf) -> Result<(), Refusal> {
+        self.ask(|reply| Input::Withdraw(bdf, reply))
+    }
+
+    fn ask<T>(
+        &self,
+        input: impl FnOnce(mpsc::Sender<Result<T, Refusal>>) -> Input,
+    ) -> Result<T, Refusal> {
+        let (reply, answer) = mpsc::channel();
+        let stopped = || Refusal::stopped();
+        self.inbox.send(input(reply)).map_err(|_| stopped())?;
+        answer.recv().map_err(|_| stopped())?
+    }
+
+    /// Everything that `status` tells of the port.
+    pub fn status(&self) -> Option<PortStatus> {
+        let (reply, answer) = mpsc::channel();
+        self.inbox.send(Input::Status(reply)).ok()?;
+        answer.recv().ok()
+    }
+
+    /// The peer's pool.
+    pub fn list(&self) -> Result<Vec<PoolEntry>, CallError> {
+        match self.call(Call::List, MAP_WAIT_MS)? {
+            Answer::List(entries) => Ok(entries),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Borrows a function and opens the path to it. Nothing is left behind on failure.
+    pub fn borrow(
+        self: &Arc<Self>,
+        bdf: Bdf,
+        ram: Option<u64>,
+    ) -> Result<(LeaseId, PoolEntry, Arc<BorrowedFunction>), CallError> {
+        let (lease, entry) = match self.call(Call::Borrow(bdf, ram), MAP_WAIT_MS)? {
+            Answer::Borrowed(lease, entry) => (lease, entry),
+            other => return Err(unexpected(&other)),
+        };
+        match self.open(lease, entry.irq_count) {
+            Ok(function) => Ok((lease, entry, function)),
+            Err(error) => {
+                let _ = self.give_back(lease);
+                Err(error)
+            }
+        }
+    }
+
+    fn open(
+        self: &Arc<Self>,
+        lease: LeaseId,
+        vectors: u32,
+    ) -> Result<Arc<BorrowedFunction>, CallError> {
+        let signals = Signals::new(vectors).map_err(|e| CallError::Gone(e.to_string()))?;
+        let state = Arc::new(LeaseShared { signals: Arc::new(signals), lost: Mutex::new(None) });
+        lock(&self.shared.borrowed).insert(lease, Arc::clone(&state));
+        let opened = self.call(Call::Open(lease), RESET_WAIT_MS).and_then(|answer| match answer {
+            Answer::Opened(path) => {
+                BorrowedFunction::start(Arc::clone(self), lease, *path, Arc::clone(&state))
+            }
+            other => Err(unexpected(&other)),
+        });
+        if opened.is_err() {
+            lock(&self.shared.borrowed).remove(&lease);
+        }
+        opened
+    }
+
+    /// Ends a lease. The guest session must have ended.
+    pub fn give_back(&self, lease: LeaseId) -> Result<(), CallError> {
+        let result = self.call(Call::Return(lease), RESET_WAIT_MS).map(|_| ());
+        lock(&self.shared.borrowed).remove(&lease);
+        result
+    }
+
+    /// The port that the engine drives.
+    pub(crate) fn port(&self) -> &Arc<dyn NtbPort> {
+        &self.port
+    }
+
+    pub(crate) fn call(&self, call: Call, wait_ms: u64) -> CallReply {
+        let token = Token(self.shared.token_last.fetch_add(1, Ordering::Relaxed) + 1);
+        let (reply, answer) = mpsc::channel();
+        lock(&self.shared.calls).insert(token, reply);
+        let sent = self.inbox.send(Input::Call(token, call)).is_ok();
+        let result = if sent { answer.recv_timeout(Duration::from_millis(wait_ms)).ok() } else { None };
+        lock(&self.shared.calls).remove(&token);
+        match result {
+            Some(result) => result,
+            None if sent => Err(CallError::Timeout(wait_ms)),
+            None => Err(CallError::Gone("the port has stopped".into())),
+        }
+    }
+
+    /// Undoes every path, tells the peer by taking the link down, and ends the threads.
+    pub fn stop(&self) {
+        let _ = self.inbox.send(Input::Stop);
+        if let Some(handle) = lock(&self.control).take() {
+            let _ = handle.join();
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn unexpected(answer: &Answer) -> CallError {
+    CallError::Gone(format!("an answer of the wrong kind: {answer:?}"))
+}
+
+impl OfferState {
+    /// The word that `status` and `list` use.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Available => "available",
+            Self::Leased | Self::Opening | Self::Open => "in use",
+            Self::Closing => "closing",
+            Self::Quarantine(_) => "quarantine",
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! Which vectors of a borrowed function were raised: set by the irq thread, taken by the worker.
+
+use rustix::event::{EventfdFlags, eventfd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// One bit per vector, and an eventfd that wakes the worker.
+pub struct Signals {
+    bits: Box<[AtomicU64]>,
+    wake: OwnedFd,
+    scanned: Box<[AtomicU64]>,
+}
+
+impl Signals {
+    /// For so many vectors, none raised.
+    pub fn new(vectors: u32) -> io::Result<Self> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let words = (vectors as usize).div_ceil(64);
+        let bits = (0..words).map(|_| AtomicU64::new(0)).collect();
+        let scanned = (0..vectors).map(|_| AtomicU64::new(0)).collect();
+        Ok(Self { bits, wake, scanned })
+    }
+
+    /// A vector was raised. Many raises before the worker looks are one.
+    pub fn raise(&self, vector: u32) {
+        let Some(word) = self.bits.get(vector as usize / 64) else { return };
+        if let Some(count) = self.scanned.get(vector as usize) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        word.fetch_or(1 << (vector % 64), Ordering::Release);
+        self.wake();
+    }
+
+    /// Wakes the worker.
+    pub fn wake(&self) {
+        // It can only fail at 2^64 - 2 wakes that nobody took; the worker is awake then.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// The eventfd that wakes the worker.
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.wake.as_fd()
+    }
+
+    /// Takes the raised vectors, word by word.
+    pub fn take(&self, mut each: impl FnMut(u32)) {
+        let mut drained = [0u8; 8];
+        let _ = rustix::io::read(&self.wake, &mut drained);
+        for (at, word) in self.bits.iter().enumerate() {
+            let mut bits = word.swap(0, Ordering::Acquire);
+            while bits != 0 {
+                each(at as u32 * 64 + bits.trailing_zeros());
+                bits &= bits - 1;
+            }
+        }
+    }
+
+    /// How often each vector was found raised by a scan.
+    pub fn scanned(&self) -> Vec<u64> {
+        self.scanned.iter().map(|count| count.load(Ordering::Relaxed)).collect()
+    }
+}

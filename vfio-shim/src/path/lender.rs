@@ -1,0 +1,458 @@
+//! The lender's end of all paths of a port: which function is offered, leased and open, and what the peer's requests do to it; pure.
+//!
+//! ```text
+//!            borrow             open              (done)
+//! Available --------> Leased ---------> Opening ---------> Open
+//!     ^                 |                  | failed          |
+//!     |     return      v                  v                 | return, session over, revoke
+//!     +---------------- . <------------- Leased              v
+//!     +--------------------------------------------------- Closing
+//!     reset failed: Quarantine <------------------------------+
+//! ```
+
+use super::message::{
+    LeaseId, OpId, PoolEntry, PoolState, Refusal, RefusalCode, RemoteFunction, Reply, Request,
+    Secret,
+};
+use super::plan::{Owner, SlicePool};
+use super::work::{FunctionWork, OpenPlan, WorkOutcome};
+use crate::model::{BAR_COUNT, Bdf, FunctionInfo, WindowOffset};
+use std::collections::{BTreeMap, HashMap};
+
+/// How many functions one port lends at most.
+pub const OFFERS_MAX: usize = 64;
+/// How many operations of one lease may be under way at once.
+pub const OPS_MAX: usize = 32;
+
+/// Names one piece of work given to a function's executor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobId(pub u64);
+
+/// What the driver has to do.
+#[derive(Debug)]
+pub enum LenderAction {
+    /// Give the function's executor this work; it answers by `done` with the same id.
+    Work(Bdf, JobId, FunctionWork),
+    /// Answer the peer's request.
+    Reply(OpId, u16, Result<Reply, Refusal>),
+    /// Tell the peer that the lease is over.
+    Revoked(LeaseId, String),
+}
+
+/// Where an offered function stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OfferState {
+    /// Nobody has it.
+    Available,
+    /// Borrowed, no path.
+    Leased,
+    /// The path is being opened.
+    Opening,
+    /// The path is open.
+    Open,
+    /// The path is being undone.
+    Closing,
+    /// It could not be put back to power-on state; nobody gets it.
+    Quarantine(String),
+}
+
+struct Offer {
+    entry: PoolEntry,
+    info: FunctionInfo,
+    state: OfferState,
+    lease: Option<(LeaseId, Secret)>,
+    slices: [Option<WindowOffset>; BAR_COUNT],
+    ops: usize,
+}
+
+enum Pending {
+    Reply { op: OpId, code: u16 },
+    Open { op: OpId, code: u16 },
+    Close { answer: Option<(OpId, u16)>, revoke: Option<String> },
+}
+
+/// What `status` tells of one offered function.
+#[derive(Clone, Debug)]
+pub struct OfferStatus {
+    /// Its entry in the pool.
+    pub entry: PoolEntry,
+    /// Where it stands.
+    pub state: OfferState,
+    /// The lease, while there is one.
+    pub lease: Option<LeaseId>,
+}
+
+/// The lender's end of all paths of a port.
+#[derive(Default)]
+pub struct Lender {
+    offers: BTreeMap<Bdf, Offer>,
+    leases: BTreeMap<LeaseId, Bdf>,
+    pending: HashMap<JobId, (Bdf, Pending)>,
+    job_last: u64,
+    lease_last: u64,
+}
+
+fn refuse(code: RefusalCode, figure: u64, text: impl Into<String>) -> Refusal {
+    Refusal { code, figure, text: text.into() }
+}
+
+fn no_lease() -> Refusal {
+    refuse(RefusalCode::NoLease, 0, "no such lease, or it is over: borrow the function again")
+}
+
+fn wrong_state() -> Refusal {
+    refuse(RefusalCode::WrongState, 0, "the path is not open: borrow the function again")
+}
+
+impl Lender {
+    /// Puts a function into the pool.
+    pub fn offer(&mut self, entry: PoolEntry, info: FunctionInfo) -> Result<(), Refusal> {
+        if !info.resettable {
+            let text = "the function has no reset method, so it cannot be lent: its state would \
+                        leak to the next tenant";
+            return Err(refuse(RefusalCode::NoReset, 0, text));
+        }
+        if self.offers.contains_key(&entry.bdf) {
+            return Err(refuse(RefusalCode::Taken, 0, "the function is in the pool already"));
+        }
+        if self.offers.len() >= OFFERS_MAX {
+            let text = format!("a port lends at most {OFFERS_MAX} functions: withdraw one first");
+            return Err(refuse(RefusalCode::Limit, OFFERS_MAX as u64, text));
+        }
+        let offer = Offer {
+            entry,
+            info,
+            state: OfferState::Available,
+            lease: None,
+            slices: [None; BAR_COUNT],
+            ops: 0,
+        };
+        self.offers.insert(offer.entry.bdf, offer);
+        Ok(())
+    }
+
+    /// Takes a function out of the pool; refused while somebody has it.
+    pub fn withdraw(&mut self, bdf: Bdf) -> Result<(), Refusal> {
+        let Some(offer) = self.offers.get(&bdf) else {
+            return Err(unknown(bdf));
+        };
+        match offer.state {
+            OfferState::Available | OfferState::Quarantine(_) => {
+                self.offers.remove(&bdf);
+                Ok(())
+            }
+            _ => {
+                let text = format!("{bdf} is borrowed: return it on the borrower first");
+                Err(refuse(RefusalCode::Busy, 0, text))
+            }
+        }
+    }
+
+    /// What `status` tells.
+    pub fn status(&self) -> Vec<OfferStatus> {
+        let of = |offer: &Offer| OfferStatus {
+            entry: entry_now(offer),
+            state: offer.state.clone(),
+            lease: offer.lease.as_ref().map(|(lease, _)| *lease),
+        };
+        self.offers.values().map(of).collect()
+    }
+
+    /// The peer's request. `fresh` is randomness for a secret.
+    pub fn request(
+        &mut self,
+        op: OpId,
+        code: u16,
+        request: Request,
+        slices: &mut SlicePool,
+        fresh: Secret,
+    ) -> Vec<LenderAction> {
+        let result = match request {
+            Request::List { cursor } => Ok(vec![self.list(op, code, cursor)]),
+            Request::Borrow { bdf } => {
+                self.borrow(bdf, fresh).map(|reply| vec![LenderAction::Reply(op, code, Ok(reply))])
+            }
+            Request::Return { lease } => self.give_back(op, code, lease),
+            Request::Open { lease, secret, irq_first, irq_count } => {
+                self.open(op, code, (lease, secret), (irq_first, irq_count), slices)
+            }
+            other => self.work(op, code, other, slices),
+        };
+        result.unwrap_or_else(|refusal| vec![LenderAction::Reply(op, code, Err(refusal))])
+    }
+
+    fn list(&self, op: OpId, code: u16, cursor: u32) -> LenderAction {
+        const PAGE: usize = super::message::LIST_MAX;
+        let start = (cursor as usize).min(self.offers.len());
+        let entries: Vec<_> =
+            self.offers.values().skip(start).take(PAGE).map(entry_now).collect();
+        let end = start + entries.len();
+        let next = if end < self.offers.len() { end as u32 } else { 0 };
+        LenderAction::Reply(op, code, Ok(Reply::List { next, entries }))
+    }
+
+    fn borrow(&mut self, bdf: Bdf, secret: Secret) -> Result<Reply, Refusal> {
+        let offer = self.offers.get_mut(&bdf).ok_or_else(|| unknown(bdf))?;
+        match &offer.state {
+            OfferState::Available => {}
+            OfferState::Quarantine(why) => {
+                let text = format!("{bdf} is in quarantine: {why}");
+                return Err(refuse(RefusalCode::Quarantine, 0, text));
+            }
+            _ => {
+                let text = format!("{bdf} is in use: return it where it is borrowed first");
+                return Err(refuse(RefusalCode::Taken, 0, text));
+            }
+        }
+        self.lease_last += 1;
+        let lease = LeaseId(self.lease_last);
+        offer.state = OfferState::Leased;
+        offer.lease = Some((lease, secret.clone()));
+        self.leases.insert(lease, bdf);
+        Ok(Reply::Borrowed { lease, secret, entry: entry_now(offer) })
+    }
+
+    fn leased(&mut self, lease: LeaseId) -> Result<(Bdf, &mut Offer), Refusal> {
+        let bdf = *self.leases.get(&lease).ok_or_else(no_lease)?;
+        let offer = self.offers.get_mut(&bdf).ok_or_else(no_lease)?;
+        Ok((bdf, offer))
+    }
+
+    fn open(
+        &mut self,
+        op: OpId,
+        code: u16,
+        (lease, secret): (LeaseId, Secret),
+        (irq_first, irq_count): (u32, u32),
+        pool: &mut SlicePool,
+    ) -> Result<Vec<LenderAction>, Refusal> {
+        let (bdf, offer) = self.leased(lease)?;
+        if offer.lease.as_ref().is_none_or(|(_, held)| *held != secret) {
+            return Err(no_lease());
+        }
+        if offer.state != OfferState::Leased {
+            return Err(wrong_state());
+        }
+        check_rows(irq_first, irq_count)?;
+        let sizes = std::array::from_fn(|bar| offer.info.regions[bar].size);
+        let slices = pool.allocate_bars(Owner::Lent(lease), &sizes)?;
+        offer.slices = slices;
+        offer.state = OfferState::Opening;
+        let plan = OpenPlan { lease, slices, irq_first, irq_count };
+        Ok(self.give(bdf, FunctionWork::Open(plan), Pending::Open { op, code }))
+    }
+
+    fn give_back(
+        &mut self,
+        op: OpId,
+        code: u16,
+        lease: LeaseId,
+    ) -> Result<Vec<LenderAction>, Refusal> {
+        let (bdf, offer) = self.leased(lease)?;
+        match offer.state {
+            OfferState::Leased => {
+                offer.state = OfferState::Available;
+                offer.lease = None;
+                self.leases.remove(&lease);
+                Ok(vec![LenderAction::Reply(op, code, Ok(Reply::Done))])
+            }
+            OfferState::Open | OfferState::Opening => {
+                offer.state = OfferState::Closing;
+                let pending = Pending::Close { answer: Some((op, code)), revoke: None };
+                Ok(self.give(bdf, FunctionWork::Close, pending))
+            }
+            _ => Err(wrong_state()),
+        }
+    }
+
+    /// Ends a lease from the lender's side.
+    pub fn revoke(&mut self, bdf: Bdf, why: &str) -> Vec<LenderAction> {
+        let Some(offer) = self.offers.get_mut(&bdf) else { return Vec::new() };
+        let Some((lease, _)) = offer.lease else { return Vec::new() };
+        match offer.state {
+            OfferState::Open | OfferState::Opening => {
+                offer.state = OfferState::Closing;
+                let pending = Pending::Close { answer: None, revoke: Some(why.to_owned()) };
+                self.give(bdf, FunctionWork::Close, pending)
+            }
+            OfferState::Leased => {
+                offer.state = OfferState::Available;
+                offer.lease = None;
+                self.leases.remove(&lease);
+                vec![LenderAction::Revoked(lease, why.to_owned())]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn work(
+        &mut self,
+        op: OpId,
+        code: u16,
+        request: Request,
+        pool: &SlicePool,
+    ) -> Result<Vec<LenderAction>, Refusal> {
+        let (lease, work) = FunctionWork::from_request(request).ok_or_else(wrong_state)?;
+        let (bdf, offer) = self.leased(lease)?;
+        if offer.state != OfferState::Open {
+            return Err(wrong_state());
+        }
+        if offer.ops >= OPS_MAX {
+            let text = format!("{OPS_MAX} operations of this lease are under way: wait for one");
+            return Err(refuse(RefusalCode::Limit, OPS_MAX as u64, text));
+        }
+        if let FunctionWork::Map(ranges) = &work {
+            for range in ranges {
+                pool.check_peer_range(range.offset, range.span.len())?;
+            }
+        }
+        Ok(self.give(bdf, work, Pending::Reply { op, code }))
+    }
+
+    fn give(&mut self, bdf: Bdf, work: FunctionWork, pending: Pending) -> Vec<LenderAction> {
+        self.job_last += 1;
+        let job = JobId(self.job_last);
+        if let Some(offer) = self.offers.get_mut(&bdf) {
+            offer.ops += 1;
+        }
+        self.pending.insert(job, (bdf, pending));
+        vec![LenderAction::Work(bdf, job, work)]
+    }
+
+    /// An executor has done its work. `Close` that fails has still stopped DMA and unmapped all;
+    /// the function could not be reset.
+    pub fn done(
+        &mut self,
+        job: JobId,
+        result: Result<WorkOutcome, Refusal>,
+        pool: &mut SlicePool,
+    ) -> Vec<LenderAction> {
+        let Some((bdf, pending)) = self.pending.remove(&job) else { return Vec::new() };
+        let Some(offer) = self.offers.get_mut(&bdf) else { return Vec::new() };
+        offer.ops -= 1;
+        match pending {
+            Pending::Reply { op, code } => vec![LenderAction::Reply(op, code, to_reply(result))],
+            Pending::Open { op, code } => {
+                let reply = match result {
+                    Ok(outcome) => Ok(Reply::Opened(remote_function(offer, &outcome))),
+                    Err(refusal) => Err(refusal),
+                };
+                if offer.state == OfferState::Opening {
+                    offer.state = if reply.is_ok() { OfferState::Open } else { OfferState::Leased };
+                    if reply.is_err()
+                        && let Some((lease, _)) = offer.lease
+                    {
+                        pool.free_all(Owner::Lent(lease));
+                    }
+                }
+                vec![LenderAction::Reply(op, code, reply)]
+            }
+            Pending::Close { answer, revoke } => self.closed(bdf, result, pool, (answer, revoke)),
+        }
+    }
+
+    fn closed(
+        &mut self,
+        bdf: Bdf,
+        result: Result<WorkOutcome, Refusal>,
+        pool: &mut SlicePool,
+        (answer, revoke): (Option<(OpId, u16)>, Option<String>),
+    ) -> Vec<LenderAction> {
+        let Some(offer) = self.offers.get_mut(&bdf) else { return Vec::new() };
+        offer.state = match &result {
+            Ok(_) => OfferState::Available,
+            Err(refusal) => OfferState::Quarantine(refusal.text.clone()),
+        };
+        let lease = offer.lease.take().map(|(lease, _)| lease);
+        offer.slices = [None; BAR_COUNT];
+        let mut actions = Vec::new();
+        if let Some(lease) = lease {
+            self.leases.remove(&lease);
+            // Asked for by the borrower, nothing of it maps the slices any more; ended by us, they
+            // stay in quarantine until it has said so, or a new session began.
+            if answer.is_some() {
+                pool.free_all(Owner::Lent(lease));
+            }
+            if let Some(why) = revoke {
+                actions.push(LenderAction::Revoked(lease, why));
+            }
+        }
+        if let Some((op, code)) = answer {
+            actions.push(LenderAction::Reply(op, code, to_reply(result)));
+        }
+        actions
+    }
+
+    /// The borrower has confirmed that nothing of a revoked lease is mapped.
+    pub fn revoke_confirmed(&mut self, lease: LeaseId, pool: &mut SlicePool) {
+        pool.free_all(Owner::Lent(lease));
+    }
+
+    /// The link session is over: every path is undone. `is_undone` tells when that is done.
+    pub fn session_over(&mut self) -> Vec<LenderAction> {
+        let mut actions = Vec::new();
+        let bdfs: Vec<Bdf> = self.offers.keys().copied().collect();
+        for bdf in bdfs {
+            let Some(offer) = self.offers.get_mut(&bdf) else { continue };
+            match offer.state {
+                OfferState::Leased => {
+                    offer.state = OfferState::Available;
+                    offer.lease = None;
+                }
+                OfferState::Open | OfferState::Opening => {
+                    offer.state = OfferState::Closing;
+                    let pending = Pending::Close { answer: None, revoke: None };
+                    actions.extend(self.give(bdf, FunctionWork::Close, pending));
+                }
+                _ => {}
+            }
+        }
+        self.leases.clear();
+        actions
+    }
+
+    /// Whether nothing of an ended session is under way.
+    pub fn is_undone(&self) -> bool {
+        self.pending.is_empty()
+    }
+}
+
+fn unknown(bdf: Bdf) -> Refusal {
+    let text = format!("{bdf} is not in this lender's pool: see `sublet list`");
+    refuse(RefusalCode::UnknownFunction, 0, text)
+}
+
+fn check_rows(first: u32, count: u32) -> Result<(), Refusal> {
+    let max = super::wire::IRQ_WORDS as u32;
+    match first.checked_add(count) {
+        Some(end) if end <= max => Ok(()),
+        _ => {
+            let text = format!("interrupt words {first}+{count} are outside the table of {max}");
+            Err(refuse(RefusalCode::OutOfRange, u64::from(max), text))
+        }
+    }
+}
+
+fn entry_now(offer: &Offer) -> PoolEntry {
+    let state = match offer.state {
+        OfferState::Available => PoolState::Available,
+        OfferState::Quarantine(_) => PoolState::Quarantine,
+        _ => PoolState::InUse,
+    };
+    PoolEntry { state, ..offer.entry.clone() }
+}
+
+fn to_reply(result: Result<WorkOutcome, Refusal>) -> Result<Reply, Refusal> {
+    result.map(|outcome| match outcome {
+        WorkOutcome::Bytes(bytes) => Reply::Bytes(bytes),
+        WorkOutcome::Done | WorkOutcome::Opened { .. } => Reply::Done,
+    })
+}
+
+fn remote_function(offer: &Offer, outcome: &WorkOutcome) -> RemoteFunction {
+    let config_len = match outcome {
+        WorkOutcome::Opened { config_len } => *config_len,
+        _ => 0,
+    };
+    RemoteFunction::new(&offer.info, &offer.slices, config_len)
+}
