@@ -4,3 +4,4 @@
 pub mod iova;
 pub mod model;
 pub mod ntb;
+pub mod path;
