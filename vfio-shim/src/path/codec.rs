@@ -1,9 +1,9 @@
 //! Messages as bytes: op and payload of PROTOCOL.md's table, total on any bytes, bounded both ways.
 
 use super::message::{
-    ACCESS_BYTES_MAX, AREAS_MAX, CONFIG_BYTES_MAX, LIST_ENTRIES_MAX, LeaseId, MAP_RANGES_MAX,
-    MapRange, Message, OpId, PoolEntry, PoolState, Refusal, RefusalCode, RemoteFunction,
-    RemoteRegion, Reply, Request, Secret, UNMAP_SPANS_MAX, clean_text,
+    ACCESS_BYTES_MAX, AREAS_MAX, CONFIG_BYTES_MAX, LIST_MAX, LeaseId, MapRange, Message, OpId,
+    PoolEntry, PoolState, RANGES_MAX, Refusal, RefusalCode, RemoteFunction, RemoteRegion, Reply,
+    Request, Secret, clean_text,
 };
 use super::wire::{OP_REPLY, Reader, WireError, Writer};
 use crate::model::{Access, Bdf, FunctionIds, IrqIndex, RegionInfo, Span, WindowOffset};
@@ -163,7 +163,7 @@ fn put_region(w: &mut Writer, region: &RemoteRegion) -> Encoded {
         areas,
     } = &region.info;
     w.u64(*size);
-    w.u8(u8::from(*readable) * ACCESS_READ | u8::from(*writable) * ACCESS_WRITE);
+    w.u8((u8::from(*readable) * ACCESS_READ) | (u8::from(*writable) * ACCESS_WRITE));
     match region.slice {
         Some(WindowOffset(NO_SLICE)) => return Err(bad("slice", NO_SLICE)),
         Some(offset) => w.u64(offset.0),
@@ -222,11 +222,11 @@ fn get_function(r: &mut Reader<'_>) -> Result<RemoteFunction, WireError> {
 fn put_lists(w: &mut Writer, request: &Request) -> Encoded {
     match request {
         Request::Map { ranges, .. } => {
-            w.count("ranges", ranges.len(), MAP_RANGES_MAX)?;
+            w.count("ranges", ranges.len(), RANGES_MAX)?;
             ranges.iter().try_for_each(|range| put_range(w, range))?;
         }
         Request::Unmap { spans, .. } => {
-            w.count("spans", spans.len(), UNMAP_SPANS_MAX)?;
+            w.count("spans", spans.len(), RANGES_MAX)?;
             spans.iter().for_each(|span| put_span(w, *span));
         }
         Request::RegionWrite {
@@ -249,6 +249,11 @@ fn put_lists(w: &mut Writer, request: &Request) -> Encoded {
 }
 
 impl Request {
+    /// `hello`, whose reply a port makes itself.
+    pub const HELLO: u16 = op::HELLO;
+    /// `revoked`, whose reply a port makes itself.
+    pub const REVOKED: u16 = op::REVOKED;
+
     /// The op of PROTOCOL.md's table.
     pub fn op(&self) -> u16 {
         match self {
@@ -357,12 +362,12 @@ impl Request {
     fn get_lists(op: u16, lease: LeaseId, r: &mut Reader<'_>) -> Result<Option<Self>, WireError> {
         Ok(Some(match op {
             op::MAP => {
-                let count = r.count("ranges", MAP_RANGES_MAX)?;
+                let count = r.count("ranges", RANGES_MAX)?;
                 let ranges = (0..count).map(|_| get_range(r)).collect::<Result<_, _>>()?;
                 Self::Map { lease, ranges }
             }
             op::UNMAP => {
-                let count = r.count("spans", UNMAP_SPANS_MAX)?;
+                let count = r.count("spans", RANGES_MAX)?;
                 let spans = (0..count).map(|_| get_span(r)).collect::<Result<_, _>>()?;
                 Self::Unmap { lease, spans }
             }
@@ -464,7 +469,7 @@ impl Reply {
             }
             (op::LIST, Self::List { next, entries }) => {
                 w.u32(*next);
-                w.count("entries", entries.len(), LIST_ENTRIES_MAX)?;
+                w.count("entries", entries.len(), LIST_MAX)?;
                 entries.iter().for_each(|entry| put_entry(w, entry));
             }
             (
@@ -499,7 +504,7 @@ impl Reply {
             },
             op::LIST => {
                 let next = r.u32()?;
-                let count = r.count("entries", LIST_ENTRIES_MAX)?;
+                let count = r.count("entries", LIST_MAX)?;
                 let entries = (0..count).map(|_| get_entry(r)).collect::<Result<_, _>>()?;
                 Self::List { next, entries }
             }

@@ -49,9 +49,9 @@ fn request() -> impl Strategy<Value = Request> {
         ),
         (lease(), any::<u16>(), 0..=CONFIG_BYTES_MAX as u16)
             .prop_map(|(lease, offset, len)| Request::Config { lease, offset, len }),
-        (lease(), prop::collection::vec(range(), 0..=MAP_RANGES_MAX))
+        (lease(), prop::collection::vec(range(), 0..=RANGES_MAX))
             .prop_map(|(lease, ranges)| Request::Map { lease, ranges }),
-        (lease(), prop::collection::vec(span(), 0..=UNMAP_SPANS_MAX))
+        (lease(), prop::collection::vec(span(), 0..=RANGES_MAX))
             .prop_map(|(lease, spans)| Request::Unmap { lease, spans }),
         (lease(), index(), any::<bool>()).prop_map(|(lease, index, enable)| Request::Irqs {
             lease,
@@ -175,10 +175,7 @@ fn reply() -> impl Strategy<Value = (u16, Reply)> {
         .prop_map(|op| (op, Reply::Done)),
         any::<(u16, u64)>()
             .prop_map(|(node, window_bytes)| (op::HELLO, Reply::Hello { node, window_bytes })),
-        (
-            any::<u32>(),
-            prop::collection::vec(entry(), 0..=LIST_ENTRIES_MAX)
-        )
+        (any::<u32>(), prop::collection::vec(entry(), 0..=LIST_MAX))
             .prop_map(|(next, entries)| (op::LIST, Reply::List { next, entries })),
         (any::<(u64, [u8; 16])>(), entry()).prop_map(|((lease, secret), entry)| {
             let (lease, secret) = (LeaseId(lease), Secret(secret));
@@ -266,14 +263,14 @@ fn map_of(count: usize) -> Message {
 
 #[test]
 fn lists_hold_max_entries_and_refuse_one_more_both_ways() {
-    let (op, mut payload) = map_of(MAP_RANGES_MAX).encode().unwrap();
+    let (op, mut payload) = map_of(RANGES_MAX).encode().unwrap();
     assert!(Message::decode(op, &payload).is_ok());
-    assert!(map_of(MAP_RANGES_MAX + 1).encode().is_err());
+    assert!(map_of(RANGES_MAX + 1).encode().is_err());
     payload[16] += 1;
     payload.extend_from_slice(&[1; 25]);
     let refused = Message::decode(op, &payload).unwrap_err();
     assert!(
-        matches!(refused, WireError::TooMany { max, .. } if max == MAP_RANGES_MAX),
+        matches!(refused, WireError::TooMany { max, .. } if max == RANGES_MAX),
         "{refused}"
     );
 }

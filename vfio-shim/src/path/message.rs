@@ -2,16 +2,17 @@
 
 use super::wire::TEXT_BYTES_MAX;
 use crate::model::{
-    Access, Bdf, FunctionIds, IrqIndex, IrqInfo, RegionIndex, RegionInfo, Span, WindowOffset,
+    Access, BAR_COUNT, Bdf, FunctionIds, FunctionInfo, IrqIndex, IrqInfo, RegionIndex, RegionInfo,
+    Span, WindowOffset,
 };
 use std::fmt;
 
 /// The most entries in one `List` reply.
-pub const LIST_ENTRIES_MAX: usize = 64;
-/// The most ranges in one `Map`.
-pub const MAP_RANGES_MAX: usize = 64;
-/// The most spans in one `Unmap`.
-pub const UNMAP_SPANS_MAX: usize = 64;
+pub const LIST_MAX: usize = 64;
+/// The most entries that a borrower collects from one pool.
+pub const ENTRIES_MAX: usize = 1024;
+/// The most ranges in one `Map`, and spans in one `Unmap`.
+pub const RANGES_MAX: usize = 64;
 /// The most bytes of config space in one reply.
 pub const CONFIG_BYTES_MAX: usize = 2048;
 /// The most mappable areas of one region.
@@ -119,14 +120,14 @@ pub enum Request {
     Map {
         /// Of which lease.
         lease: LeaseId,
-        /// At most `MAP_RANGES_MAX`.
+        /// At most `RANGES_MAX`.
         ranges: Vec<MapRange>,
     },
     /// Mappings taken away.
     Unmap {
         /// Of which lease.
         lease: LeaseId,
-        /// At most `UNMAP_SPANS_MAX`.
+        /// At most `RANGES_MAX`.
         spans: Vec<Span>,
     },
     /// All vectors of the index on or off.
@@ -199,7 +200,8 @@ pub enum Request {
     },
 }
 
-/// What came of a request.
+/// What came of a request. (A reply is made, sent and dropped; boxing the large one gains nothing.)
+#[expect(clippy::large_enum_variant)]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// Done, and nothing to tell.
@@ -215,7 +217,7 @@ pub enum Reply {
     List {
         /// Where to go on; 0 = that was all.
         next: u32,
-        /// At most `LIST_ENTRIES_MAX`.
+        /// At most `LIST_MAX`.
         entries: Vec<PoolEntry>,
     },
     /// To `Borrow`.
@@ -279,6 +281,24 @@ pub struct RemoteFunction {
     pub regions: [RemoteRegion; RegionIndex::COUNT as usize],
     /// By vfio-pci's index.
     pub irqs: [IrqInfo; IrqIndex::COUNT],
+}
+
+impl RemoteFunction {
+    /// What the borrower sees of a function whose BARs have these slices.
+    pub fn new(
+        info: &FunctionInfo,
+        slices: &[Option<WindowOffset>; BAR_COUNT],
+        config_len: u16,
+    ) -> Self {
+        Self {
+            config_len,
+            regions: std::array::from_fn(|index| RemoteRegion {
+                info: info.regions[index].clone(),
+                slice: slices.get(index).copied().flatten(),
+            }),
+            irqs: info.irqs,
+        }
+    }
 }
 
 /// Why a request was refused, by number.
@@ -387,6 +407,7 @@ pub fn clean_text(text: &str) -> String {
 }
 
 /// One message.
+#[expect(clippy::large_enum_variant)]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
     /// A request.

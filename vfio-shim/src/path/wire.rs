@@ -261,6 +261,12 @@ pub fn encode_slot(
     Ok(slot)
 }
 
+/// How many bytes of an encoded slot the message fills; all from there to the commit word is 0 and
+/// need not cross the NTB.
+pub fn slot_used_bytes(slot: &[u8; SLOT_BYTES]) -> usize {
+    PAYLOAD_OFFSET + (u32_at(slot, 28) as usize).min(PAYLOAD_BYTES_MAX)
+}
+
 /// What a copy of the slot turns out to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotFinding<'a> {
@@ -468,14 +474,14 @@ mod tests {
 
     #[test]
     fn layout_fits_the_mailbox_without_overlap() {
-        assert!(NONCE_OFFSET + 8 <= STATUS_OFFSET);
+        const { assert!(NONCE_OFFSET + 8 <= STATUS_OFFSET) };
         assert!(STATUS_OFFSET + STATUS_BYTES as u64 <= SLOT_OFFSET);
         assert!(SLOT_OFFSET + SLOT_BYTES as u64 <= IRQ_TABLE_OFFSET);
         assert_eq!(
             IRQ_TABLE_OFFSET + 8 * u64::from(IRQ_WORDS_MAX),
             RESERVED_OFFSET
         );
-        assert!(RESERVED_OFFSET < MAILBOX_BYTES);
+        const { assert!(RESERVED_OFFSET < MAILBOX_BYTES) };
         assert_eq!(PAYLOAD_BYTES_MAX, 4048);
     }
 
@@ -526,6 +532,7 @@ mod tests {
         assert!(
             matches!(check_slot(&slot, 9), SlotFinding::Message { payload, .. } if payload == at)
         );
+        assert_eq!(slot_used_bytes(&slot), COMMIT_OFFSET);
         assert!(encode_slot(9, 1, 0, 3, &vec![7; PAYLOAD_BYTES_MAX + 1]).is_err());
     }
 
