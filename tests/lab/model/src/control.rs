@@ -21,8 +21,8 @@ const LINE_BYTES_MAX: usize = 4096;
 #[derive(Debug, Deserialize)]
 #[serde(tag = "op", rename_all = "lowercase", deny_unknown_fields)]
 enum Operation {
-    Counters,
-    State,
+    Counters {},
+    State {},
     Maps { half: HalfName },
     Flap { ms: u64 },
     Link { up: bool },
@@ -45,11 +45,11 @@ pub fn answer(model: &mut Model, line: &str, now: Instant) -> Value {
 
 fn carry_out(model: &mut Model, operation: &Operation, now: Instant) -> Value {
     match operation {
-        Operation::Counters => json!({
+        Operation::Counters {} => json!({
             "a": model.half(Side::A).counters,
             "b": model.half(Side::B).counters,
         }),
-        Operation::State => json!({
+        Operation::State {} => json!({
             "link": model.link().is_up(),
             "a": state(model, Side::A),
             "b": state(model, Side::B),

@@ -4,40 +4,27 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser};
 
 use crate::half::Side;
 use crate::registers::IntvecReset;
 
-/// An Intel gen4 NTB between two hosts: a vfio-user server with two sockets.
+/// Talk to a running model.
 #[derive(Debug, Parser)]
-#[command(
-    name = "ntb-model",
-    args_conflicts_with_subcommands = true,
-    subcommand_negates_reqs = true
-)]
-pub struct Options {
-    #[command(subcommand)]
-    pub command: Option<Command>,
-    #[command(flatten)]
-    pub serve: Option<ServeOptions>,
+#[command(name = "ntb-model ctl")]
+pub struct CtlOptions {
+    /// The running model's control socket.
+    pub control: PathBuf,
+    /// counters | state | maps a | maps b | flap MS | link up | link down
+    #[arg(required = true)]
+    pub operation: Vec<String>,
 }
 
-/// What else the binary does.
-#[derive(Debug, Subcommand)]
-pub enum Command {
-    /// Talk to a running model.
-    Ctl {
-        /// The running model's control socket.
-        control: PathBuf,
-        /// counters | state | maps a | maps b | flap MS | link up | link down
-        #[arg(required = true)]
-        operation: Vec<String>,
-    },
-}
-
-/// Where the model listens and what it is.
-#[derive(Debug, Clone, Args)]
+/// An Intel gen4 NTB between two hosts: a vfio-user server with two sockets.
+///
+/// `ntb-model ctl CONTROL OPERATION` talks to one that runs.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "ntb-model")]
 pub struct ServeOptions {
     /// Socket of half A (upstream side).
     #[arg(long)]
@@ -156,9 +143,9 @@ impl Default for DeviceOptions {
 mod tests {
     use super::*;
 
-    fn parse(more: &[&str]) -> Result<Options, clap::Error> {
+    fn parse(more: &[&str]) -> Result<ServeOptions, clap::Error> {
         let base = ["ntb-model", "--socket-a", "a", "--socket-b", "b"];
-        Options::try_parse_from(base.iter().chain(more))
+        ServeOptions::try_parse_from(base.iter().chain(more))
     }
 
     #[test]
@@ -171,9 +158,17 @@ mod tests {
     }
 
     #[test]
-    fn ctl_needs_no_sockets_and_serving_does() {
-        assert!(Options::try_parse_from(["ntb-model", "ctl", "c", "maps", "a"]).is_ok());
-        let serve = Options::try_parse_from(["ntb-model", "--socket-a", "a"]);
-        assert!(serve.is_err());
+    fn both_sockets_are_needed_and_the_rest_has_the_silicon_s_values() {
+        assert!(ServeOptions::try_parse_from(["ntb-model", "--socket-a", "a"]).is_err());
+        let options = parse(&["--control", "c"]).expect("complete");
+        assert_eq!(options.device.bar2_bytes(Side::B), 1 << 30);
+        assert_eq!(options.device.revision(), 0x10);
+        assert_eq!(options.device.fault, None);
+    }
+
+    #[test]
+    fn ctl_takes_a_socket_and_words() {
+        assert!(CtlOptions::try_parse_from(["ctl", "socket", "maps", "a"]).is_ok());
+        assert!(CtlOptions::try_parse_from(["ctl", "socket"]).is_err());
     }
 }
