@@ -14,3 +14,4 @@ pub mod pci;
 pub mod program;
 pub mod scenario;
 pub mod snapshot;
+pub mod sublet;

@@ -83,3 +83,10 @@ pub fn nvme_offline(agent: &Agent, controller: u32) -> Result<()> {
     ])?;
     Ok(())
 }
+
+/// Waits until the lender's own driver has found its namespace, some time after its module is loaded.
+pub fn wait_namespace(agent: &Agent) -> Result<()> {
+    agent
+        .wait_until("test -b /dev/nvme0n1", APPEAR_TIMEOUT)
+        .map(drop)
+}

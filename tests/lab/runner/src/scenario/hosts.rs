@@ -45,8 +45,7 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
             },
         );
     }
-    // The driver of the physical function finds its namespace some time after its module is loaded.
-    a.wait_until("test -b /dev/nvme0n1", Duration::from_secs(20))?;
+    pci::wait_namespace(a)?;
     let before = pair.snapshot()?;
     checks.check("host a makes a VF without a driver", || {
         pci::make_vfs(a, 1)?;

@@ -1,6 +1,7 @@
 //! The scenarios, one file each.
 
 mod hosts;
+mod nvme;
 
 use crate::check::Checks;
 use crate::lab::Lab;
@@ -22,4 +23,4 @@ pub struct Scenario {
 }
 
 /// In the order in which the gate runs them.
-pub const ALL: &[Scenario] = &[hosts::SCENARIO];
+pub const ALL: &[Scenario] = &[hosts::SCENARIO, nvme::TRAPPED, nvme::MAPPED];

@@ -1,0 +1,207 @@
+//! The project's own daemon on both hosts, and the way of one function from the lender to a guest.
+
+use crate::agent::{Agent, Output};
+use crate::host::{Host, NTB_BDF, VF_BDF};
+use crate::lab::{Lab, Pair};
+use crate::pci;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// The sample configurations, which are also the documentation of what a file may say.
+const CONFIGS: [&str; 2] = ["a.toml", "b.toml"];
+const CONFIG_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config");
+const SIGTERM: i32 = 15;
+const END_TIMEOUT: Duration = Duration::from_secs(20);
+const LINK_TIMEOUT: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(200);
+
+/// A daemon on one host.
+pub struct Daemon {
+    agent: Agent,
+    pid: u32,
+    program: String,
+    name: String,
+}
+
+impl Daemon {
+    /// Starts it with a configuration that lies in the share.
+    pub fn start(host: &Host, program: &str, config: &str) -> Result<Self> {
+        let log = host.shared(&format!("daemon-{}.log", host.name));
+        let argv = [program, "daemon", "--in-process", "--config", config];
+        let pid = host.agent.spawn(&argv, &log)?;
+        let control = "test -S /run/sublet/control.sock";
+        host.agent
+            .wait_until(control, END_TIMEOUT)
+            .context("the daemon has no control socket")?;
+        Ok(Daemon {
+            agent: host.agent.clone(),
+            pid,
+            program: program.to_owned(),
+            name: host.name.clone(),
+        })
+    }
+
+    /// Its process id on the host.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Runs a verb that must succeed.
+    pub fn verb(&self, words: &[&str]) -> Result<String> {
+        let mut argv = vec![self.program.as_str()];
+        argv.extend(words);
+        self.agent.run(&argv)
+    }
+
+    /// Runs a verb, whatever comes of it.
+    pub fn try_verb(&self, words: &[&str], timeout: Duration) -> Result<Output> {
+        let mut argv = vec![self.program.as_str()];
+        argv.extend(words);
+        self.agent.try_run(&argv, &[], timeout)
+    }
+
+    /// What it says of itself, counters included.
+    pub fn status(&self) -> Result<Value> {
+        let text = self.verb(&["status", "--json"])?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("status of host {} is no JSON: {text}", self.name))
+    }
+
+    /// Waits until its status is as wanted.
+    pub fn wait_status(
+        &self,
+        what: &str,
+        timeout: Duration,
+        is: impl Fn(&Value) -> bool,
+    ) -> Result<Value> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let status = self.status()?;
+            if is(&status) {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                bail!("host {}: no {what} within {timeout:?}: {status}", self.name);
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Ends it as an operator does.
+    pub fn stop(self) -> Result<()> {
+        self.agent.kill(self.pid, SIGTERM)?;
+        let code = self.agent.wait(self.pid, END_TIMEOUT)?;
+        ensure!(
+            code == Some(0),
+            "the daemon of host {} ended with {code:?}",
+            self.name
+        );
+        Ok(())
+    }
+}
+
+/// Both hosts with a VF made, everything bound, and both daemons running.
+pub struct Lending {
+    /// The lender's.
+    pub a: Daemon,
+    /// The borrower's.
+    pub b: Daemon,
+}
+
+impl Lending {
+    /// Makes a VF with these queues and interrupts, binds, and starts both daemons.
+    pub fn start(lab: &Lab, pair: &Pair, queues: u32, interrupts: u32) -> Result<Self> {
+        let program = lab.share_binary("sublet")?;
+        for name in CONFIGS {
+            let from = Path::new(CONFIG_DIR).join(name);
+            fs::copy(&from, lab.dir.join(name))
+                .with_context(|| format!("cannot copy {}", from.display()))?;
+        }
+        pci::make_vfs(&pair.a.agent, 1)?;
+        pci::nvme_online(&pair.a.agent, 1, queues, interrupts)?;
+        pci::bind(&pair.a.agent, NTB_BDF, "vfio-pci")?;
+        pci::bind(&pair.b.agent, NTB_BDF, "vfio-pci")?;
+        pci::bind(&pair.a.agent, VF_BDF, "vfio-pci")?;
+        Ok(Lending {
+            a: Daemon::start(&pair.a, &program, &pair.a.shared("a.toml"))?,
+            b: Daemon::start(&pair.b, &program, &pair.b.shared("b.toml"))?,
+        })
+    }
+
+    /// Waits until both ports have agreed on a session.
+    pub fn wait_link(&self) -> Result<&'static str> {
+        for daemon in [&self.a, &self.b] {
+            daemon.wait_status("session", LINK_TIMEOUT, |status| {
+                status
+                    .pointer("/ports/0/session")
+                    .is_some_and(|session| !session.is_null())
+            })?;
+        }
+        Ok("")
+    }
+
+    /// Puts the VF into the pool; its fabric device id.
+    pub fn offer(&self) -> Result<String> {
+        self.a.verb(&["add", VF_BDF])?;
+        self.a.verb(&["available", VF_BDF])?;
+        let list = self.b.verb(&["list"])?;
+        let line = list.lines().find(|line| line.contains("[available]"));
+        let fdid = line.and_then(|line| line.split(':').next());
+        Ok(fdid
+            .with_context(|| format!("nothing to borrow: {list}"))?
+            .to_owned())
+    }
+
+    /// Borrows it for a VMM that will connect to this socket.
+    pub fn borrow(&self, fdid: &str, socket: &str, more: &[&str]) -> Result<String> {
+        let mut words = vec!["borrow", fdid, "--socket", socket];
+        words.extend(more);
+        self.b.verb(&words)
+    }
+
+    /// Ends both daemons and takes the VF and the bindings away: as before [`Lending::start`].
+    pub fn end(self, pair: &Pair) -> Result<()> {
+        self.b.stop()?;
+        self.a.stop()?;
+        pci::unbind(&pair.a.agent, VF_BDF)?;
+        pci::unbind(&pair.a.agent, NTB_BDF)?;
+        pci::unbind(&pair.b.agent, NTB_BDF)?;
+        pci::nvme_offline(&pair.a.agent, 1)?;
+        pci::remove_vfs(&pair.a.agent)
+    }
+}
+
+/// Sum of the counts of all vectors of a device, in whichever machine the agent runs.
+pub fn interrupt_count(agent: &Agent, bdf: &str) -> Result<u64> {
+    let lines: Value = serde_json::from_str(&agent.run(&["lab-agent", "interrupts", bdf])?)?;
+    let lines = lines.as_array().context("no list of interrupts")?;
+    Ok(lines.iter().filter_map(|line| line["count"].as_u64()).sum())
+}
+
+/// Direct I/O with an agent's `dio`; the SHA-256 of what went through.
+pub fn dio(agent: &Agent, words: &[&str], timeout: Duration) -> Result<String> {
+    let mut argv = vec!["lab-agent", "dio"];
+    argv.extend(words);
+    let answer: Value = serde_json::from_str(&agent.run_within(&argv, timeout)?)?;
+    Ok(answer["sha256"].as_str().context("no checksum")?.to_owned())
+}
+
+/// What a driver says when interrupts are lost; none of it may stand in a guest's log.
+pub fn ensure_no_lost_interrupt(dmesg: &str) -> Result<&'static str> {
+    let lost = dmesg.lines().find(|line| {
+        let line = line.to_lowercase();
+        line.contains("completion polled") || (line.contains("nvme") && line.contains("timeout"))
+    });
+    match lost {
+        None => Ok(""),
+        Some(line) => bail!("the guest's log says: {line}"),
+    }
+}
+
+/// The scenario's folder holds what the daemons wrote.
+pub fn daemon_log(dir: &Path, host: &str) -> String {
+    fs::read_to_string(dir.join(format!("daemon-{host}.log"))).unwrap_or_default()
+}
