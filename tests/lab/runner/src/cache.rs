@@ -25,6 +25,31 @@ pub struct Kernel {
     pub modules: PathBuf,
 }
 
+impl Kernel {
+    /// A kernel whose packages were unpacked under this folder. Debian keeps the image beside the
+    /// modules in newer packages, in /boot in older ones.
+    pub fn unpacked(root: &Path, version: &str) -> Result<Self> {
+        let modules = ["usr/lib/modules", "lib/modules"].map(|dir| root.join(dir).join(version));
+        let modules = modules
+            .into_iter()
+            .find(|dir| dir.join("modules.dep").exists());
+        let modules =
+            modules.with_context(|| format!("no modules of {version} under {}", root.display()))?;
+        let images = [
+            modules.join("vmlinuz"),
+            root.join("boot").join(format!("vmlinuz-{version}")),
+        ];
+        let image = images.into_iter().find(|path| path.exists());
+        let image =
+            image.with_context(|| format!("no image of {version} under {}", root.display()))?;
+        Ok(Kernel {
+            version: version.to_owned(),
+            image,
+            modules,
+        })
+    }
+}
+
 impl Cache {
     /// Where a host mounts the cache folder.
     pub const IN_HOST: &str = "/lab/cache";
@@ -48,19 +73,8 @@ impl Cache {
     pub fn kernel(&self) -> Result<Kernel> {
         let version = fs::read_to_string(self.root.join("stamps/kernel"))
             .context("cannot read the kernel's stamp")?;
-        let version = version.trim().to_owned();
-        let modules = self
-            .root
-            .join("kernel")
-            .join(&version)
-            .join("usr/lib/modules")
-            .join(&version);
-        let image = modules.join("vmlinuz");
-        Ok(Kernel {
-            version,
-            image,
-            modules,
-        })
+        let version = version.trim();
+        Kernel::unpacked(&self.root.join("kernel").join(version), version)
     }
 
     /// The project's static binaries; `SUBLET_LAB_BIN` names another folder of them.

@@ -4,6 +4,7 @@ use crate::agent::Agent;
 use crate::cache::Cache;
 use crate::host::{Host, QUICK, vfio_user_device};
 use crate::initramfs::{Initramfs, PORT_NAME, Port};
+use crate::program::arguments;
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -25,14 +26,29 @@ pub enum Vmm {
     CloudHypervisor(String),
 }
 
+/// What a guest's RAM is, on its host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// A memfd of hugepages, shared: what an operator should choose.
+    HugePages,
+    /// A memfd of ordinary pages, shared.
+    Pages,
+    /// A memfd that the VMM maps privately: a device would see other pages than the guest.
+    Private,
+}
+
 /// What a guest is made of.
 pub struct GuestSpec {
     /// Names its logs and sockets.
     pub name: String,
     /// The program.
     pub vmm: Vmm,
-    /// Its RAM, on hugepages, shared.
+    /// The size of its RAM.
     pub memory_mib: u32,
+    /// The kind of its RAM.
+    pub memory: Memory,
+    /// Whether QEMU starts it again when it reboots; else that is its end.
+    pub reboots: bool,
     /// vfio-user sockets on the host, one for each device.
     pub devices: Vec<String>,
     /// Modules: `name` or `name key=value`.
@@ -48,6 +64,8 @@ impl GuestSpec {
             name: name.to_owned(),
             vmm: vmm.clone(),
             memory_mib: 128,
+            memory: Memory::HugePages,
+            reboots: false,
             devices: Vec::new(),
             modules: MODULES.map(str::to_owned).to_vec(),
             cmdline: String::new(),
@@ -177,45 +195,40 @@ struct Paths {
 
 fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
     let mib = spec.memory_mib;
-    let cmdline = format!("console=ttyS0 {QUICK} {}", spec.cmdline);
+    let memory = match spec.memory {
+        Memory::HugePages => "hugetlb=on,hugetlbsize=2M,share=on",
+        Memory::Pages => "share=on",
+        Memory::Private => "share=off",
+    };
     let mut argv = Cache::qemu(cache);
-    let words = [
-        "-M",
-        "q35,memory-backend=m",
-        "-accel",
-        "kvm",
-        "-cpu",
-        "host",
-        "-smp",
-        "1",
-        "-m",
-        &format!("{mib}M"),
-        "-object",
-        &format!("memory-backend-memfd,id=m,size={mib}M,hugetlb=on,hugetlbsize=2M,share=on"),
-        "-nodefaults",
-        "-display",
-        "none",
-        "-nic",
-        "none",
-        "-no-reboot",
-        "-serial",
-        &format!("file:{}", paths.console),
-        "-kernel",
-        &paths.kernel,
-        "-initrd",
-        &paths.initramfs,
-        "-append",
-        cmdline.trim_end(),
-        "-device",
-        "virtio-serial-pci",
-        "-chardev",
-        &format!("socket,id=agent,path={},server=on,wait=off", paths.agent),
-        "-device",
-        &format!("virtserialport,chardev=agent,name={PORT_NAME}"),
-        "-qmp",
-        &format!("unix:{},server=on,wait=off", paths.control),
-    ];
-    argv.extend(words.map(str::to_owned));
+    argv.extend(arguments(&format!(
+        "-M q35,memory-backend=m
+        -accel kvm
+        -cpu host
+        -smp 1
+        -m {mib}M
+        -object memory-backend-memfd,id=m,size={mib}M,{memory}
+        -nodefaults
+        -display none
+        -nic none
+        -serial file:{console}
+        -kernel {kernel}
+        -initrd {initramfs}
+        -append console=ttyS0 {QUICK} {cmdline}
+        -device virtio-serial-pci
+        -chardev socket,id=agent,path={agent},server=on,wait=off
+        -device virtserialport,chardev=agent,name={PORT_NAME}
+        -qmp unix:{control},server=on,wait=off",
+        console = paths.console,
+        kernel = paths.kernel,
+        initramfs = paths.initramfs,
+        cmdline = spec.cmdline,
+        agent = paths.agent,
+        control = paths.control,
+    )));
+    if !spec.reboots {
+        argv.push("-no-reboot".into());
+    }
     for socket in &spec.devices {
         argv.push("-device".into());
         argv.push(vfio_user_device(socket, None));
@@ -225,30 +238,29 @@ fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
 
 /// The agent has the serial line, the only one that listens on a socket there; the log is hvc0's.
 fn cloud_hypervisor(spec: &GuestSpec, paths: &Paths, program: &str) -> Vec<String> {
-    let cmdline = format!("console=hvc0 {QUICK} {}", spec.cmdline);
-    let words = [
-        program,
-        "--kernel",
-        &paths.kernel,
-        "--initramfs",
-        &paths.initramfs,
-        "--cmdline",
-        cmdline.trim_end(),
-        "--cpus",
-        "boot=1",
-        "--memory",
-        &format!(
-            "size={}M,shared=on,hugepages=on,hugepage_size=2M",
-            spec.memory_mib
-        ),
-        "--serial",
-        &format!("socket={}", paths.agent),
-        "--console",
-        &format!("file={}", paths.console),
-        "--api-socket",
-        &format!("path={}", paths.control),
-    ];
-    let mut argv = words.map(str::to_owned).to_vec();
+    let memory = match spec.memory {
+        Memory::HugePages => "shared=on,hugepages=on,hugepage_size=2M",
+        Memory::Pages => "shared=on",
+        Memory::Private => "shared=off",
+    };
+    let mut argv = vec![program.to_owned()];
+    argv.extend(arguments(&format!(
+        "--kernel {kernel}
+        --initramfs {initramfs}
+        --cmdline console=hvc0 {QUICK} {cmdline}
+        --cpus boot=1
+        --memory size={mib}M,{memory}
+        --serial socket={agent}
+        --console file={console}
+        --api-socket path={control}",
+        kernel = paths.kernel,
+        initramfs = paths.initramfs,
+        cmdline = spec.cmdline,
+        mib = spec.memory_mib,
+        agent = paths.agent,
+        console = paths.console,
+        control = paths.control,
+    )));
     for socket in &spec.devices {
         argv.push("--user-device".into());
         argv.push(format!("socket={socket}"));

@@ -4,7 +4,7 @@ use crate::agent::Agent;
 use crate::cache::{Cache, Kernel};
 use crate::initramfs::{Initramfs, PORT_NAME, Port};
 use crate::log::Log;
-use crate::program::Program;
+use crate::program::{Program, arguments};
 use anyhow::{Context, Result};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -28,6 +28,9 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
 /// Two guests of 128 MiB, and room for their firmware's rounding.
 const GUEST_HUGE_PAGES: u32 = 160;
 const NVME_BYTES: u64 = 64 << 20;
+/// Queues and interrupts that the physical function can give to its VFs.
+const NVME_RESOURCES: &str =
+    "sriov_max_vfs=4,sriov_vq_flexible=8,sriov_vi_flexible=4,max_ioqpairs=12,msix_qsize=9";
 
 /// Where a host sees the scenario's folder.
 pub const RUN_IN_HOST: &str = "/lab/run";
@@ -188,65 +191,39 @@ fn machine(
     initramfs: &Path,
     socket: &Path,
 ) -> Vec<String> {
-    let share = |path: &Path, tag: &str, more: &str| {
-        let path = path.display();
-        format!("local,path={path},mount_tag={tag},security_model=none{more}")
-    };
-    let cmdline = format!(
-        "console=ttyS0 {QUICK} intel_iommu=on hugepages={} iomem=relaxed {}",
-        spec.huge_pages, spec.cmdline
-    );
-    let words = [
-        "-M",
-        "q35,kernel-irqchip=split,memory-backend=m",
-        "-accel",
-        "tcg,thread=multi",
-        "-cpu",
-        "max",
-        "-smp",
-        "2",
-        "-m",
-        "3G",
-        "-object",
-        "memory-backend-memfd,id=m,size=3G,share=on",
-        "-display",
-        "none",
-        "-monitor",
-        "none",
-        "-serial",
-        "stdio",
-        "-no-reboot",
-        "-nodefaults",
-        "-nic",
-        "none",
-        "-kernel",
-        &spec.kernel.image.display().to_string(),
-        "-initrd",
-        &initramfs.display().to_string(),
-        "-append",
-        cmdline.trim_end(),
-        "-device",
-        "intel-iommu,intremap=on,caching-mode=on",
-        // The addresses give the two ports' devices the bus numbers 1 and 2.
-        "-device",
-        "pcie-root-port,id=rp0,slot=1,addr=5",
-        "-device",
-        "pcie-root-port,id=rp1,slot=2,addr=6",
-        "-device",
-        "virtio-serial-pci,addr=8",
-        "-chardev",
-        &format!(
-            "socket,id=agent,path={},server=on,wait=off",
-            socket.display()
-        ),
-        "-device",
-        &format!("virtserialport,chardev=agent,name={PORT_NAME}"),
-        "-virtfs",
-        &share(&cache.root, "cache", ",readonly=on"),
-        "-virtfs",
-        &share(dir, "run", ""),
-    ];
-    words.map(str::to_owned).to_vec()
+    // The addresses of the root ports give what is behind them the bus numbers 1 and 2.
+    arguments(&format!(
+        "-M q35,kernel-irqchip=split,memory-backend=m
+        -accel tcg,thread=multi
+        -cpu max
+        -smp 2
+        -m 3G
+        -object memory-backend-memfd,id=m,size=3G,share=on
+        -nodefaults
+        -display none
+        -monitor none
+        -nic none
+        -no-reboot
+        -serial stdio
+        -kernel {kernel}
+        -initrd {initramfs}
+        -append console=ttyS0 {QUICK} intel_iommu=on iomem=relaxed hugepages={huge_pages} {cmdline}
+        -device intel-iommu,intremap=on,caching-mode=on
+        -device pcie-root-port,id=rp0,slot=1,addr=5
+        -device pcie-root-port,id=rp1,slot=2,addr=6
+        -device virtio-serial-pci,addr=8
+        -chardev socket,id=agent,path={socket},server=on,wait=off
+        -device virtserialport,chardev=agent,name={PORT_NAME}
+        -virtfs local,path={cache},mount_tag=cache,security_model=none,readonly=on
+        -virtfs local,path={dir},mount_tag=run,security_model=none",
+        kernel = spec.kernel.image.display(),
+        initramfs = initramfs.display(),
+        huge_pages = spec.huge_pages,
+        cmdline = spec.cmdline,
+        socket = socket.display(),
+        cache = cache.root.display(),
+        dir = dir.display(),
+    ))
 }
 
 fn lent_nvme(name: &str, dir: &Path) -> Result<Vec<String>> {
@@ -254,17 +231,13 @@ fn lent_nvme(name: &str, dir: &Path) -> Result<Vec<String>> {
     File::create(&image)
         .and_then(|file| file.set_len(NVME_BYTES))
         .with_context(|| format!("cannot make {}", image.display()))?;
-    let words = [
-        "-drive",
-        &format!("if=none,id=n0,file={},format=raw", image.display()),
-        "-device",
-        "nvme-subsys,id=ss0",
-        "-device",
-        "nvme,serial=lent,subsys=ss0,bus=rp0,sriov_max_vfs=4,sriov_vq_flexible=8,sriov_vi_flexible=4,max_ioqpairs=12,msix_qsize=9",
-        "-device",
-        "nvme-ns,drive=n0,nsid=1,shared=on",
-    ];
-    Ok(words.map(str::to_owned).to_vec())
+    Ok(arguments(&format!(
+        "-drive if=none,id=n0,file={image},format=raw
+        -device nvme-subsys,id=ss0
+        -device nvme,serial=lent,subsys=ss0,bus=rp0,{NVME_RESOURCES}
+        -device nvme-ns,drive=n0,nsid=1,shared=on",
+        image = image.display(),
+    )))
 }
 
 /// QEMU makes the socket before it starts the machine, but not before it runs.

@@ -8,6 +8,15 @@ use std::time::{Duration, Instant};
 
 const POLL: Duration = Duration::from_millis(20);
 
+/// Arguments, one flag in each line, its value after the first space: it may hold spaces itself.
+pub fn arguments(lines: &str) -> Vec<String> {
+    let words = lines.lines().flat_map(|line| line.trim().splitn(2, ' '));
+    words
+        .filter(|word| !word.is_empty())
+        .map(str::to_owned)
+        .collect()
+}
+
 /// A running program; dropping it ends it.
 pub struct Program {
     child: Child,
@@ -66,5 +75,15 @@ impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::arguments;
+
+    #[test]
+    fn value_of_a_flag_may_hold_spaces() {
+        assert_eq!(arguments("-a b c\n  -d\n\n"), ["-a", "b c", "-d"]);
     }
 }
