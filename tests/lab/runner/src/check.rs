@@ -35,6 +35,7 @@ impl Checks {
         match &outcome {
             Ok(detail) => {
                 self.passed += 1;
+                let detail = detail.to_string().replace('\n', " ");
                 println!("ok   {name} ({seconds:.1} s) {detail}");
             }
             Err(error) => {

@@ -3,7 +3,7 @@
 use crate::cache::Cache;
 use crate::guest::{Guest, GuestSpec, Vmm};
 use crate::host::{Host, HostSpec, RUN_IN_HOST};
-use crate::ntb::Ntb;
+use crate::ntb::{Half, Ntb};
 use crate::snapshot::Snapshot;
 use anyhow::{Context, Result};
 use std::fs;
@@ -121,12 +121,16 @@ impl Lab {
 }
 
 impl Pair {
-    /// Both hosts as they are now.
+    /// Both hosts as they are now, with what the NTB may reach in each.
     pub fn snapshot(&self) -> Result<(Snapshot, Snapshot)> {
-        Ok((
-            Snapshot::take(&self.a.agent)?,
-            Snapshot::take(&self.b.agent)?,
-        ))
+        let take = |host: &Host, half| {
+            let mut snapshot = Snapshot::take(&host.agent)?;
+            if let Some(ntb) = self.ntb.as_ref().filter(|ntb| ntb.is_model()) {
+                snapshot.add("ntb_maps", ntb.maps(half)?);
+            }
+            Ok::<_, anyhow::Error>(snapshot)
+        };
+        Ok((take(&self.a, Half::A)?, take(&self.b, Half::B)?))
     }
 
     /// Both hosts are as they were: every scenario's last check.

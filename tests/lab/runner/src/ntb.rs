@@ -3,8 +3,9 @@
 use crate::cache::Cache;
 use crate::log::Log;
 use crate::program::Program;
-use anyhow::{Context, Result};
-use serde_json::Value;
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -73,11 +74,39 @@ impl Ntb {
         BufReader::new(stream)
             .read_line(&mut line)
             .context("no answer from the model")?;
-        serde_json::from_str(&line).with_context(|| format!("the model answered `{line}`"))
+        let answer: Value =
+            serde_json::from_str(&line).with_context(|| format!("the model answered `{line}`"))?;
+        ensure!(answer.get("error").is_none(), "the model answered {answer}");
+        Ok(answer)
+    }
+
+    /// What each half has done so far.
+    pub fn counters(&self) -> Result<Value> {
+        self.ask(&json!({ "op": "counters" }))
+    }
+
+    /// What a half's host lets the NTB reach: every map that its IOMMU holds for it.
+    pub fn maps(&self, half: Half) -> Result<Value> {
+        self.ask(&json!({ "op": "maps", "half": half }))
+    }
+
+    /// Takes the link down for a while.
+    pub fn flap(&self, down_ms: u64) -> Result<()> {
+        self.ask(&json!({ "op": "flap", "ms": down_ms })).map(drop)
     }
 
     /// Whether it is the project's own model, which can be asked.
     pub fn is_model(&self) -> bool {
         self.model.is_some()
     }
+}
+
+/// One end of the cable.
+#[derive(Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Half {
+    /// The lender's.
+    A,
+    /// The borrower's.
+    B,
 }

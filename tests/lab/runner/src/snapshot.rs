@@ -21,6 +21,11 @@ impl Snapshot {
         ))
     }
 
+    /// Adds what cannot be seen from inside.
+    pub fn add(&mut self, name: &str, value: Value) {
+        self.0[name] = value;
+    }
+
     /// Fails with every difference.
     pub fn ensure_equal(&self, after: &Snapshot) -> Result<()> {
         let mut differences = Vec::new();
