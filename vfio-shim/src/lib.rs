@@ -5,3 +5,5 @@ pub mod iova;
 pub mod model;
 pub mod ntb;
 pub mod path;
+pub mod sysfs;
+pub mod vfio;

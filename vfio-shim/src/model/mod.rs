@@ -2,6 +2,7 @@
 
 mod addr;
 mod bdf;
+mod config_space;
 mod function;
 mod irq;
 mod region;
@@ -10,6 +11,11 @@ mod span;
 
 pub use addr::{BarOffset, GuestAddress, Iova, PortIova, WindowOffset};
 pub use bdf::{Bdf, BdfError, Fdid};
+pub use config_space::{
+    CAP_EXP, CAP_MSI, CAP_MSIX, CAP_PM, COMMAND, COMMAND_INTX_DISABLE, COMMAND_MASTER,
+    COMMAND_MEMORY, CONFIG_BYTES_MAX, CONFIG_BYTES_MIN, Capability, ConfigError, ConfigView,
+    EXT_CAP_ATS, EXT_CAP_DSN, EXT_CAP_PASID, EXT_CAP_PRI, EXT_CAP_REBAR, EXT_CAP_SRIOV,
+};
 pub use function::{Function, FunctionError, FunctionIds, FunctionInfo};
 pub use irq::{IrqIndex, IrqInfo};
 pub use region::{BAR_COUNT, MmapArea, RegionIndex, RegionInfo};

@@ -10,6 +10,9 @@ pub struct Span {
 }
 
 impl Span {
+    /// No bytes, at 0.
+    pub const EMPTY: Self = Self { start: 0, len: 0 };
+
     /// `None` when `start + len` does not fit 64 bits.
     pub const fn new(start: u64, len: u64) -> Option<Self> {
         match start.checked_add(len) {
