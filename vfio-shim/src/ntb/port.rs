@@ -21,6 +21,12 @@ pub struct PortInfo {
 /// Why a port could not be opened or programmed.
 #[derive(Debug, thiserror::Error)]
 pub enum PortError {
+    /// It cannot be opened through VFIO.
+    #[error("the NTB cannot be opened")]
+    Open(#[from] crate::vfio::OpenError),
+    /// The function behind it refused.
+    #[error("the NTB cannot be set up")]
+    Function(#[from] crate::model::FunctionError),
     /// Not a chip that this code drives.
     #[error(
         "{vendor:04x}:{device:04x} revision {revision:#04x} is no NTB that Sublet drives; it drives Intel SPR, EMR and GNR (8086:347e revision above 0x0f, 8086:0db4)"
