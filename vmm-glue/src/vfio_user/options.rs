@@ -1,0 +1,52 @@
+//! What the owner decides about a guest session.
+
+use super::version::MAPS_MAX;
+use std::path::PathBuf;
+
+/// How a VMM reaches the function's BARs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BarMode {
+    /// Every access is a message; the VMM gets no fd, so it is as hostile as its guest.
+    #[default]
+    Trapped,
+    /// The VMM maps the regions' areas by the function's own fd, and so holds all that the fd
+    /// gives: only for a VMM that is trusted.
+    Mapped,
+}
+
+/// Whether guest memory must be mapped shared in the VMM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MemoryCheck {
+    /// It must, and the VMM's memory map must be readable.
+    #[default]
+    On,
+    /// Whatever the VMM says is believed. A private mapping then loses the guest's data.
+    Off,
+}
+
+/// What holds for the guest sessions of an endpoint.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How BARs are reached.
+    pub bars: BarMode,
+    /// Whether guest memory must be mapped shared.
+    pub memory_check: MemoryCheck,
+    /// The most DMA maps at once; over [`MAPS_MAX`] is the same as that.
+    pub maps_max: u32,
+    /// The most bytes of guest memory mapped at once, over all maps.
+    pub bytes_max: u64,
+    /// Where the kernel shows processes: `/proc`.
+    pub proc_root: PathBuf,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            bars: BarMode::default(),
+            memory_check: MemoryCheck::default(),
+            maps_max: MAPS_MAX,
+            bytes_max: u64::MAX,
+            proc_root: PathBuf::from("/proc"),
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Random bytes and random requests: every session ends, and the next VMM is served.
+
+use crate::{
+    fake::FakeFunction,
+    rig::{Rig, access, dma_map, dma_unmap, words},
+};
+use proptest::{collection::vec, prelude::*};
+use rustix::event::{EventfdFlags, eventfd};
+use std::{
+    fs,
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+};
+use vmm_glue::vfio_user::{
+    Options, SessionShared, serve_connection,
+    wire::{Command, Header},
+};
+use zerocopy::FromBytes;
+
+/// Sends the bytes to a session of their own and waits for it to end by itself.
+fn feed(bytes: &[u8]) {
+    let (mut near, far) = UnixStream::pair().unwrap();
+    let bytes = bytes.to_vec();
+    // Writes from a thread of its own: the server may stop reading, or fill the way back.
+    let writer = std::thread::spawn(move || {
+        let mut reader = near.try_clone().unwrap();
+        let drain = std::thread::spawn(move || reader.read_to_end(&mut Vec::new()));
+        let _ = near.write_all(&bytes);
+        let _ = near.shutdown(std::net::Shutdown::Write);
+        let _ = drain.join();
+    });
+    far.set_nonblocking(true).unwrap();
+    let function = FakeFunction::new();
+    let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let shared = SessionShared::default();
+    let socket = OwnedFd::from(far);
+    serve_connection(
+        socket,
+        &*function,
+        &Options::default(),
+        stop.as_fd(),
+        &shared,
+    )
+    .unwrap();
+    writer.join().unwrap();
+    assert!(function.mapped().is_empty());
+    let journal = function.journal();
+    let undone = journal.iter().rposition(|line| line == "reset").unwrap();
+    assert!(
+        journal[undone..]
+            .iter()
+            .all(|line| !line.starts_with("map"))
+    );
+    assert_eq!(journal.last().unwrap(), "disable Req");
+}
+
+fn message(command: u16, body: &[u8]) -> Vec<u8> {
+    let mut bytes = words(&[u32::from(command) << 16, 16 + body.len() as u32, 0, 0]);
+    bytes.extend(body);
+    bytes
+}
+
+fn version() -> Vec<u8> {
+    message(1, &words(&[1 << 16]))
+}
+
+fn page() -> impl Strategy<Value = u64> {
+    prop_oneof![(0u64..16).prop_map(|page| page << 12), any::<u64>()]
+}
+
+/// Requests that are nearly right, so that they get far.
+fn request() -> impl Strategy<Value = Vec<u8>> {
+    let small = prop_oneof![0u32..10, any::<u32>()];
+    prop_oneof![
+        (0u32..4, page(), page(), page()).prop_map(|(f, o, i, l)| message(2, &dma_map(f, o, i, l))),
+        (0u32..4, page(), page()).prop_map(|(f, i, l)| message(3, &dma_unmap(f, i, l))),
+        (0u32..10, any::<u16>(), vec(any::<u8>(), 0..16))
+            .prop_map(|(r, o, d)| message(10, &access(r, o.into(), d.len() as u32, &d))),
+        (0u32..10, page(), 0u32..5000).prop_map(|(r, o, c)| message(9, &access(r, o, c, &[]))),
+        (0u32..64, small.clone(), small.clone(), 0u32..3)
+            .prop_map(|(f, i, s, c)| message(8, &words(&[20, f, i, s, c]))),
+        (4u16..8, small).prop_map(|(c, i)| message(c, &words(&[64, 0, i, 0]))),
+        Just(message(13, &[])),
+        (any::<u16>(), vec(any::<u8>(), 0..40)).prop_map(|(c, b)| message(c % 20, &b)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn random_bytes_end_the_session_cleanly(bytes in vec(any::<u8>(), 0..400)) {
+        feed(&bytes);
+    }
+
+    #[test]
+    fn random_requests_end_the_session_cleanly(requests in vec(request(), 0..24)) {
+        feed(&[version(), requests.concat()].concat());
+    }
+}
+
+#[test]
+fn a_flood_of_reads_whose_answers_nobody_takes_does_not_hold_up_a_stop() {
+    let mut rig = Rig::new();
+    let mut client = rig.agreed();
+    let reads: Vec<u8> = (0..64)
+        .flat_map(|_| message(9, &access(0, 0, 1 << 20, &[])))
+        .collect();
+    client.stream.write_all(&reads).unwrap();
+    rig.wait_for("a read", |rig| rig.shared.counters.bar_reads.get() > 0);
+    rig.stop().unwrap();
+}
+
+/// The corpora of the fuzz targets, without a fuzzer.
+#[test]
+fn the_corpus_of_the_fuzzer_is_replayed() {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus");
+    let mut replayed = 0;
+    for target in ["wire", "session"] {
+        for entry in fs::read_dir(corpus.join(target)).unwrap() {
+            let bytes = fs::read(entry.unwrap().path()).unwrap();
+            match target {
+                "session" => feed(&bytes),
+                _ => parse(&bytes),
+            }
+            replayed += 1;
+        }
+    }
+    assert!(replayed >= 2 * Command::ALL.len(), "only {replayed} inputs");
+}
+
+fn parse(bytes: &[u8]) {
+    if let Ok((header, body)) = Header::ref_from_prefix(bytes)
+        && let Ok(envelope) = header.envelope()
+    {
+        let _ = vmm_glue::vfio_user::wire::parse(&envelope, body);
+    }
+}
