@@ -1,0 +1,18 @@
+//! `sublet available`: offer a function of the pool to the other hosts.
+
+use super::bdf::Shorthand;
+use crate::daemon::vocabulary::{Verb, VerbError};
+
+/// Offer a function of the pool to the other hosts.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The function, as lspci writes it; `4a:` will do where it is unique.
+    bdf: Shorthand,
+}
+
+impl Args {
+    pub fn verb(&self) -> Result<Verb, VerbError> {
+        let bdf = self.bdf.resolve()?.into();
+        Ok(Verb::Available { bdf })
+    }
+}

@@ -1,0 +1,200 @@
+//! `sublet status`: what is wrong first, then everything else, readable by a tired person.
+
+use super::{
+    list::word,
+    table::{ago, bytes, dash, table},
+};
+use crate::daemon::vocabulary::{
+    BarMode, BorrowedStatus, HostStatus, LentStatus, LinkState, PortStatus, Verb,
+};
+
+/// Tell everything about this host: ports, sessions, leases, counters, quarantine.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {}
+
+impl Args {
+    pub fn verb(&self) -> Verb {
+        Verb::Status
+    }
+}
+
+/// The page.
+pub(super) fn page(status: &HostStatus) -> String {
+    let node = &status.node;
+    let up = ago(node.uptime_ms);
+    let mut parts = vec![format!(
+        "node {} ({}), sublet {}, process {}, up {up}",
+        node.id, node.name, node.version, node.pid
+    )];
+    parts.push(match attention(status) {
+        findings if findings.is_empty() => "Nothing needs attention.".to_owned(),
+        findings => format!("NEEDS ATTENTION\n  {}", findings.join("\n  ")),
+    });
+    parts.extend(status.ports.iter().map(port));
+    parts.push(section("lent", lent(&status.lent)));
+    parts.push(section("borrowed", borrowed(&status.borrowed)));
+    parts.push(format!("quarantine: {}", quarantine(status)));
+    parts.join("\n\n")
+}
+
+fn section(name: &str, table: String) -> String {
+    if table.is_empty() {
+        return format!("{name}: nothing");
+    }
+    format!("{name}:\n{table}")
+}
+
+/// What an operator would want to know first.
+fn attention(status: &HostStatus) -> Vec<String> {
+    let mut findings = Vec::new();
+    for port in &status.ports {
+        let name = &port.name;
+        if port.link == LinkState::Down {
+            findings.push(format!("port {name}: the link is down"));
+        } else if port.session.id.is_none() {
+            findings.push(format!("port {name}: no session, {}", port.session.state));
+        }
+        if let Some(reason) = &port.session.over_reason {
+            findings.push(format!("port {name}: the last session ended: {reason}"));
+        }
+        if port.mailbox.violations != 0 {
+            let count = port.mailbox.violations;
+            findings.push(format!(
+                "port {name}: the peer broke the protocol {count} times"
+            ));
+        }
+        findings.extend(port.last_error.iter().map(|e| format!("port {name}: {e}")));
+    }
+    for lent in &status.lent {
+        findings.extend(
+            lent.last_error
+                .iter()
+                .map(|e| format!("{}: {e}", lent.fdid)),
+        );
+    }
+    for borrowed in &status.borrowed {
+        let error = borrowed.last_error.iter();
+        findings.extend(error.map(|e| format!("{}: {e}", borrowed.fdid)));
+    }
+    let held = status.quarantine.functions.iter();
+    findings.extend(held.map(|f| format!("{}: in quarantine: {}", f.fdid, f.reason)));
+    findings
+}
+
+fn port(port: &PortStatus) -> String {
+    let link = match port.link {
+        LinkState::Up => "up",
+        LinkState::Down => "down",
+    };
+    let (session, window, mailbox) = (&port.session, &port.window, &port.mailbox);
+    let versions = |range: Option<[u16; 2]>| range.map(|[low, high]| format!("{low}..{high}"));
+    let sizes = |size: Option<u64>| dash(size.map(bytes));
+    [
+        format!("port {}: {}, {}", port.name, port.bdf, dash(port.chip.as_ref())),
+        format!("  link      {link}, peer's heartbeat {} ago", dash(mailbox.heartbeat_age_ms.map(ago))),
+        format!(
+            "  session   {}, for {}, peer node {}, id {}, version {} (own {}, peer {})",
+            session.state,
+            dash(session.since_ms.map(ago)),
+            dash(session.peer_node),
+            dash(session.id),
+            dash(session.version),
+            dash(versions(session.own_versions)),
+            dash(versions(session.peer_versions)),
+        ),
+        format!(
+            "  window    {}, usable {}, free {}",
+            bytes(window.bytes),
+            sizes(window.usable),
+            sizes(window.free)
+        ),
+        format!(
+            "  mailbox   sent {}, received {}, resent {}, replays {}, torn {}, foreign {}, violations {}",
+            mailbox.sent,
+            mailbox.received,
+            mailbox.resent,
+            mailbox.replays,
+            mailbox.torn,
+            mailbox.foreign,
+            mailbox.violations
+        ),
+        format!("  doorbells rung {}, taken {}", port.doorbells.rung, port.doorbells.taken),
+    ]
+    .join("\n")
+}
+
+fn lent(lent: &[LentStatus]) -> String {
+    let header = [
+        "fdid", "state", "to node", "lease", "maps", "mapped", "raised", "fences", "bells",
+    ];
+    let row = |one: &LentStatus| {
+        let sum = |of: fn(&_) -> u64| one.vectors.iter().map(of).sum::<u64>().to_string();
+        [
+            one.fdid.to_string(),
+            word(one.state).to_owned(),
+            dash(one.borrower_node),
+            dash(one.lease),
+            one.maps.to_string(),
+            bytes(one.mapped_bytes),
+            sum(|v| v.raised),
+            sum(|v| v.fences),
+            sum(|v| v.bells),
+        ]
+    };
+    table(header, lent.iter().map(row).collect())
+}
+
+fn borrowed(borrowed: &[BorrowedStatus]) -> String {
+    let header = [
+        "fdid",
+        "state",
+        "lease",
+        "VMM",
+        "BARs",
+        "BAR accesses",
+        "maps",
+        "mapped",
+        "scanned",
+        "signals",
+        "socket",
+    ];
+    let row = |one: &BorrowedStatus| {
+        let sum = |of: fn(&_) -> u64| one.vectors.iter().map(of).sum::<u64>().to_string();
+        let counters = &one.counters;
+        [
+            one.fdid.to_string(),
+            one.state.clone(),
+            one.lease.to_string(),
+            dash(one.vmm_pid),
+            match one.bars {
+                BarMode::Trapped => "trapped".to_owned(),
+                BarMode::Mapped => "mapped".to_owned(),
+            },
+            (counters
+                .trapped_reads
+                .saturating_add(counters.trapped_writes))
+            .to_string(),
+            counters.dma_maps.to_string(),
+            bytes(counters.mapped_bytes),
+            sum(|v| v.scanned),
+            sum(|v| v.signals),
+            one.socket.display().to_string(),
+        ]
+    };
+    table(header, borrowed.iter().map(row).collect())
+}
+
+fn quarantine(status: &HostStatus) -> String {
+    let held = &status.quarantine;
+    if *held == Default::default() {
+        return "nothing".to_owned();
+    }
+    format!(
+        "{} slices ({}), {} vectors, {} address runs, {} functions",
+        held.slices,
+        bytes(held.slice_bytes),
+        held.vectors,
+        held.iovas,
+        held.functions.len()
+    )
+}

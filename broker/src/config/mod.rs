@@ -1,0 +1,140 @@
+//! The configuration of one host: identity, ports, limits and policy. What is lent is not in it.
+//!
+//! Two steps: `file` is what the file says (unknown keys refused), `validate` makes of it the
+//! objects below, which the rest of the program takes as true.
+
+mod error;
+mod file;
+mod pattern;
+mod size;
+mod validate;
+
+pub use error::ConfigError;
+pub use pattern::BdfPattern;
+pub use size::{SizeError, parse_size};
+
+use crate::daemon::vocabulary::BarMode;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+use vfio_shim::model::Bdf;
+
+/// Most ports of one host.
+pub const PORTS_MAX: usize = 16;
+/// Most functions lent or borrowed through one port.
+pub const FUNCTIONS_PER_PORT_MAX: u32 = 256;
+/// Most DMA maps of one guest: what a VFIO container takes by default.
+pub const GUEST_MAPS_MAX: u32 = 65_535;
+/// Longest path of a Unix socket: `sun_path` without its NUL and room for a temporary suffix.
+pub const SOCKET_PATH_MAX: usize = 90;
+/// Longest configuration file in bytes.
+pub const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Everything the file of one host says, validated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// This host's id in the fabric: the first digits of its functions' fabric device ids.
+    pub node_id: u16,
+    /// Its name, for people.
+    pub node_name: String,
+    /// The control socket that the verbs go through.
+    pub control: PathBuf,
+    /// Where `borrow --socket NAME` puts a socket that is named without a directory.
+    pub sockets: PathBuf,
+    /// This host's NTB functions.
+    pub ports: Vec<PortConfig>,
+    /// Limits.
+    pub limits: Limits,
+    /// Policy.
+    pub policy: Policy,
+}
+
+/// One NTB function of this host, and what is at its far end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortConfig {
+    /// Its name, for people and logs.
+    pub name: String,
+    /// Its PCI address.
+    pub bdf: Bdf,
+    /// How the two ends find each other.
+    pub peers: Peers,
+    /// The one trust domain of all leases through this port.
+    pub trust_domain: String,
+    /// How often it tells the peer that it is alive.
+    pub heartbeat: Duration,
+    /// How long the peer's heartbeat may stand still before the link session is over.
+    pub lost_after: Duration,
+    /// How much of the window is used, where that is not all of it.
+    pub window_limit_bytes: Option<u64>,
+    /// Whether a lease through this port may say `trust_vmm`.
+    pub trust_vmm: bool,
+}
+
+/// How two ports find each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peers {
+    /// Over the cable only, by the mailbox: the far end is whoever is plugged in there.
+    Cable,
+}
+
+/// Limits of this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Most functions lent or borrowed through one port.
+    pub functions_per_port: u32,
+    /// Most bytes of memory that one guest may have mapped; `None` = what its window holds.
+    pub guest_mapped_bytes: Option<u64>,
+    /// Most DMA maps of one guest.
+    pub guest_maps: u32,
+}
+
+/// What this host lets happen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// Functions that may be lent.
+    pub allow: Vec<BdfPattern>,
+    /// Whether guest memory is checked to be shared with the VMM (it must be readable there).
+    pub memory_check: bool,
+    /// How BARs reach a guest when `borrow` does not say.
+    pub bars: BarMode,
+}
+
+impl Config {
+    /// Reads and validates the file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let unreadable = |source| ConfigError::Unreadable {
+            path: path.to_owned(),
+            source,
+        };
+        let bytes = std::fs::metadata(path).map_err(unreadable)?.len();
+        if bytes > FILE_BYTES_MAX {
+            return Err(ConfigError::TooLarge {
+                path: path.to_owned(),
+                bytes,
+            });
+        }
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        Self::parse(path, &text)
+    }
+
+    /// Validates the text of a file; `path` is only for the words of errors.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let at = error::Places { path, text };
+        let file = toml::from_str(text).map_err(|e| at.toml_error(&e))?;
+        validate::config(&at, file)
+    }
+
+    /// Whether policy lets this function be lent. The ports themselves never are.
+    pub fn may_lend(&self, bdf: Bdf) -> bool {
+        self.policy.allow.iter().any(|p| p.matches(bdf)) && self.ports.iter().all(|p| p.bdf != bdf)
+    }
+
+    /// Where the socket of `borrow --socket` lies: a bare name is put into `sockets`.
+    pub fn socket_path(&self, socket: &Path) -> PathBuf {
+        self.sockets.join(socket)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,243 @@
+//! From what the file says to validated objects; every refusal has place, cause and mend.
+
+use super::{
+    BdfPattern, Config, ConfigError, FUNCTIONS_PER_PORT_MAX, GUEST_MAPS_MAX, Limits, PORTS_MAX,
+    Peers, Policy, PortConfig, SOCKET_PATH_MAX,
+    error::{Places, nearest},
+    file, parse_size,
+};
+use crate::daemon::vocabulary::BarMode;
+use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
+use toml::Spanned;
+use vfio_shim::model::Bdf;
+
+const CONTROL_DEFAULT: &str = "/run/sublet/control.sock";
+const SOCKETS_DEFAULT: &str = "/run/sublet";
+const NAME_BYTES_MAX: usize = 64;
+const HEARTBEAT_MS_DEFAULT: u64 = 250;
+const LOST_AFTER_MS_DEFAULT: u64 = 1_500;
+const HEARTBEAT_MS: RangeInclusive<i64> = 10..=60_000;
+const LOST_AFTER_MS_MAX: i64 = 600_000;
+const FUNCTIONS_PER_PORT_DEFAULT: u32 = 64;
+/// A window is cut into huge pages of 2 MiB, and the first of them holds the mailbox.
+const WINDOW_STEP_BYTES: u64 = 2 << 20;
+
+type Result<T> = std::result::Result<T, ConfigError>;
+
+pub(super) fn config(at: &Places<'_>, file: file::File) -> Result<Config> {
+    let node_id = ranged(at, "id", &file.node.id, 0..=0xffff)? as u16;
+    let node_name = name(at, "name", file.node.name)?;
+    let control = socket_dir_or_file(at, "control", file.daemon.control, CONTROL_DEFAULT)?;
+    let sockets = socket_dir_or_file(at, "sockets", file.daemon.sockets, SOCKETS_DEFAULT)?;
+    let ports = ports(at, file.port)?;
+    let limits = limits(at, file.limits)?;
+    let policy = policy(at, file.policy)?;
+    Ok(Config {
+        node_id,
+        node_name,
+        control,
+        sockets,
+        ports,
+        limits,
+        policy,
+    })
+}
+
+fn ports(at: &Places<'_>, said: Vec<file::Port>) -> Result<Vec<PortConfig>> {
+    if said.is_empty() {
+        let end = at.text.len();
+        let cause = "there is no [[port]], so this host could neither lend nor borrow";
+        return Err(at.error(end..end, cause, "add a [[port]] for each NTB function"));
+    }
+    let mut ports: Vec<PortConfig> = Vec::new();
+    for one in said {
+        let (name_at, bdf_at) = (one.name.span(), one.bdf.span());
+        if ports.len() == PORTS_MAX {
+            let cause = format!("there are more than {PORTS_MAX} ports");
+            return Err(at.error(name_at, cause, "remove some"));
+        }
+        let port = port(at, one)?;
+        if ports.iter().any(|other| other.name == port.name) {
+            let cause = format!("a second port is named `{}`", port.name);
+            return Err(at.error(name_at, cause, "give each port a name of its own"));
+        }
+        if let Some(other) = ports.iter().find(|other| other.bdf == port.bdf) {
+            let cause = format!("{} is the port `{}` already", port.bdf, other.name);
+            return Err(at.error(bdf_at, cause, "name each NTB function once"));
+        }
+        ports.push(port);
+    }
+    Ok(ports)
+}
+
+fn port(at: &Places<'_>, said: file::Port) -> Result<PortConfig> {
+    let bdf: Bdf = (said.bdf.get_ref().parse())
+        .map_err(|e| at.error(said.bdf.span(), "`bdf` is malformed", format!("{e}")))?;
+    let heartbeat_ms = match &said.heartbeat_ms {
+        Some(ms) => ranged(at, "heartbeat_ms", ms, HEARTBEAT_MS)?,
+        None => HEARTBEAT_MS_DEFAULT,
+    };
+    let least = 2 * heartbeat_ms as i64;
+    let lost_after_ms = match (&said.lost_after_ms, &said.heartbeat_ms) {
+        (Some(ms), _) => ranged(at, "lost_after_ms", ms, least..=LOST_AFTER_MS_MAX)?,
+        // The default goes with the default heartbeat; a slower one must bring its own.
+        (None, Some(ms)) if LOST_AFTER_MS_DEFAULT < 2 * heartbeat_ms => {
+            let cause = format!(
+                "with `heartbeat_ms` {heartbeat_ms} the default `lost_after_ms` of {LOST_AFTER_MS_DEFAULT} is less than two heartbeats"
+            );
+            return Err(at.error(
+                ms.span(),
+                cause,
+                format!("add lost_after_ms = {}", 6 * heartbeat_ms),
+            ));
+        }
+        (None, _) => LOST_AFTER_MS_DEFAULT,
+    };
+    Ok(PortConfig {
+        name: name(at, "name", said.name)?,
+        bdf,
+        peers: choice(at, "peers", &said.peers, &[("cable", Peers::Cable)])?,
+        trust_domain: name(at, "trust_domain", said.trust_domain)?,
+        heartbeat: Duration::from_millis(heartbeat_ms),
+        lost_after: Duration::from_millis(lost_after_ms),
+        window_limit_bytes: window_limit(at, said.window_limit_bytes)?,
+        trust_vmm: said.trust_vmm,
+    })
+}
+
+fn window_limit(at: &Places<'_>, said: Option<Spanned<file::Size>>) -> Result<Option<u64>> {
+    let Some(said) = said else { return Ok(None) };
+    let bytes = size(at, "window_limit_bytes", &said)?;
+    if bytes < 2 * WINDOW_STEP_BYTES || bytes % WINDOW_STEP_BYTES != 0 {
+        let cause = format!("`window_limit_bytes` is {bytes}");
+        return Err(at.error(said.span(), cause, "write a multiple of 2M from 4M on"));
+    }
+    Ok(Some(bytes))
+}
+
+fn limits(at: &Places<'_>, said: file::Limits) -> Result<Limits> {
+    let count = |key, value: &Option<Spanned<i64>>, default: u32, max: u32| match value {
+        Some(value) => ranged(at, key, value, 1..=i64::from(max)).map(|n| n as u32),
+        None => Ok(default),
+    };
+    let functions = &said.functions_per_port;
+    Ok(Limits {
+        functions_per_port: count(
+            "functions_per_port",
+            functions,
+            FUNCTIONS_PER_PORT_DEFAULT,
+            FUNCTIONS_PER_PORT_MAX,
+        )?,
+        guest_mapped_bytes: match &said.guest_mapped_bytes {
+            Some(bytes) => Some(size(at, "guest_mapped_bytes", bytes)?),
+            None => None,
+        },
+        guest_maps: count(
+            "guest_maps",
+            &said.guest_maps,
+            GUEST_MAPS_MAX,
+            GUEST_MAPS_MAX,
+        )?,
+    })
+}
+
+fn policy(at: &Places<'_>, said: file::Policy) -> Result<Policy> {
+    let pattern = |entry: &Spanned<String>| {
+        (entry.get_ref().parse::<BdfPattern>()).map_err(|e| {
+            at.error(
+                entry.span(),
+                "`allow` has a malformed entry",
+                format!("{e}"),
+            )
+        })
+    };
+    let bars = [("trapped", BarMode::Trapped), ("mapped", BarMode::Mapped)];
+    Ok(Policy {
+        allow: said.allow.iter().map(pattern).collect::<Result<_>>()?,
+        memory_check: match &said.memory_check {
+            Some(word) => choice(at, "memory_check", word, &[("on", true), ("off", false)])?,
+            None => true,
+        },
+        bars: match &said.bars {
+            Some(word) => choice(at, "bars", word, &bars)?,
+            None => BarMode::Trapped,
+        },
+    })
+}
+
+fn ranged(
+    at: &Places<'_>,
+    key: &str,
+    value: &Spanned<i64>,
+    range: RangeInclusive<i64>,
+) -> Result<u64> {
+    let number = *value.get_ref();
+    match u64::try_from(number) {
+        Ok(unsigned) if range.contains(&number) => Ok(unsigned),
+        _ => {
+            let mend = format!("write {} to {}", range.start(), range.end());
+            Err(at.error(
+                value.span(),
+                format!("`{key}` is {number}, out of range"),
+                mend,
+            ))
+        }
+    }
+}
+
+fn size(at: &Places<'_>, key: &str, value: &Spanned<file::Size>) -> Result<u64> {
+    let malformed = |mend: String| at.error(value.span(), format!("`{key}` is malformed"), mend);
+    match value.get_ref() {
+        file::Size::Number(number) => u64::try_from(*number)
+            .map_err(|_| malformed(format!("{number} is negative: write a number of bytes"))),
+        file::Size::Text(text) => parse_size(text).map_err(|e| malformed(e.to_string())),
+    }
+}
+
+fn name(at: &Places<'_>, key: &str, value: Spanned<String>) -> Result<String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let text = value.get_ref();
+    if text.is_empty() || text.len() > NAME_BYTES_MAX || !text.chars().all(good) {
+        let cause = format!("`{key}` is {text:?}");
+        let mend = format!("write 1 to {NAME_BYTES_MAX} letters, digits, `.`, `_` or `-`");
+        return Err(at.error(value.span(), cause, mend));
+    }
+    Ok(value.into_inner())
+}
+
+fn choice<T: Copy>(
+    at: &Places<'_>,
+    key: &str,
+    value: &Spanned<String>,
+    known: &[(&str, T)],
+) -> Result<T> {
+    let said = value.get_ref();
+    if let Some((_, chosen)) = known.iter().find(|(word, _)| word == said) {
+        return Ok(*chosen);
+    }
+    let words: Vec<&str> = known.iter().map(|(word, _)| *word).collect();
+    let mend = format!(
+        "write `{}`; the nearest is `{}`",
+        words.join("` or `"),
+        nearest(said, &words).unwrap_or_default()
+    );
+    Err(at.error(value.span(), format!("`{key}` is {said:?}"), mend))
+}
+
+fn socket_dir_or_file(
+    at: &Places<'_>,
+    key: &str,
+    said: Option<Spanned<String>>,
+    default: &str,
+) -> Result<PathBuf> {
+    let Some(said) = said else {
+        return Ok(default.into());
+    };
+    let path = PathBuf::from(said.get_ref());
+    if !path.is_absolute() || said.get_ref().len() > SOCKET_PATH_MAX {
+        let cause = format!("`{key}` is {:?}", said.get_ref());
+        let mend = format!("write an absolute path of at most {SOCKET_PATH_MAX} bytes");
+        return Err(at.error(said.span(), cause, mend));
+    }
+    Ok(path)
+}

@@ -1,0 +1,188 @@
+//! The verbs and their outcomes, as they travel over the control socket.
+
+pub use super::{
+    error::{ErrorCode, VerbError},
+    status::*,
+    text::{BdfText, FdidText, Hex64, HexId},
+};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// How the BARs of a borrowed function reach the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum BarMode {
+    /// Every access goes through the worker.
+    #[default]
+    Trapped,
+    /// The VMM maps the NTB's window: fast, and the VMM is as powerful as the port.
+    Mapped,
+}
+
+/// What an operator asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "verb", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Verb {
+    /// Takes a function of this host into the pool; no effect on the function.
+    Add {
+        /// The function.
+        bdf: BdfText,
+    },
+    /// Takes it out of the pool.
+    Remove {
+        /// The function.
+        bdf: BdfText,
+    },
+    /// Offers it to the other hosts.
+    Available {
+        /// The function.
+        bdf: BdfText,
+    },
+    /// Takes the offer back.
+    Unavailable {
+        /// The function.
+        bdf: BdfText,
+    },
+    /// The pool, of this host and of those it is connected to.
+    List,
+    /// Borrows a function and serves it to one VMM.
+    Borrow {
+        /// The function.
+        fdid: FdidText,
+        /// Where the vfio-user socket is to be.
+        socket: PathBuf,
+        /// Guest memory to reserve window for.
+        ram: Option<u64>,
+        /// How its BARs reach the guest; `None` = as the configuration says.
+        bars: Option<BarMode>,
+        /// Whether the VMM is trusted as much as the port.
+        trust_vmm: bool,
+    },
+    /// Gives a borrowed function back.
+    Return {
+        /// The function.
+        fdid: FdidText,
+    },
+    /// Everything there is to know about this host.
+    Status,
+}
+
+/// What came of a verb.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Nothing to tell.
+    Done,
+    /// Of `list`.
+    List(Vec<ListEntry>),
+    /// Of `borrow`.
+    Borrowed(Box<BorrowedFunction>),
+    /// Of `status`.
+    Status(Box<HostStatus>),
+}
+
+/// One reply over the control socket.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reply {
+    /// The verb was done.
+    Ok(Outcome),
+    /// It was not.
+    Error(VerbError),
+}
+
+/// What a function is, for people and programs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FunctionDescription {
+    /// Class, vendor, device, in lspci's words.
+    pub name: String,
+    /// Vendor id.
+    pub vendor: HexId,
+    /// Device id.
+    pub device: HexId,
+    /// Subsystem vendor id.
+    pub subsystem_vendor: HexId,
+    /// Subsystem device id.
+    pub subsystem_device: HexId,
+    /// Class code, six hexadecimal digits.
+    pub class: String,
+    /// Revision id, two hexadecimal digits.
+    pub revision: String,
+}
+
+/// Where a function of the pool stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Availability {
+    /// In the pool, not offered.
+    Unavailable,
+    /// Offered.
+    Available,
+    /// Borrowed by somebody.
+    InUse,
+    /// Held back until its undoing is proved.
+    Quarantine,
+}
+
+/// Which host a function is in, seen from here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Location {
+    /// In this one.
+    Local,
+    /// In another.
+    Remote,
+}
+
+/// One function of the pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListEntry {
+    /// Its name in the fabric.
+    pub fdid: FdidText,
+    /// Whose it is.
+    pub location: Location,
+    /// Where it stands.
+    pub available: Availability,
+    /// What it is.
+    #[serde(flatten)]
+    pub function: FunctionDescription,
+}
+
+/// A function that this host has borrowed, as `borrow` tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BorrowedFunction {
+    /// Its name in the fabric.
+    pub fdid: FdidText,
+    /// What it is.
+    #[serde(flatten)]
+    pub function: FunctionDescription,
+    /// Where it stands.
+    pub available: Availability,
+    /// Whose it is.
+    pub location: Location,
+    /// Which port of this host leads there, counted from 0.
+    pub adapter: u32,
+    /// The lender.
+    pub node_id: u16,
+    /// Its address on the lender.
+    pub remote_bdf: BdfText,
+    /// The slot it is in.
+    pub physical_slot: Option<String>,
+    /// Its device serial number.
+    pub serial: Option<Hex64>,
+    /// Its UUID.
+    pub uuid: Option<String>,
+    /// How many use it here.
+    pub local_users: u32,
+    /// Its address in a kernel of this host: none, as the guest is whom it is given to.
+    pub local_virtual_device: Option<BdfText>,
+    /// Its driver here: none, likewise.
+    pub driver: Option<String>,
+    /// The lease.
+    pub lease: Hex64,
+    /// Where a VMM finds it.
+    pub socket: PathBuf,
+    /// How its BARs reach the guest.
+    pub bars: BarMode,
+}

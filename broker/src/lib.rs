@@ -1,0 +1,7 @@
+//! Policy and the operators' side: configuration, verbs, the control socket, the daemon.
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod names;
