@@ -1,8 +1,16 @@
 //! What the kernel's sysfs tells of PCI functions, and the few files that are written.
 
+mod bind;
 mod device;
+mod lend;
+mod sriov;
+#[cfg(test)]
+mod tests;
 
+pub use bind::{BindError, BindGuard, OldBinding};
 pub use device::{BarAddress, FunctionLookup};
+pub use lend::{LendError, is_vfio_driver};
+pub use sriov::{PfIdentity, SriovError, VFS_MAX};
 
 use crate::model::Bdf;
 use std::{
@@ -48,6 +56,23 @@ pub enum SysfsError {
 #[derive(Clone, Debug)]
 pub struct Sysfs {
     root: PathBuf,
+    #[cfg(test)]
+    on_write: Option<Hook>,
+}
+
+/// What a test's stand-in for the kernel does after a write.
+#[cfg(test)]
+#[derive(Clone)]
+struct Hook(std::sync::Arc<OnWrite>);
+
+#[cfg(test)]
+type OnWrite = dyn Fn(&Path, &str) + Send + Sync;
+
+#[cfg(test)]
+impl std::fmt::Debug for Hook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hook")
+    }
 }
 
 impl Default for Sysfs {
@@ -59,7 +84,11 @@ impl Default for Sysfs {
 impl Sysfs {
     /// The tree at `root`.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self {
+            root: root.into(),
+            #[cfg(test)]
+            on_write: None,
+        }
     }
 
     pub(crate) fn path(&self, below: impl AsRef<Path>) -> PathBuf {
@@ -68,6 +97,21 @@ impl Sysfs {
 
     pub(crate) fn function_path(&self, bdf: Bdf) -> PathBuf {
         self.path("bus/pci/devices").join(bdf.to_string())
+    }
+
+    /// One write(2) to a file of the tree, as sysfs wants it.
+    pub(crate) fn write(&self, below: impl AsRef<Path>, text: &str) -> Result<(), SysfsError> {
+        let path = self.path(below);
+        let write = || {
+            let mut file = fs::File::options().write(true).truncate(true).open(&path)?;
+            io::Write::write_all(&mut file, text.as_bytes())
+        };
+        write().map_err(io_error("write", &path))?;
+        #[cfg(test)]
+        if let Some(hook) = &self.on_write {
+            (hook.0)(&path, text);
+        }
+        Ok(())
     }
 
     /// A module's parameter; `None` if the module is not loaded.

@@ -1,7 +1,10 @@
 //! An IOMMU group of VFIO: the unit that is opened, and refused in words when others use it.
 
 use super::{OpenError, ioctl};
-use crate::{model::Bdf, sysfs::Sysfs};
+use crate::{
+    model::Bdf,
+    sysfs::{Sysfs, is_vfio_driver},
+};
 use std::{
     ffi::CString,
     fs::File,
@@ -26,11 +29,7 @@ impl Group {
         let driver = sysfs
             .driver(bdf)
             .map_err(|error| OpenError::Sysfs(bdf, error))?;
-        // xe-vfio-pci and other variant drivers are vfio-pci too.
-        if !driver
-            .as_deref()
-            .is_some_and(|name| name.ends_with("vfio-pci"))
-        {
+        if !driver.as_deref().is_some_and(is_vfio_driver) {
             let driver = driver.unwrap_or_else(|| "no driver".into());
             return Err(OpenError::NotVfio { bdf, driver });
         }

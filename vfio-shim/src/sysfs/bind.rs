@@ -1,0 +1,198 @@
+//! Binds a function to vfio-pci with a guard that gives the old driver back.
+
+use super::{Sysfs, SysfsError, found, read};
+use crate::model::Bdf;
+
+/// What the kernel shows where no override is set.
+const NO_OVERRIDE: &str = "(null)";
+
+/// Why a function was not bound. Nothing is changed then.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// sysfs did not tell or take something.
+    #[error("{bdf} cannot be bound to {driver}")]
+    Sysfs {
+        /// The function.
+        bdf: Bdf,
+        /// The driver wanted.
+        driver: String,
+        /// Which file, and why.
+        #[source]
+        source: SysfsError,
+    },
+    /// Another driver has it.
+    #[error(
+        "{bdf} is driven by {driver}: stop what uses it, then say `--unbind`, or by hand: echo {bdf} > /sys/bus/pci/drivers/{driver}/unbind"
+    )]
+    Driven {
+        /// The function.
+        bdf: Bdf,
+        /// Its driver.
+        driver: String,
+    },
+    /// The wanted driver is not there.
+    #[error("there is no driver {driver} on this host: modprobe {driver}")]
+    NoDriver {
+        /// The driver wanted.
+        driver: String,
+    },
+    /// The probe ended otherwise.
+    #[error(
+        "{bdf} was offered to {driver}, but {now} has it now: the kernel's log says why the probe failed"
+    )]
+    Probe {
+        /// The function.
+        bdf: Bdf,
+        /// The driver wanted.
+        driver: String,
+        /// What has it.
+        now: String,
+    },
+}
+
+/// What a function was bound to before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OldBinding {
+    /// Its driver.
+    pub driver: Option<String>,
+    /// Its `driver_override`.
+    pub driver_override: Option<String>,
+}
+
+/// A function bound to another driver; dropping it gives the old driver and override back. Close
+/// the function first: the kernel waits until VFIO has let go of it.
+#[derive(Debug)]
+pub struct BindGuard {
+    sysfs: Sysfs,
+    bdf: Bdf,
+    driver: String,
+    /// `None` once it is to be kept.
+    old: Option<OldBinding>,
+}
+
+impl BindGuard {
+    /// Binds `bdf` to `driver`. With `unbind` a driver that has it is made to let go, which can
+    /// block for as long as that driver likes; without, the function is refused.
+    pub fn bind(sysfs: &Sysfs, bdf: Bdf, driver: &str, unbind: bool) -> Result<Self, BindError> {
+        let failed = |source| BindError::Sysfs {
+            bdf,
+            driver: driver.to_owned(),
+            source,
+        };
+        let old = OldBinding {
+            driver: sysfs.driver(bdf).map_err(failed)?,
+            driver_override: sysfs.driver_override(bdf).map_err(failed)?,
+        };
+        if let Some(now) = old
+            .driver
+            .as_deref()
+            .filter(|now| *now != driver && !unbind)
+        {
+            let driver = now.to_owned();
+            return Err(BindError::Driven { bdf, driver });
+        }
+        if !sysfs.path("bus/pci/drivers").join(driver).is_dir() {
+            let driver = driver.to_owned();
+            return Err(BindError::NoDriver { driver });
+        }
+        // From here on the guard undoes what was done.
+        let guard = Self {
+            sysfs: sysfs.clone(),
+            bdf,
+            driver: driver.to_owned(),
+            old: Some(old),
+        };
+        guard.rebind().map_err(failed)?;
+        match sysfs.driver(bdf).map_err(failed)? {
+            Some(now) if now == driver => Ok(guard),
+            now => Err(BindError::Probe {
+                bdf,
+                driver: driver.to_owned(),
+                now: now.unwrap_or_else(|| "no driver".to_owned()),
+            }),
+        }
+    }
+
+    /// What it was bound to before, for a journal.
+    pub fn old(&self) -> Option<&OldBinding> {
+        self.old.as_ref()
+    }
+
+    /// Keeps the binding; returns what was before.
+    pub fn keep(mut self) -> Option<OldBinding> {
+        self.old.take()
+    }
+
+    fn rebind(&self) -> Result<(), SysfsError> {
+        let Self {
+            sysfs, bdf, driver, ..
+        } = self;
+        // First the override: between unbind and probe nobody else may take it.
+        sysfs.set_driver_override(*bdf, Some(driver))?;
+        if sysfs.driver(*bdf)?.as_deref() == Some(driver) {
+            return Ok(());
+        }
+        sysfs.unbind(*bdf)?;
+        sysfs.write("bus/pci/drivers_probe", &bdf.to_string())
+    }
+
+    fn undo(&self, old: &OldBinding) -> Result<(), SysfsError> {
+        self.sysfs.restore_binding(self.bdf, old)
+    }
+}
+
+impl Drop for BindGuard {
+    fn drop(&mut self) {
+        let Some(old) = self.old.take() else {
+            return;
+        };
+        if let Err(error) = self.undo(&old) {
+            let bdf = self.bdf;
+            tracing::error!(%bdf, ?old, %error, "the old driver could not be given back");
+        }
+    }
+}
+
+impl Sysfs {
+    /// Its `driver_override`.
+    pub fn driver_override(&self, bdf: Bdf) -> Result<Option<String>, SysfsError> {
+        self.check_exists(bdf)?;
+        let text = found(read(&self.function_path(bdf).join("driver_override")))?;
+        Ok(text.filter(|text| !text.is_empty() && text != NO_OVERRIDE))
+    }
+
+    /// Sets its `driver_override`; `None` clears it.
+    pub fn set_driver_override(&self, bdf: Bdf, driver: Option<&str>) -> Result<(), SysfsError> {
+        let path = self.function_path(bdf).join("driver_override");
+        // A lone newline clears it.
+        self.write(path, &format!("{}\n", driver.unwrap_or("")))
+    }
+
+    /// Takes its driver away. Fine where there is none.
+    pub fn unbind(&self, bdf: Bdf) -> Result<(), SysfsError> {
+        match self.driver(bdf)? {
+            Some(driver) => {
+                let path = format!("bus/pci/drivers/{driver}/unbind");
+                self.write(path, &bdf.to_string())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Gives a function back to what it was bound to before.
+    pub fn restore_binding(&self, bdf: Bdf, old: &OldBinding) -> Result<(), SysfsError> {
+        let now = self.driver(bdf)?;
+        self.set_driver_override(bdf, old.driver_override.as_deref())?;
+        if now == old.driver {
+            return Ok(());
+        }
+        self.unbind(bdf)?;
+        match &old.driver {
+            Some(driver) => {
+                let path = format!("bus/pci/drivers/{driver}/bind");
+                self.write(path, &bdf.to_string())
+            }
+            None => Ok(()),
+        }
+    }
+}
