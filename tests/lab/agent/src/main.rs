@@ -4,17 +4,21 @@ mod devmem;
 mod dio;
 mod interrupts;
 mod nvme;
+mod nvme_user;
 mod process;
 mod relay;
 mod serve;
 mod snapshot;
 
 use anyhow::{Context, Result, bail};
+use nvme_user::Direction;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: lab-agent COMMAND
   serve PORT                        answer the runner on this character device
   nvme-virt-mgmt DEV ACTION RESOURCE CONTROLLER COUNT
+  nvme-user BDF registers           of a function without a driver, as JSON
+  nvme-user BDF write|read [ADDR]   the controller's DMA at an address, or in its own page
   devmem read PHYS BYTES            32-bit reads, as hex words
   devmem write PHYS VALUE           one 32-bit write
   dio write DEV OFFSET BYTES SEED   O_DIRECT, prints the SHA-256
@@ -47,6 +51,16 @@ fn run(words: &[&str]) -> Result<()> {
             )?;
             println!("{result}");
             Ok(())
+        }
+        ["nvme-user", bdf, "registers"] => nvme_user::print_registers(bdf),
+        ["nvme-user", bdf, direction, address @ ..] => {
+            let direction = match *direction {
+                "write" => Direction::Write,
+                "read" => Direction::Read,
+                _ => bail!("{USAGE}"),
+            };
+            let address = address.first().map(|text| number(text)).transpose()?;
+            nvme_user::dma(bdf, direction, address)
         }
         ["devmem", "read", phys, bytes] => devmem::read(number(phys)?, number(bytes)? as usize),
         ["devmem", "write", phys, value] => devmem::write(number(phys)?, number(value)? as u32),

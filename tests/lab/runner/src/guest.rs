@@ -4,6 +4,7 @@ use crate::agent::Agent;
 use crate::cache::Cache;
 use crate::host::{Host, QUICK, vfio_user_device};
 use crate::initramfs::{Initramfs, PORT_NAME, Port};
+use crate::log::{self, NESTED_FAULT};
 use crate::program::arguments;
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
@@ -55,6 +56,8 @@ pub struct GuestSpec {
     pub modules: Vec<String>,
     /// Added to the kernel's command line.
     pub cmdline: String,
+    /// Shell lines that run before any module is loaded: no driver has touched a device then.
+    pub early: String,
 }
 
 impl GuestSpec {
@@ -69,6 +72,7 @@ impl GuestSpec {
             devices: Vec::new(),
             modules: MODULES.map(str::to_owned).to_vec(),
             cmdline: String::new(),
+            early: String::new(),
         }
     }
 
@@ -87,7 +91,8 @@ pub struct Guest {
     pub pid: u32,
     host: Agent,
     sockets: Vec<String>,
-    console: PathBuf,
+    /// The scenario's folder, outside.
+    dir: PathBuf,
 }
 
 impl Guest {
@@ -101,6 +106,7 @@ impl Guest {
             modules: spec.modules.clone(),
             files: Vec::new(),
             built_modules: Vec::new(),
+            early: spec.early.clone(),
             setup: String::new(),
             port: match spec.vmm {
                 Vmm::Qemu => Port::Virtio,
@@ -129,7 +135,7 @@ impl Guest {
             pid,
             host: host.agent.clone(),
             sockets: vec![paths.agent, paths.control],
-            console: host.dir.join(format!("guest-{name}.log")),
+            dir: host.dir.clone(),
         })
     }
 
@@ -143,6 +149,11 @@ impl Guest {
             if let Ok(code) = self.host.wait(self.pid, Duration::ZERO) {
                 return Err(error).context(format!("the VMM ended with {code:?}"));
             }
+            // A VMM that met it stands still for ever.
+            ensure!(
+                !log::any_contains(&self.dir, &NESTED_FAULT),
+                "the VMM met a fault of TCG"
+            );
             ensure!(
                 Instant::now() < deadline,
                 "not up within {BOOT_TIMEOUT:?}: {error:#}"
@@ -153,11 +164,6 @@ impl Guest {
     /// The guest's kernel log.
     pub fn dmesg(&self) -> Result<String> {
         self.agent.run(&["dmesg"])
-    }
-
-    /// The serial console's file, outside.
-    pub fn console(&self) -> &Path {
-        &self.console
     }
 
     /// Powers it off and waits for the VMM's end.

@@ -123,6 +123,7 @@ impl Host {
             modules: spec.modules.clone(),
             files: Vec::new(),
             built_modules: spec.built_modules.clone(),
+            early: String::new(),
             setup: setup(),
             port: Port::Virtio,
         }

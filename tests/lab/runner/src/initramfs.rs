@@ -35,6 +35,8 @@ pub struct Initramfs<'a> {
     pub files: Vec<(String, PathBuf)>,
     /// Modules that no Debian package has, loaded after the others: the file, then its parameters.
     pub built_modules: Vec<(PathBuf, String)>,
+    /// Shell lines that run before any module is loaded.
+    pub early: String,
     /// Shell lines that run after the modules are loaded.
     pub setup: String,
     /// How the agent is reached.
@@ -115,9 +117,10 @@ impl Initramfs<'_> {
              mount -t devtmpfs dev /dev\nmount -t proc proc /proc\nmount -t sysfs sys /sys\n\
              mount -t tmpfs run /run\nmount -t tmpfs tmp /tmp\n\
              mkdir -p /dev/pts /dev/shm /dev/hugepages\nmount -t devpts pts /dev/pts\nmount -t tmpfs shm /dev/shm\n\
-             {loads}{setup}\n{port}\
+             {early}\n{loads}{setup}\n{port}\
              lab-agent serve $P &\nA=$!\n\
              echo lab: agent on $P\nwait $A\necho lab: agent ended\npoweroff -f\n",
+            early = self.early,
             setup = self.setup,
         )
     }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use lab::check::Checks;
 use lab::lab::{Lab, Options};
-use lab::log;
+use lab::log::{self, NESTED_FAULT};
 use lab::scenario::{self, Scenario};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,12 +14,6 @@ use std::{fs, process, thread};
 const USAGE: &str = "usage: lab list [gate]
        lab SCENARIO [--ntb-sockets A,B] [--vmm CLOUD-HYPERVISOR] [--keep]";
 
-/// A fault of TCG's nested SVM, not of anything here: a guest page fault followed by a trapped
-/// access with no VM exit between them. QEMU's and cloud-hypervisor's words for it.
-const NESTED_FAULT: [&str; 2] = [
-    "KVM internal error. Suberror: 3",
-    "Unexpected exit reason on vcpu run: InternalError",
-];
 const TRIES_MAX: usize = 2;
 
 fn main() -> ExitCode {
