@@ -23,7 +23,7 @@ mod op {
     pub const RESET: u16 = 12;
     pub const REGION_READ: u16 = 13;
     pub const REGION_WRITE: u16 = 14;
-    pub const CLOSE: u16 = 15;
+    // 15 is not assigned.
     pub const REVOKED: u16 = 16;
 }
 
@@ -271,7 +271,6 @@ impl Request {
             Self::Reset { .. } => op::RESET,
             Self::RegionRead { .. } => op::REGION_READ,
             Self::RegionWrite { .. } => op::REGION_WRITE,
-            Self::Close { .. } => op::CLOSE,
             Self::Revoked { .. } => op::REVOKED,
         }
     }
@@ -291,7 +290,6 @@ impl Request {
             | Self::Reset { lease }
             | Self::RegionRead { lease, .. }
             | Self::RegionWrite { lease, .. }
-            | Self::Close { lease }
             | Self::Revoked { lease, .. } => Some(*lease),
         }
     }
@@ -441,7 +439,6 @@ impl Request {
                 enable: r.bool("enable")?,
             },
             op::RESET => Self::Reset { lease },
-            op::CLOSE => Self::Close { lease },
             _ => return Err(bad("op", op)),
         })
     }
@@ -454,7 +451,7 @@ impl Request {
             }),
             op::LIST => Ok(Self::List { cursor: r.u32()? }),
             op::BORROW => Ok(Self::Borrow { bdf: get_bdf(r)? }),
-            op::RETURN..=op::REVOKED => Self::get_of_lease(op, r),
+            op::RETURN..=op::REGION_WRITE | op::REVOKED => Self::get_of_lease(op, r),
             _ => Err(WireError::UnknownOp { id: id.0, op }),
         }
     }
@@ -516,7 +513,7 @@ impl Reply {
             op::OPEN => Self::Opened(get_function(r)?),
             op::CONFIG => Self::Bytes(get_bytes(r, CONFIG_BYTES_MAX)?),
             op::REGION_READ => Self::Bytes(get_bytes(r, ACCESS_BYTES_MAX)?),
-            op::RETURN..=op::REVOKED => Self::Done,
+            op::RETURN..=op::REGION_WRITE | op::REVOKED => Self::Done,
             _ => return Err(bad("op of a reply", op)),
         })
     }

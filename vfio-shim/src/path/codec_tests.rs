@@ -85,7 +85,6 @@ fn request() -> impl Strategy<Value = Request> {
                 data: data[..len].to_vec()
             }
         ),
-        lease().prop_map(|lease| Request::Close { lease }),
         (lease(), ".*").prop_map(|(lease, text)| Request::Revoked {
             lease,
             text: clean_text(&text)
@@ -169,7 +168,6 @@ fn reply() -> impl Strategy<Value = (u16, Reply)> {
             op::BUS_MASTER,
             op::RESET,
             op::REGION_WRITE,
-            op::CLOSE,
             op::REVOKED
         ])
         .prop_map(|op| (op, Reply::Done)),

@@ -1,6 +1,6 @@
 //! The messages between two ports as values: requests, replies, refusals.
 
-use super::wire::TEXT_BYTES_MAX;
+pub use super::refusal::{Refusal, RefusalCode, clean_text};
 use crate::model::{
     Access, BAR_COUNT, Bdf, FunctionIds, FunctionInfo, IrqIndex, IrqInfo, RegionIndex, RegionInfo,
     Span, WindowOffset,
@@ -91,7 +91,7 @@ pub enum Request {
         /// Which.
         bdf: Bdf,
     },
-    /// The end of a lease.
+    /// The end of a lease; an open path is undone first.
     Return {
         /// Which.
         lease: LeaseId,
@@ -185,11 +185,6 @@ pub enum Request {
         offset: u64,
         /// 1, 2, 4 or 8 bytes.
         data: Vec<u8>,
-    },
-    /// The end of the path; the lease goes on.
-    Close {
-        /// Of which lease.
-        lease: LeaseId,
     },
     /// The lender ended the lease.
     Revoked {
@@ -299,111 +294,19 @@ impl RemoteFunction {
             irqs: info.irqs,
         }
     }
-}
 
-/// Why a request was refused, by number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum RefusalCode {
-    /// The op is not known; figure = op.
-    UnknownOp,
-    /// No such function in the pool.
-    UnknownFunction,
-    /// Somebody has it.
-    Taken,
-    /// Policy says no.
-    NotAllowed,
-    /// Unknown, over, or wrong secret: told alike.
-    NoLease,
-    /// Not now.
-    WrongState,
-    /// The window has no room; figure = bytes that would do.
-    WindowFull,
-    /// Outside of what there is.
-    OutOfRange,
-    /// Over a limit; figure = the limit.
-    Limit,
-    /// The function cannot be reset.
-    NoReset,
-    /// In use by something else.
-    Busy,
-    /// The kernel refused; figure = errno.
-    Kernel,
-    /// The function is in quarantine.
-    Quarantine,
-    /// A number that this version does not know.
-    Other(u16),
-}
-
-impl RefusalCode {
-    const KNOWN: [Self; 13] = [
-        Self::UnknownOp,
-        Self::UnknownFunction,
-        Self::Taken,
-        Self::NotAllowed,
-        Self::NoLease,
-        Self::WrongState,
-        Self::WindowFull,
-        Self::OutOfRange,
-        Self::Limit,
-        Self::NoReset,
-        Self::Busy,
-        Self::Kernel,
-        Self::Quarantine,
-    ];
-
-    /// The number on the wire.
-    pub fn raw(self) -> u16 {
-        match self {
-            Self::Other(raw) => raw,
-            known => Self::KNOWN
-                .iter()
-                .position(|code| *code == known)
-                .map_or(0, |at| at as u16 + 1),
-        }
+    /// As a function's info, and the slice of each BAR. The ids are in config space, not here.
+    pub fn into_parts(self) -> (FunctionInfo, [Option<WindowOffset>; BAR_COUNT]) {
+        let slices = std::array::from_fn(|bar| self.regions[bar].slice);
+        let info = FunctionInfo {
+            ids: FunctionIds::default(),
+            regions: self.regions.map(|region| region.info),
+            irqs: self.irqs,
+            // What cannot be reset is not lent.
+            resettable: true,
+        };
+        (info, slices)
     }
-
-    /// From the number on the wire; 0 is no refusal.
-    pub fn from_raw(raw: u16) -> Option<Self> {
-        let at = usize::from(raw.checked_sub(1)?);
-        Some(Self::KNOWN.get(at).copied().unwrap_or(Self::Other(raw)))
-    }
-}
-
-/// A refused request: cause and mend, in words.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{text}")]
-pub struct Refusal {
-    /// The kind.
-    pub code: RefusalCode,
-    /// The figure that goes with it.
-    pub figure: u64,
-    /// For people.
-    pub text: String,
-}
-
-impl Refusal {
-    /// A refusal; the text is made fit for the wire.
-    pub fn new(code: RefusalCode, figure: u64, text: impl AsRef<str>) -> Self {
-        Self {
-            code,
-            figure,
-            text: clean_text(text.as_ref()),
-        }
-    }
-}
-
-/// A text fit for the wire and for a terminal: at most `TEXT_BYTES_MAX` bytes, control
-/// characters replaced.
-pub fn clean_text(text: &str) -> String {
-    let mut clean = String::new();
-    for c in text.chars() {
-        let c = if c.is_control() { '\u{fffd}' } else { c };
-        if clean.len() + c.len_utf8() > TEXT_BYTES_MAX {
-            break;
-        }
-        clean.push(c);
-    }
-    clean
 }
 
 /// One message.
@@ -428,29 +331,5 @@ mod tests {
         assert_eq!(secret, other);
         other.0[15] ^= 1;
         assert_ne!(secret, other);
-    }
-
-    #[test]
-    fn texts_are_cut_at_a_character_and_hold_no_control_characters() {
-        let long = "é".repeat(TEXT_BYTES_MAX);
-        assert_eq!(clean_text(&long).len(), TEXT_BYTES_MAX);
-        assert_eq!(
-            clean_text(&format!("a{long}")).len(),
-            TEXT_BYTES_MAX - 1,
-            "no half character"
-        );
-        assert_eq!(clean_text("a\x1b[2J\nb"), "a\u{fffd}[2J\u{fffd}b");
-    }
-
-    #[test]
-    fn refusal_codes_have_protocol_md_numbers() {
-        for raw in 1..=20 {
-            assert_eq!(RefusalCode::from_raw(raw).unwrap().raw(), raw);
-        }
-        assert_eq!(RefusalCode::from_raw(0), None);
-        assert_eq!(RefusalCode::UnknownOp.raw(), 1);
-        assert_eq!(RefusalCode::WindowFull.raw(), 7);
-        assert_eq!(RefusalCode::Quarantine.raw(), 13);
-        assert_eq!(RefusalCode::from_raw(14), Some(RefusalCode::Other(14)));
     }
 }
