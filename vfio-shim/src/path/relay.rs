@@ -276,6 +276,7 @@ mod tests {
         assert!(scan.mask(1, false));
     }
 
+    #[derive(Clone)]
     struct Both {
         relays: Vec<VectorRelay>,
         scan: Scan,
@@ -343,18 +344,17 @@ mod tests {
         let mut state = 0x9e37_79b9_7f4a_7c15;
         for round in 0..100_000 {
             both.act(random(&mut state));
-            if round % 1000 != 0 {
-                continue;
-            }
+            // Whatever is masked and unscanned now: were it settled, nobody would be owed anything.
+            let mut settled = both.clone();
             for vector in 0..vectors {
-                let step = both.relays[vector].mask(false);
-                both.step(vector, step);
-                if both.scan.mask(vector, false) {
-                    both.signal(vector);
+                let step = settled.relays[vector].mask(false);
+                settled.step(vector, step);
+                if settled.scan.mask(vector, false) {
+                    settled.signal(vector);
                 }
             }
-            both.scan();
-            assert_eq!(both.owed, vec![false; vectors], "round {round}");
+            settled.scan();
+            assert_eq!(settled.owed, vec![false; vectors], "round {round}");
         }
         let raised: u64 = both.relays.iter().map(|r| r.counters().raised).sum();
         let bells: u64 = both.relays.iter().map(|r| r.counters().bells).sum();
