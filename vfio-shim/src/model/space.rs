@@ -56,6 +56,22 @@ pub trait Aperture: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// Stores, posted; split as in `read`. What lies past the end is dropped.
     fn write(&self, offset: u64, data: &[u8]);
+    /// One 32-bit load, little endian.
+    fn read_u32(&self, offset: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.read(offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+    /// One 64-bit load, little endian.
+    fn read_u64(&self, offset: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.read(offset, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+    /// One 64-bit store, little endian.
+    fn write_u64(&self, offset: u64, value: u64) {
+        self.write(offset, &value.to_le_bytes());
+    }
     /// Where it is mapped into this process, for an IOMMU of the kernel; `None` for the soft
     /// fabric, whose IOMMU goes through `read` and `write`.
     fn mapping(&self) -> Option<&dyn Mapping>;

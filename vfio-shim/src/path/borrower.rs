@@ -148,24 +148,58 @@ struct Lease {
     bdf: Bdf,
     secret: Secret,
     irq_count: u32,
-    rows: Option<u32>,
+    closing: bool,
     maps: BTreeMap<u64, Mapped>,
 }
 
 enum Op {
-    List { entries: Vec<PoolEntry> },
-    Borrow { ram: Option<u64> },
-    Open { lease: LeaseId },
-    Config { lease: LeaseId, opened: Box<OpenedPath> },
-    Return { lease: LeaseId },
-    ReturnUnpin { lease: LeaseId },
-    MapPin { lease: LeaseId, starts: Vec<u64> },
-    MapTell { lease: LeaseId, starts: Vec<u64>, rest: VecDeque<Vec<MapRange>>, told: Vec<Span> },
-    MapUndo { lease: LeaseId, starts: Vec<u64>, cause: CallError },
-    Unpin { lease: LeaseId, freed: Vec<(WindowOffset, u64)>, spans: Vec<Span> },
-    UnmapTell { lease: LeaseId, freed: Vec<(WindowOffset, u64)> },
+    List {
+        entries: Vec<PoolEntry>,
+    },
+    Borrow {
+        ram: Option<u64>,
+    },
+    Open {
+        lease: LeaseId,
+    },
+    Config {
+        lease: LeaseId,
+        opened: Box<OpenedPath>,
+    },
+    Return {
+        lease: LeaseId,
+    },
+    ReturnUnpin {
+        lease: LeaseId,
+    },
+    MapPin {
+        lease: LeaseId,
+        starts: Vec<u64>,
+    },
+    MapTell {
+        lease: LeaseId,
+        starts: Vec<u64>,
+        rest: VecDeque<Vec<MapRange>>,
+        told: Vec<Span>,
+    },
+    MapUndo {
+        lease: LeaseId,
+        starts: Vec<u64>,
+        cause: CallError,
+    },
+    Unpin {
+        lease: LeaseId,
+        freed: Vec<(WindowOffset, u64)>,
+        spans: Vec<Span>,
+    },
+    UnmapTell {
+        lease: LeaseId,
+        freed: Vec<(WindowOffset, u64)>,
+    },
     Forward,
-    RevokedUnpin { lease: LeaseId },
+    RevokedUnpin {
+        lease: LeaseId,
+    },
     SessionUnpin,
 }
 
@@ -194,7 +228,10 @@ pub struct LeaseStatus {
 type Actions = Vec<BorrowerAction>;
 
 fn answer(token: Option<Token>, result: Result<Answer, CallError>) -> Actions {
-    token.map(|token| BorrowerAction::Answer(token, result)).into_iter().collect()
+    token
+        .map(|token| BorrowerAction::Answer(token, result))
+        .into_iter()
+        .collect()
 }
 
 impl Borrower {
@@ -204,7 +241,12 @@ impl Borrower {
             lease: *lease,
             bdf: held.bdf,
             maps: held.maps.values().filter(|map| map.live).count(),
-            mapped_bytes: held.maps.values().filter(|map| map.live).map(|map| map.len).sum(),
+            mapped_bytes: held
+                .maps
+                .values()
+                .filter(|map| map.live)
+                .map(|map| map.len)
+                .sum(),
         };
         self.leases.iter().map(of).collect()
     }
@@ -217,7 +259,9 @@ impl Borrower {
         }
         let begun = match call {
             Call::List => {
-                let op = Op::List { entries: Vec::new() };
+                let op = Op::List {
+                    entries: Vec::new(),
+                };
                 Ok(self.send(Some(token), op, Request::List { cursor: 0 }))
             }
             Call::Borrow(bdf, ram) => self.borrow(token, bdf, ram),
@@ -235,7 +279,10 @@ impl Borrower {
 
     fn held(&mut self, lease: LeaseId) -> Result<&mut Lease, CallError> {
         let gone = || CallError::Gone(format!("lease {lease} is over: borrow the function again"));
-        self.leases.get_mut(&lease).ok_or_else(gone)
+        self.leases
+            .get_mut(&lease)
+            .filter(|held| !held.closing)
+            .ok_or_else(gone)
     }
 
     fn step(&mut self, token: Option<Token>, op: Op) -> Step {
@@ -262,18 +309,25 @@ impl Borrower {
         let count = self.held(lease)?.irq_count;
         let first = self.rows.allocate(lease, count)?;
         let held = self.held(lease)?;
-        held.rows = Some(first);
         let (secret, irq_count) = (held.secret.clone(), count);
         let mut actions = vec![BorrowerAction::Scan(lease, first, count)];
-        let request = Request::Open { lease, secret, irq_first: first, irq_count };
+        let request = Request::Open {
+            lease,
+            secret,
+            irq_first: first,
+            irq_count,
+        };
         actions.extend(self.send(Some(token), Op::Open { lease }, request));
         Ok(actions)
     }
 
     fn give_back(&mut self, token: Token, lease: LeaseId) -> Result<Actions, CallError> {
-        let live = self.held(lease)?.take_all_live();
+        let held = self.held(lease)?;
+        // From here on the lease takes no call; a map under way finds its entry gone.
+        held.closing = true;
+        let taken = held.take_all();
         let step = self.step(Some(token), Op::ReturnUnpin { lease });
-        Ok(vec![BorrowerAction::Unpin(step, live)])
+        Ok(vec![BorrowerAction::Unpin(step, taken)])
     }
 
     fn map(
@@ -300,7 +354,15 @@ impl Borrower {
                     return Err(refusal.into());
                 }
             };
-            held.maps.insert(start, Mapped { offset, len, access, live: false });
+            held.maps.insert(
+                start,
+                Mapped {
+                    offset,
+                    len,
+                    access,
+                    live: false,
+                },
+            );
             starts.push(start);
             pins.push(Pin { offset, map });
         }
@@ -315,7 +377,14 @@ impl Borrower {
             return Ok(answer(Some(token), Ok(Answer::Unmapped(0))));
         }
         let unpin = freed.clone();
-        let step = self.step(Some(token), Op::Unpin { lease, freed, spans });
+        let step = self.step(
+            Some(token),
+            Op::Unpin {
+                lease,
+                freed,
+                spans,
+            },
+        );
         Ok(vec![BorrowerAction::Unpin(step, unpin)])
     }
 
@@ -326,7 +395,9 @@ impl Borrower {
         result: Result<(), CallError>,
         pool: &mut SlicePool,
     ) -> Actions {
-        let Some((token, op)) = self.steps.remove(&step) else { return Vec::new() };
+        let Some((token, op)) = self.steps.remove(&step) else {
+            return Vec::new();
+        };
         match (op, result) {
             (Op::MapPin { lease, starts }, Ok(())) => self.tell(token, lease, starts),
             (Op::MapPin { lease, starts }, Err(error)) => {
@@ -335,20 +406,38 @@ impl Borrower {
                 }
                 answer(token, Err(error))
             }
-            (Op::MapUndo { lease, starts, cause }, _) => {
+            (
+                Op::MapUndo {
+                    lease,
+                    starts,
+                    cause,
+                },
+                _,
+            ) => {
                 if let Some(held) = self.leases.get_mut(&lease) {
                     held.forget(&starts, lease, pool);
                 }
                 answer(token, Err(cause))
             }
-            (Op::Unpin { lease, freed, spans }, result) => {
+            (
+                Op::Unpin {
+                    lease,
+                    freed,
+                    spans,
+                },
+                result,
+            ) => {
                 let bytes = spans.iter().map(|span| span.len()).sum();
                 let mut actions = answer(token, result.map(|()| Answer::Unmapped(bytes)));
                 let tells: Vec<_> = spans.chunks(RANGES_MAX).map(<[Span]>::to_vec).collect();
                 let last = tells.len().saturating_sub(1);
                 for (at, spans) in tells.into_iter().enumerate() {
                     // Replies come in the order of one function's work: the last frees all.
-                    let freed = if at == last { freed.clone() } else { Vec::new() };
+                    let freed = if at == last {
+                        freed.clone()
+                    } else {
+                        Vec::new()
+                    };
                     let op = Op::UnmapTell { lease, freed };
                     actions.extend(self.send(None, op, Request::Unmap { lease, spans }));
                 }
@@ -375,16 +464,27 @@ impl Borrower {
         let range = |start: &u64| {
             let map = held.maps.get(start)?;
             let span = Span::new(*start, map.len)?;
-            Some(MapRange { span, offset: map.offset, access: map.access })
+            Some(MapRange {
+                span,
+                offset: map.offset,
+                access: map.access,
+            })
         };
         let ranges: Vec<MapRange> = sorted.iter().filter_map(range).collect();
-        let mut rest: VecDeque<Vec<MapRange>> =
-            ranges.chunks(RANGES_MAX).map(<[MapRange]>::to_vec).collect();
+        let mut rest: VecDeque<Vec<MapRange>> = ranges
+            .chunks(RANGES_MAX)
+            .map(<[MapRange]>::to_vec)
+            .collect();
         let Some(ranges) = rest.pop_front() else {
             return answer(token, Ok(Answer::Done));
         };
         let told = ranges.iter().map(|range| range.span).collect();
-        let op = Op::MapTell { lease, starts, rest, told };
+        let op = Op::MapTell {
+            lease,
+            starts,
+            rest,
+            told,
+        };
         self.send(token, op, Request::Map { lease, ranges })
     }
 
@@ -395,16 +495,30 @@ impl Borrower {
         result: Result<Reply, Refusal>,
         pool: &mut SlicePool,
     ) -> Actions {
-        let Some((token, op)) = self.steps.remove(&step) else { return Vec::new() };
+        let Some((token, op)) = self.steps.remove(&step) else {
+            return Vec::new();
+        };
         match (op, result) {
-            (Op::List { entries }, Ok(Reply::List { next, entries: more })) => {
-                self.listed(token, entries, next, more)
-            }
-            (Op::Borrow { ram }, Ok(Reply::Borrowed { lease, secret, entry })) => {
-                self.borrowed(token, ram, (lease, secret, entry), pool)
-            }
+            (
+                Op::List { entries },
+                Ok(Reply::List {
+                    next,
+                    entries: more,
+                }),
+            ) => self.listed(token, entries, next, more),
+            (
+                Op::Borrow { ram },
+                Ok(Reply::Borrowed {
+                    lease,
+                    secret,
+                    entry,
+                }),
+            ) => self.borrowed(token, ram, (lease, secret, entry), pool),
             (Op::Open { lease }, Ok(Reply::Opened(function))) => {
-                let opened = Box::new(OpenedPath { function, config: Vec::new() });
+                let opened = Box::new(OpenedPath {
+                    function,
+                    config: Vec::new(),
+                });
                 self.fetch(token, lease, opened)
             }
             (Op::Open { lease }, Err(refusal)) => {
@@ -418,9 +532,15 @@ impl Borrower {
                 self.fetch(token, lease, opened)
             }
             (Op::Return { lease }, result) => self.returned(token, lease, result, pool),
-            (Op::MapTell { lease, starts, rest, told }, result) => {
-                self.map_told(token, lease, (starts, rest, told), result)
-            }
+            (
+                Op::MapTell {
+                    lease,
+                    starts,
+                    rest,
+                    told,
+                },
+                result,
+            ) => self.map_told(token, lease, (starts, rest, told), result),
             (Op::UnmapTell { lease, freed }, Ok(_)) => {
                 for (offset, _) in freed {
                     pool.free(Owner::Borrowed(lease), offset);
@@ -464,7 +584,7 @@ impl Borrower {
             bdf: entry.bdf,
             secret,
             irq_count: entry.irq_count,
-            rows: None,
+            closing: false,
             maps: BTreeMap::new(),
         };
         self.leases.insert(lease, held);
@@ -488,7 +608,11 @@ impl Borrower {
             return answer(token, Ok(Answer::Opened(opened)));
         }
         let len = (want - have).min(CONFIG_PIECE);
-        let request = Request::Config { lease, offset: have, len };
+        let request = Request::Config {
+            lease,
+            offset: have,
+            len,
+        };
         self.send(token, Op::Config { lease, opened }, request)
     }
 
@@ -505,7 +629,9 @@ impl Borrower {
         // What was unmapped meanwhile must not be told any more: its slice may be given anew.
         for ranges in &mut rest {
             let still = |range: &MapRange| {
-                held.maps.get(&range.span.start()).is_some_and(|map| map.offset == range.offset)
+                held.maps
+                    .get(&range.span.start())
+                    .is_some_and(|map| map.offset == range.offset)
             };
             ranges.retain(still);
         }
@@ -522,7 +648,12 @@ impl Borrower {
                 }
                 Some(ranges) => {
                     told.extend(ranges.iter().map(|range| range.span));
-                    let op = Op::MapTell { lease, starts, rest, told };
+                    let op = Op::MapTell {
+                        lease,
+                        starts,
+                        rest,
+                        told,
+                    };
                     self.send(token, op, Request::Map { lease, ranges })
                 }
             },
@@ -533,10 +664,20 @@ impl Borrower {
                 let cause = CallError::Refused(refusal);
                 let mut actions = Vec::new();
                 for spans in told.chunks(RANGES_MAX) {
-                    let request = Request::Unmap { lease, spans: spans.to_vec() };
+                    let request = Request::Unmap {
+                        lease,
+                        spans: spans.to_vec(),
+                    };
                     actions.extend(self.send(None, Op::Forward, request));
                 }
-                let step = self.step(token, Op::MapUndo { lease, starts, cause });
+                let step = self.step(
+                    token,
+                    Op::MapUndo {
+                        lease,
+                        starts,
+                        cause,
+                    },
+                );
                 actions.push(BorrowerAction::Unpin(step, offsets));
                 actions
             }
@@ -562,9 +703,11 @@ impl Borrower {
     /// The lender has revoked a lease. Answered to the peer by the driver when the returned
     /// actions' unpin is done.
     pub fn revoked(&mut self, lease: LeaseId, why: String) -> Actions {
-        let Some(mut held) = self.leases.remove(&lease) else { return Vec::new() };
+        let Some(mut held) = self.leases.remove(&lease) else {
+            return Vec::new();
+        };
         self.rows.free(lease);
-        let live = held.take_all_live();
+        let live = held.take_all();
         let step = self.step(None, Op::RevokedUnpin { lease });
         vec![
             BorrowerAction::ScanEnd(lease),
@@ -652,7 +795,11 @@ impl Lease {
         let touched = |start: u64, map: &Mapped| {
             Span::new(start, map.len).is_some_and(|held| held.overlaps(span))
         };
-        let first = self.maps.range(..span.start()).next_back().map(|(start, _)| *start);
+        let first = self
+            .maps
+            .range(..span.start())
+            .next_back()
+            .map(|(start, _)| *start);
         let from = first.unwrap_or(span.start());
         let mut spans = Vec::new();
         for (start, map) in self.maps.range(from..span.end()) {
@@ -664,19 +811,17 @@ impl Lease {
                 _ => return Err(CallError::Overlap(span)),
             }
         }
-        let freed = spans.iter().filter_map(|held| self.maps.remove(&held.start()));
+        let freed = spans
+            .iter()
+            .filter_map(|held| self.maps.remove(&held.start()));
         let freed = freed.map(|map| (map.offset, map.len)).collect();
         Ok((spans, freed))
     }
 
-    fn take_all_live(&mut self) -> Vec<(WindowOffset, u64)> {
-        let (live, rest) = std::mem::take(&mut self.maps).into_iter().partition(|(_, m)| m.live);
-        self.maps = rest;
-        let live: BTreeMap<u64, Mapped> = live;
-        live.into_values().map(|map| (map.offset, map.len)).collect()
-    }
-
     fn take_all(&mut self) -> Vec<(WindowOffset, u64)> {
-        std::mem::take(&mut self.maps).into_values().map(|map| (map.offset, map.len)).collect()
+        std::mem::take(&mut self.maps)
+            .into_values()
+            .map(|map| (map.offset, map.len))
+            .collect()
     }
 }

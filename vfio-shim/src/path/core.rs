@@ -7,11 +7,9 @@ use super::borrower::{Borrower, BorrowerAction, Call, CallError, Pin, Step, Toke
 use super::lender::{JobId, Lender, LenderAction};
 use super::link::{Link, LinkAction, LinkEvent};
 use super::mailbox::{Mailbox, MailboxAction};
-use super::message::{
-    LeaseId, Message, OpId, Refusal, RefusalCode, Reply, Request, Secret,
-};
+use super::message::{LeaseId, Message, OpId, Refusal, RefusalCode, Reply, Request, Secret};
 use super::plan::SlicePool;
-use super::wire::{ScratchpadSet, SLOT_BYTES, STATUS_BYTES};
+use super::wire::{SLOT_BYTES, STATUS_BYTES, ScratchpadSet};
 use super::work::{FunctionWork, WorkOutcome};
 use crate::model::{Bdf, WindowOffset};
 use std::collections::HashMap;
@@ -199,7 +197,11 @@ impl PortCore {
     pub fn handle(&mut self, event: Event, now_ms: u64) -> Vec<Action> {
         let mut out = Vec::new();
         match event {
-            Event::Beat { link_up, spads, inbox } => self.beat(link_up, spads, inbox, now_ms, &mut out),
+            Event::Beat {
+                link_up,
+                spads,
+                inbox,
+            } => self.beat(link_up, spads, inbox, now_ms, &mut out),
             Event::Bell(inbox) => self.inbox(inbox, now_ms, &mut out),
             Event::LinkChange(up) => self.link_change(up, now_ms, &mut out),
             Event::Call(token, call) => self.call(token, call, now_ms, &mut out),
@@ -236,7 +238,13 @@ impl PortCore {
             return;
         }
         self.link_up = up;
-        let event = if up { LinkEvent::Up { nonce: (self.entropy)() } } else { LinkEvent::Down };
+        let event = if up {
+            LinkEvent::Up {
+                nonce: (self.entropy)(),
+            }
+        } else {
+            LinkEvent::Down
+        };
         self.link_event(event, now_ms, out);
     }
 
@@ -259,16 +267,24 @@ impl PortCore {
     }
 
     fn inbox(&mut self, inbox: Inbox, now_ms: u64, out: &mut Vec<Action>) {
-        let Some(session) = &mut self.session else { return };
+        let Some(session) = &mut self.session else {
+            return;
+        };
         let mut actions = session.mailbox.on_status(&inbox.status);
         actions.extend(session.mailbox.on_slot(&inbox.slot));
         self.mailbox_actions(actions, now_ms, out);
     }
 
     fn call(&mut self, token: Token, call: Call, now_ms: u64, out: &mut Vec<Action>) {
-        let ready = self.session.as_ref().is_some_and(|s| s.info.peer_node.is_some());
+        let ready = self
+            .session
+            .as_ref()
+            .is_some_and(|s| s.info.peer_node.is_some());
         if !ready {
-            let why = self.over_reason.as_deref().unwrap_or("the other host has not answered yet");
+            let why = self
+                .over_reason
+                .as_deref()
+                .unwrap_or("the other host has not answered yet");
             let text = format!(
                 "no link session is open ({why}): see `sublet status`, and check that the other \
                  host's daemon runs and the cable is in"
@@ -288,7 +304,11 @@ impl PortCore {
                 LinkAction::PrepareMailbox { nonce } => out.push(Action::PrepareMailbox(nonce)),
                 LinkAction::OpenWindow => out.push(Action::OpenWindow),
                 LinkAction::Post(set) => out.push(Action::Post(set)),
-                LinkAction::Opened { session, version, peer_nonce } => {
+                LinkAction::Opened {
+                    session,
+                    version,
+                    peer_nonce,
+                } => {
                     self.opened(session, version, peer_nonce, now_ms, out);
                 }
                 LinkAction::Over { reason, .. } => {
@@ -308,16 +328,26 @@ impl PortCore {
         now_ms: u64,
         out: &mut Vec<Action>,
     ) {
-        let info = SessionInfo { session, version, peer_node: None, since_ms: now_ms };
+        let info = SessionInfo {
+            session,
+            version,
+            peer_node: None,
+            since_ms: now_ms,
+        };
         self.session = Some(Session {
             info,
             mailbox: Mailbox::new(session),
             waiting: HashMap::new(),
             op_last: 0,
         });
-        out.push(Action::SessionOpened { session, peer_nonce });
-        let hello =
-            Request::Hello { node: self.config.node, window_bytes: self.config.window_bytes };
+        out.push(Action::SessionOpened {
+            session,
+            peer_nonce,
+        });
+        let hello = Request::Hello {
+            node: self.config.node,
+            window_bytes: self.config.window_bytes,
+        };
         self.request(Waiting::Hello, hello, now_ms, out);
     }
 
@@ -341,7 +371,9 @@ impl PortCore {
     }
 
     fn request(&mut self, waiting: Waiting, request: Request, now_ms: u64, out: &mut Vec<Action>) {
-        let Some(session) = &mut self.session else { return };
+        let Some(session) = &mut self.session else {
+            return;
+        };
         session.op_last += 1;
         let op = OpId(session.op_last);
         session.waiting.insert(op, waiting);
@@ -349,7 +381,9 @@ impl PortCore {
     }
 
     fn send(&mut self, message: Message, now_ms: u64, out: &mut Vec<Action>) {
-        let Some(session) = &mut self.session else { return };
+        let Some(session) = &mut self.session else {
+            return;
+        };
         match session.mailbox.send(&message) {
             Ok(actions) => self.mailbox_actions(actions, now_ms, out),
             Err(error) => self.violation(error.to_string(), now_ms, out),
@@ -388,20 +422,28 @@ impl PortCore {
         match message {
             Message::Request(op, Request::Hello { node, window_bytes }) => {
                 self.hello(node, window_bytes);
-                let reply =
-                    Reply::Hello { node: self.config.node, window_bytes: self.config.window_bytes };
+                let reply = Reply::Hello {
+                    node: self.config.node,
+                    window_bytes: self.config.window_bytes,
+                };
                 let code = Request::HELLO;
                 self.send(Message::Reply(op, code, Ok(reply)), now_ms, out);
             }
             Message::Request(op, Request::Revoked { lease, text }) => {
                 let actions = self.borrower.revoked(lease, text);
                 self.borrower_actions(actions, now_ms, out);
-                self.send(Message::Reply(op, Request::REVOKED, Ok(Reply::Done)), now_ms, out);
+                self.send(
+                    Message::Reply(op, Request::REVOKED, Ok(Reply::Done)),
+                    now_ms,
+                    out,
+                );
             }
             Message::Request(op, request) => {
                 let secret = self.fresh_secret();
                 let code = request.op();
-                let actions = self.lender.request(op, code, request, &mut self.pool, secret);
+                let actions = self
+                    .lender
+                    .request(op, code, request, &mut self.pool, secret);
                 self.lender_actions(actions, now_ms, out);
             }
             Message::Reply(op, _, result) => self.replied(op, result, now_ms, out),
@@ -415,7 +457,9 @@ impl PortCore {
         now_ms: u64,
         out: &mut Vec<Action>,
     ) {
-        let Some(session) = &mut self.session else { return };
+        let Some(session) = &mut self.session else {
+            return;
+        };
         match session.waiting.remove(&op) {
             Some(Waiting::Hello) => {
                 if let Ok(Reply::Hello { node, window_bytes }) = result {
@@ -435,7 +479,9 @@ impl PortCore {
     }
 
     fn hello(&mut self, node: u16, window_bytes: u64) {
-        let Some(session) = &mut self.session else { return };
+        let Some(session) = &mut self.session else {
+            return;
+        };
         if session.info.peer_node.replace(node).is_none() {
             self.pool = SlicePool::open(self.config.window_bytes.min(window_bytes));
         }

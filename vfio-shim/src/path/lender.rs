@@ -63,12 +63,22 @@ struct Offer {
     lease: Option<(LeaseId, Secret)>,
     slices: [Option<WindowOffset>; BAR_COUNT],
     ops: usize,
+    last_end: Option<String>,
 }
 
 enum Pending {
-    Reply { op: OpId, code: u16 },
-    Open { op: OpId, code: u16 },
-    Close { answer: Option<(OpId, u16)>, revoke: Option<String> },
+    Reply {
+        op: OpId,
+        code: u16,
+    },
+    Open {
+        op: OpId,
+        code: u16,
+    },
+    Close {
+        answer: Option<(OpId, u16)>,
+        revoke: Option<String>,
+    },
 }
 
 /// What `status` tells of one offered function.
@@ -80,6 +90,9 @@ pub struct OfferStatus {
     pub state: OfferState,
     /// The lease, while there is one.
     pub lease: Option<LeaseId>,
+    /// How the last lease ended: `returned`, `reclaimed` (the session was over), or why it was
+    /// revoked.
+    pub last_end: Option<String>,
 }
 
 /// The lender's end of all paths of a port.
@@ -93,15 +106,27 @@ pub struct Lender {
 }
 
 fn refuse(code: RefusalCode, figure: u64, text: impl Into<String>) -> Refusal {
-    Refusal { code, figure, text: text.into() }
+    Refusal {
+        code,
+        figure,
+        text: text.into(),
+    }
 }
 
 fn no_lease() -> Refusal {
-    refuse(RefusalCode::NoLease, 0, "no such lease, or it is over: borrow the function again")
+    refuse(
+        RefusalCode::NoLease,
+        0,
+        "no such lease, or it is over: borrow the function again",
+    )
 }
 
 fn wrong_state() -> Refusal {
-    refuse(RefusalCode::WrongState, 0, "the path is not open: borrow the function again")
+    refuse(
+        RefusalCode::WrongState,
+        0,
+        "the path is not open: borrow the function again",
+    )
 }
 
 impl Lender {
@@ -113,7 +138,11 @@ impl Lender {
             return Err(refuse(RefusalCode::NoReset, 0, text));
         }
         if self.offers.contains_key(&entry.bdf) {
-            return Err(refuse(RefusalCode::Taken, 0, "the function is in the pool already"));
+            return Err(refuse(
+                RefusalCode::Taken,
+                0,
+                "the function is in the pool already",
+            ));
         }
         if self.offers.len() >= OFFERS_MAX {
             let text = format!("a port lends at most {OFFERS_MAX} functions: withdraw one first");
@@ -126,6 +155,7 @@ impl Lender {
             lease: None,
             slices: [None; BAR_COUNT],
             ops: 0,
+            last_end: None,
         };
         self.offers.insert(offer.entry.bdf, offer);
         Ok(())
@@ -154,6 +184,7 @@ impl Lender {
             entry: entry_now(offer),
             state: offer.state.clone(),
             lease: offer.lease.as_ref().map(|(lease, _)| *lease),
+            last_end: offer.last_end.clone(),
         };
         self.offers.values().map(of).collect()
     }
@@ -169,13 +200,16 @@ impl Lender {
     ) -> Vec<LenderAction> {
         let result = match request {
             Request::List { cursor } => Ok(vec![self.list(op, code, cursor)]),
-            Request::Borrow { bdf } => {
-                self.borrow(bdf, fresh).map(|reply| vec![LenderAction::Reply(op, code, Ok(reply))])
-            }
+            Request::Borrow { bdf } => self
+                .borrow(bdf, fresh)
+                .map(|reply| vec![LenderAction::Reply(op, code, Ok(reply))]),
             Request::Return { lease } => self.give_back(op, code, lease),
-            Request::Open { lease, secret, irq_first, irq_count } => {
-                self.open(op, code, (lease, secret), (irq_first, irq_count), slices)
-            }
+            Request::Open {
+                lease,
+                secret,
+                irq_first,
+                irq_count,
+            } => self.open(op, code, (lease, secret), (irq_first, irq_count), slices),
             other => self.work(op, code, other, slices),
         };
         result.unwrap_or_else(|refusal| vec![LenderAction::Reply(op, code, Err(refusal))])
@@ -184,10 +218,19 @@ impl Lender {
     fn list(&self, op: OpId, code: u16, cursor: u32) -> LenderAction {
         const PAGE: usize = super::message::LIST_MAX;
         let start = (cursor as usize).min(self.offers.len());
-        let entries: Vec<_> =
-            self.offers.values().skip(start).take(PAGE).map(entry_now).collect();
+        let entries: Vec<_> = self
+            .offers
+            .values()
+            .skip(start)
+            .take(PAGE)
+            .map(entry_now)
+            .collect();
         let end = start + entries.len();
-        let next = if end < self.offers.len() { end as u32 } else { 0 };
+        let next = if end < self.offers.len() {
+            end as u32
+        } else {
+            0
+        };
         LenderAction::Reply(op, code, Ok(Reply::List { next, entries }))
     }
 
@@ -209,7 +252,11 @@ impl Lender {
         offer.state = OfferState::Leased;
         offer.lease = Some((lease, secret.clone()));
         self.leases.insert(lease, bdf);
-        Ok(Reply::Borrowed { lease, secret, entry: entry_now(offer) })
+        Ok(Reply::Borrowed {
+            lease,
+            secret,
+            entry: entry_now(offer),
+        })
     }
 
     fn leased(&mut self, lease: LeaseId) -> Result<(Bdf, &mut Offer), Refusal> {
@@ -238,7 +285,12 @@ impl Lender {
         let slices = pool.allocate_bars(Owner::Lent(lease), &sizes)?;
         offer.slices = slices;
         offer.state = OfferState::Opening;
-        let plan = OpenPlan { lease, slices, irq_first, irq_count };
+        let plan = OpenPlan {
+            lease,
+            slices,
+            irq_first,
+            irq_count,
+        };
         Ok(self.give(bdf, FunctionWork::Open(plan), Pending::Open { op, code }))
     }
 
@@ -251,14 +303,16 @@ impl Lender {
         let (bdf, offer) = self.leased(lease)?;
         match offer.state {
             OfferState::Leased => {
-                offer.state = OfferState::Available;
-                offer.lease = None;
+                offer.end_lease("returned");
                 self.leases.remove(&lease);
                 Ok(vec![LenderAction::Reply(op, code, Ok(Reply::Done))])
             }
             OfferState::Open | OfferState::Opening => {
                 offer.state = OfferState::Closing;
-                let pending = Pending::Close { answer: Some((op, code)), revoke: None };
+                let pending = Pending::Close {
+                    answer: Some((op, code)),
+                    revoke: None,
+                };
                 Ok(self.give(bdf, FunctionWork::Close, pending))
             }
             _ => Err(wrong_state()),
@@ -267,17 +321,23 @@ impl Lender {
 
     /// Ends a lease from the lender's side.
     pub fn revoke(&mut self, bdf: Bdf, why: &str) -> Vec<LenderAction> {
-        let Some(offer) = self.offers.get_mut(&bdf) else { return Vec::new() };
-        let Some((lease, _)) = offer.lease else { return Vec::new() };
+        let Some(offer) = self.offers.get_mut(&bdf) else {
+            return Vec::new();
+        };
+        let Some((lease, _)) = offer.lease else {
+            return Vec::new();
+        };
         match offer.state {
             OfferState::Open | OfferState::Opening => {
                 offer.state = OfferState::Closing;
-                let pending = Pending::Close { answer: None, revoke: Some(why.to_owned()) };
+                let pending = Pending::Close {
+                    answer: None,
+                    revoke: Some(why.to_owned()),
+                };
                 self.give(bdf, FunctionWork::Close, pending)
             }
             OfferState::Leased => {
-                offer.state = OfferState::Available;
-                offer.lease = None;
+                offer.end_lease(why);
                 self.leases.remove(&lease);
                 vec![LenderAction::Revoked(lease, why.to_owned())]
             }
@@ -327,8 +387,12 @@ impl Lender {
         result: Result<WorkOutcome, Refusal>,
         pool: &mut SlicePool,
     ) -> Vec<LenderAction> {
-        let Some((bdf, pending)) = self.pending.remove(&job) else { return Vec::new() };
-        let Some(offer) = self.offers.get_mut(&bdf) else { return Vec::new() };
+        let Some((bdf, pending)) = self.pending.remove(&job) else {
+            return Vec::new();
+        };
+        let Some(offer) = self.offers.get_mut(&bdf) else {
+            return Vec::new();
+        };
         offer.ops -= 1;
         match pending {
             Pending::Reply { op, code } => vec![LenderAction::Reply(op, code, to_reply(result))],
@@ -338,7 +402,11 @@ impl Lender {
                     Err(refusal) => Err(refusal),
                 };
                 if offer.state == OfferState::Opening {
-                    offer.state = if reply.is_ok() { OfferState::Open } else { OfferState::Leased };
+                    offer.state = if reply.is_ok() {
+                        OfferState::Open
+                    } else {
+                        OfferState::Leased
+                    };
                     if reply.is_err()
                         && let Some((lease, _)) = offer.lease
                     {
@@ -358,11 +426,19 @@ impl Lender {
         pool: &mut SlicePool,
         (answer, revoke): (Option<(OpId, u16)>, Option<String>),
     ) -> Vec<LenderAction> {
-        let Some(offer) = self.offers.get_mut(&bdf) else { return Vec::new() };
+        let Some(offer) = self.offers.get_mut(&bdf) else {
+            return Vec::new();
+        };
         offer.state = match &result {
             Ok(_) => OfferState::Available,
             Err(refusal) => OfferState::Quarantine(refusal.text.clone()),
         };
+        let ended = match (&answer, &revoke) {
+            (Some(_), _) => "returned",
+            (None, Some(why)) => why,
+            (None, None) => "reclaimed",
+        };
+        offer.last_end = Some(ended.to_owned());
         let lease = offer.lease.take().map(|(lease, _)| lease);
         offer.slices = [None; BAR_COUNT];
         let mut actions = Vec::new();
@@ -393,15 +469,17 @@ impl Lender {
         let mut actions = Vec::new();
         let bdfs: Vec<Bdf> = self.offers.keys().copied().collect();
         for bdf in bdfs {
-            let Some(offer) = self.offers.get_mut(&bdf) else { continue };
+            let Some(offer) = self.offers.get_mut(&bdf) else {
+                continue;
+            };
             match offer.state {
-                OfferState::Leased => {
-                    offer.state = OfferState::Available;
-                    offer.lease = None;
-                }
+                OfferState::Leased => offer.end_lease("reclaimed"),
                 OfferState::Open | OfferState::Opening => {
                     offer.state = OfferState::Closing;
-                    let pending = Pending::Close { answer: None, revoke: None };
+                    let pending = Pending::Close {
+                        answer: None,
+                        revoke: None,
+                    };
                     actions.extend(self.give(bdf, FunctionWork::Close, pending));
                 }
                 _ => {}
@@ -417,13 +495,21 @@ impl Lender {
     }
 }
 
+impl Offer {
+    fn end_lease(&mut self, how: &str) {
+        self.state = OfferState::Available;
+        self.lease = None;
+        self.last_end = Some(how.to_owned());
+    }
+}
+
 fn unknown(bdf: Bdf) -> Refusal {
     let text = format!("{bdf} is not in this lender's pool: see `sublet list`");
     refuse(RefusalCode::UnknownFunction, 0, text)
 }
 
 fn check_rows(first: u32, count: u32) -> Result<(), Refusal> {
-    let max = super::wire::IRQ_WORDS as u32;
+    let max = super::wire::IRQ_WORDS_MAX;
     match first.checked_add(count) {
         Some(end) if end <= max => Ok(()),
         _ => {
@@ -439,7 +525,10 @@ fn entry_now(offer: &Offer) -> PoolEntry {
         OfferState::Quarantine(_) => PoolState::Quarantine,
         _ => PoolState::InUse,
     };
-    PoolEntry { state, ..offer.entry.clone() }
+    PoolEntry {
+        state,
+        ..offer.entry.clone()
+    }
 }
 
 fn to_reply(result: Result<WorkOutcome, Refusal>) -> Result<Reply, Refusal> {

@@ -1,12 +1,29 @@
 //! All that carries one lent function between two hosts: protocol, state machines, undoing.
 
+pub mod borrower;
 mod codec;
+pub mod core;
+#[cfg(test)]
+mod core_tests;
+pub mod engine;
+pub mod lender;
 pub mod link;
 pub mod mailbox;
 pub mod message;
+pub mod plan;
 mod refusal;
 pub mod relay;
 pub mod wire;
+pub mod work;
+
+pub use borrower::CallError;
+pub use engine::{
+    BellStatus, BorrowedFunction, Engine, EngineConfig, EngineError, LentStatus, PortStatus,
+    SessionStatus, VectorStatus,
+};
+pub use lender::OfferState;
+pub use message::{LeaseId, PoolEntry, PoolState};
+pub use refusal::{Refusal, RefusalCode};
 
 /// An error and its causes in one line.
 pub fn words(error: &dyn std::error::Error) -> String {

@@ -35,7 +35,9 @@ impl SlicePool {
 
     /// With so many usable bytes: the smaller of both halves' windows.
     pub fn open(usable_bytes: u64) -> Self {
-        Self { spans: SpanAllocator::new(usable_bytes, MAILBOX_BYTES) }
+        Self {
+            spans: SpanAllocator::new(usable_bytes, MAILBOX_BYTES),
+        }
     }
 
     /// The usable size of the window in bytes.
@@ -83,9 +85,13 @@ impl SlicePool {
 
     /// Sets room for `bytes` of guest RAM aside.
     pub fn reserve(&mut self, owner: Owner, bytes: u64) -> Result<(), Refusal> {
-        let len = bytes.checked_next_multiple_of(TWO_MIB).unwrap_or(u64::MAX - (TWO_MIB - 1));
+        let len = bytes
+            .checked_next_multiple_of(TWO_MIB)
+            .unwrap_or(u64::MAX - (TWO_MIB - 1));
         let reserved = self.spans.reserve(owner, len, ONE_GIB);
-        reserved.map(|_| ()).map_err(|error| self.refuse(error, len, "the guest's RAM"))
+        reserved
+            .map(|_| ())
+            .map_err(|error| self.refuse(error, len, "the guest's RAM"))
     }
 
     /// Takes one slice back.
@@ -110,13 +116,21 @@ impl SlicePool {
             "window offsets {offset}+{len:#x} are outside {MAILBOX_BYTES:#x}..{usable:#x}, the \
              usable window behind the mailbox"
         );
-        Err(Refusal { code: RefusalCode::OutOfRange, figure: usable, text })
+        Err(Refusal {
+            code: RefusalCode::OutOfRange,
+            figure: usable,
+            text,
+        })
     }
 
     fn refuse(&self, error: SpanError, wanted: u64, what: &str) -> Refusal {
         let usable = self.usable_bytes();
         let SpanError::Full { free, .. } = error else {
-            return Refusal { code: RefusalCode::Limit, figure: 0, text: error.to_string() };
+            return Refusal {
+                code: RefusalCode::Limit,
+                figure: 0,
+                text: error.to_string(),
+            };
         };
         let used = usable.saturating_sub(free);
         let enough = used.saturating_add(wanted).max(usable.saturating_add(1));
@@ -125,7 +139,11 @@ impl SlicePool {
             "{what} needs {wanted} bytes of the NTB window; {free} of {usable} are free: a window \
              of {enough} bytes would do (set it in both hosts' firmware), or use less memory"
         );
-        Refusal { code: RefusalCode::WindowFull, figure: enough, text }
+        Refusal {
+            code: RefusalCode::WindowFull,
+            figure: enough,
+            text,
+        }
     }
 }
 
@@ -151,7 +169,11 @@ impl Rows {
                  another function first"
             );
             let figure = u64::from(IRQ_WORDS_MAX);
-            return Err(Refusal { code: RefusalCode::Limit, figure, text });
+            return Err(Refusal {
+                code: RefusalCode::Limit,
+                figure,
+                text,
+            });
         }
         self.runs.insert(first, (count.max(1), lease));
         Ok(first)
@@ -175,22 +197,36 @@ mod tests {
         let refusal = pool.reserve(LEASE, 256 << 20).unwrap_err();
         assert_eq!(refusal.code, RefusalCode::WindowFull);
         assert_eq!(refusal.figure, 512 << 20);
-        SlicePool::open(refusal.figure).reserve(LEASE, 256 << 20).unwrap();
+        SlicePool::open(refusal.figure)
+            .reserve(LEASE, 256 << 20)
+            .unwrap();
     }
 
     #[test]
     fn absurd_sizes_are_refused_without_overflow() {
         let mut pool = SlicePool::open(256 << 20);
-        assert_eq!(pool.reserve(LEASE, u64::MAX).unwrap_err().code, RefusalCode::WindowFull);
+        assert_eq!(
+            pool.reserve(LEASE, u64::MAX).unwrap_err().code,
+            RefusalCode::WindowFull
+        );
         assert!(pool.check_peer_range(WindowOffset(u64::MAX), 4096).is_err());
     }
 
     #[test]
     fn the_mailbox_is_never_put_behind_a_function() {
         let pool = SlicePool::open(256 << 20);
-        assert!(pool.check_peer_range(WindowOffset(MAILBOX_BYTES - PAGE), 2 * PAGE).is_err());
-        assert!(pool.check_peer_range(WindowOffset(MAILBOX_BYTES), PAGE).is_ok());
-        assert!(pool.check_peer_range(WindowOffset((256 << 20) - PAGE), 2 * PAGE).is_err());
+        assert!(
+            pool.check_peer_range(WindowOffset(MAILBOX_BYTES - PAGE), 2 * PAGE)
+                .is_err()
+        );
+        assert!(
+            pool.check_peer_range(WindowOffset(MAILBOX_BYTES), PAGE)
+                .is_ok()
+        );
+        assert!(
+            pool.check_peer_range(WindowOffset((256 << 20) - PAGE), 2 * PAGE)
+                .is_err()
+        );
     }
 
     #[test]

@@ -93,18 +93,54 @@ impl FunctionWork {
             Request::Config { lease, offset, len } => (lease, Self::Config { offset, len }),
             Request::Map { lease, ranges } => (lease, Self::Map(ranges)),
             Request::Unmap { lease, spans } => (lease, Self::Unmap(spans)),
-            Request::Irqs { lease, index, enable } => (lease, Self::Irqs(index, enable)),
-            Request::Mask { lease, index, start, count, masked } => {
-                (lease, Self::Mask { index, start, count, masked })
-            }
+            Request::Irqs {
+                lease,
+                index,
+                enable,
+            } => (lease, Self::Irqs(index, enable)),
+            Request::Mask {
+                lease,
+                index,
+                start,
+                count,
+                masked,
+            } => (
+                lease,
+                Self::Mask {
+                    index,
+                    start,
+                    count,
+                    masked,
+                },
+            ),
             Request::BusMaster { lease, enable } => (lease, Self::BusMaster(enable)),
             Request::Reset { lease } => (lease, Self::Reset),
-            Request::RegionRead { lease, region, offset, len } => {
-                (lease, Self::Read { region: RegionIndex(region.into()), offset, len })
-            }
-            Request::RegionWrite { lease, region, offset, data } => {
-                (lease, Self::Write { region: RegionIndex(region.into()), offset, data })
-            }
+            Request::RegionRead {
+                lease,
+                region,
+                offset,
+                len,
+            } => (
+                lease,
+                Self::Read {
+                    region: RegionIndex(region.into()),
+                    offset,
+                    len,
+                },
+            ),
+            Request::RegionWrite {
+                lease,
+                region,
+                offset,
+                data,
+            } => (
+                lease,
+                Self::Write {
+                    region: RegionIndex(region.into()),
+                    offset,
+                    data,
+                },
+            ),
             _ => return None,
         })
     }

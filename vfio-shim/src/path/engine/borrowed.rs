@@ -9,7 +9,6 @@ use crate::path::borrower::{Answer, Call, CallError, GuestMap, MAPS_MAX, OpenedP
 use crate::path::message::{LeaseId, Request};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -40,7 +39,6 @@ pub struct BorrowedFunction {
     shadow: Mutex<ShadowConfig>,
     state: Arc<LeaseShared>,
     triggers: Arc<Mutex<Triggers>>,
-    maps: AtomicUsize,
     stop: OwnedFd,
     signaller: Mutex<Option<JoinHandle<()>>>,
 }
@@ -55,7 +53,9 @@ struct SliceAperture {
 
 impl SliceAperture {
     fn is_open(&self, offset: u64, len: usize) -> bool {
-        let inside = offset.checked_add(len as u64).is_some_and(|end| end <= self.len);
+        let inside = offset
+            .checked_add(len as u64)
+            .is_some_and(|end| end <= self.len);
         inside && lock(&self.state.lost).is_none()
     }
 }
@@ -94,11 +94,23 @@ impl BorrowedFunction {
         let (info, slices) = opened.function.into_parts();
         let shadow = ShadowConfig::new(&opened.config, &info)
             .map_err(|error| CallError::Gone(crate::path::words(&error)))?;
-        let info = FunctionInfo { ids: shadow.ids(), ..info };
+        let info = FunctionInfo {
+            ids: shadow.ids(),
+            ..info
+        };
         let count = vector_count(&info);
-        let vector = || Trigger { fd: None, masked: false, held: false, signals: 0 };
+        let vector = || Trigger {
+            fd: None,
+            masked: false,
+            held: false,
+            signals: 0,
+        };
         let vectors = (0..count).map(|_| vector()).collect();
-        let triggers = Triggers { armed: None, vectors, special: [None, None] };
+        let triggers = Triggers {
+            armed: None,
+            vectors,
+            special: [None, None],
+        };
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let failed = |error: std::io::Error| CallError::Gone(error.to_string());
         let stop = eventfd(0, flags).map_err(|error| failed(error.into()))?;
@@ -118,7 +130,6 @@ impl BorrowedFunction {
             shadow: Mutex::new(shadow),
             state,
             triggers,
-            maps: AtomicUsize::new(0),
             stop,
             signaller: Mutex::new(Some(handle)),
         }))
@@ -136,18 +147,37 @@ impl BorrowedFunction {
 
     /// Per vector: how often its eventfd was signalled.
     pub fn signals(&self) -> Vec<u64> {
-        lock(&self.triggers).vectors.iter().map(|vector| vector.signals).collect()
+        lock(&self.triggers)
+            .vectors
+            .iter()
+            .map(|vector| vector.signals)
+            .collect()
     }
 
-    fn forward(&self, act: &'static str, request: Request, wait_ms: u64) -> Result<Answer, FunctionError> {
+    /// Per vector: how often a scan found it raised.
+    pub fn scanned(&self) -> Vec<u64> {
+        self.state.signals.scanned()
+    }
+
+    fn forward(
+        &self,
+        act: &'static str,
+        request: Request,
+        wait_ms: u64,
+    ) -> Result<Answer, FunctionError> {
         if let Some(why) = self.lost() {
             return Err(FunctionError::Gone(why));
         }
-        let answer = self.engine.call(Call::Forward(self.lease, request), wait_ms);
+        let answer = self
+            .engine
+            .call(Call::Forward(self.lease, request), wait_ms);
         answer.map_err(|error| match error {
             CallError::Gone(why) => FunctionError::Gone(why),
             CallError::Timeout(ms) => FunctionError::Timeout { act, ms },
-            other => FunctionError::Peer { act, cause: other.to_string() },
+            other => FunctionError::Peer {
+                act,
+                cause: other.to_string(),
+            },
         })
     }
 
@@ -157,13 +187,18 @@ impl BorrowedFunction {
             Some(span) if span.end() <= size => Ok(()),
             span => {
                 let span = span.or(Span::new(offset, 0)).unwrap_or(EMPTY);
-                Err(FunctionError::OutOfRange { region: region.0, span })
+                Err(FunctionError::OutOfRange {
+                    region: region.0,
+                    span,
+                })
             }
         }
     }
 
     fn in_area(&self, region: RegionIndex, offset: u64, len: usize) -> bool {
-        let Some(info) = self.info.region(region) else { return false };
+        let Some(info) = self.info.region(region) else {
+            return false;
+        };
         let span = Span::new(offset, len as u64);
         span.is_some_and(|span| info.areas.iter().any(|area| area.contains(span)))
     }
@@ -171,7 +206,10 @@ impl BorrowedFunction {
     fn config_write(&self, offset: u64, data: &[u8]) -> Result<(), FunctionError> {
         let effects = lock(&self.shadow).write(offset as usize, data);
         if let Some(enable) = effects.bus_master {
-            let request = Request::BusMaster { lease: self.lease, enable };
+            let request = Request::BusMaster {
+                lease: self.lease,
+                enable,
+            };
             self.forward("set bus mastering", request, MAP_WAIT_MS)?;
         }
         if effects.flr {
@@ -187,7 +225,11 @@ impl BorrowedFunction {
         if armed == Some(index) {
             return Ok(());
         }
-        let request = Request::Irqs { lease: self.lease, index, enable: true };
+        let request = Request::Irqs {
+            lease: self.lease,
+            index,
+            enable: true,
+        };
         self.forward("enable interrupts", request, RESET_WAIT_MS)?;
         lock(&self.triggers).armed = Some(index);
         Ok(())
@@ -202,7 +244,12 @@ impl BorrowedFunction {
         let have = self.info.irqs[index as usize].count;
         let end = u64::from(start) + count as u64;
         if end > u64::from(have) {
-            return Err(FunctionError::NoVector { index, start, end, count: have });
+            return Err(FunctionError::NoVector {
+                index,
+                start,
+                end,
+                count: have,
+            });
         }
         Ok(start as usize..end as usize)
     }
@@ -214,7 +261,9 @@ const EMPTY: Span = match Span::new(0, 0) {
 };
 
 fn vector_count(info: &FunctionInfo) -> u32 {
-    info.irqs[IrqIndex::Msi as usize].count.max(info.irqs[IrqIndex::Msix as usize].count)
+    info.irqs[IrqIndex::Msi as usize]
+        .count
+        .max(info.irqs[IrqIndex::Msix as usize].count)
 }
 
 impl Function for BorrowedFunction {
@@ -354,7 +403,13 @@ impl Function for BorrowedFunction {
             vector.masked = masked;
         }
         // The lender stops too, so that a masked storm crosses no cable.
-        let request = Request::Mask { lease: self.lease, index, start, count, masked };
+        let request = Request::Mask {
+            lease: self.lease,
+            index,
+            start,
+            count,
+            masked,
+        };
         self.forward("mask interrupts", request, MAP_WAIT_MS)?;
         self.state.signals.wake();
         Ok(())
@@ -392,7 +447,7 @@ impl AddressSpace for BorrowedFunction {
     }
 
     fn available(&self) -> u32 {
-        MAPS_MAX.saturating_sub(self.maps.load(Ordering::Relaxed)) as u32
+        MAPS_MAX as u32
     }
 
     fn map(&self, maps: &[DmaMap<'_>]) -> Result<(), MapError> {
@@ -402,16 +457,22 @@ impl AddressSpace for BorrowedFunction {
                 return Err(MapError::NoMapping(map.span));
             };
             let fd = fd.try_clone_to_owned();
-            let fd = fd.map_err(|source| MapError::Kernel { act: "map", span: map.span, source })?;
+            let fd = fd.map_err(|source| MapError::Kernel {
+                act: "map",
+                span: map.span,
+                source,
+            })?;
             let (span, access) = (map.span, map.access);
-            guest.push(GuestMap { span, access, fd: Arc::new(fd), fd_offset });
+            guest.push(GuestMap {
+                span,
+                access,
+                fd: Arc::new(fd),
+                fd_offset,
+            });
         }
         let all = maps.first().map_or(EMPTY, |map| map.span);
         match self.engine.call(Call::Map(self.lease, guest), MAP_WAIT_MS) {
-            Ok(_) => {
-                self.maps.fetch_add(maps.len(), Ordering::Relaxed);
-                Ok(())
-            }
+            Ok(_) => Ok(()),
             Err(error) => Err(map_error(all, error)),
         }
     }
@@ -434,7 +495,10 @@ fn map_error(span: Span, error: CallError) -> MapError {
         CallError::Gone(why) => MapError::Gone(why),
         CallError::Timeout(ms) => MapError::Timeout(span, ms),
         CallError::Overlap(span) => MapError::Overlap(span),
-        other => MapError::Peer { span, cause: other.to_string() },
+        other => MapError::Peer {
+            span,
+            cause: other.to_string(),
+        },
     }
 }
 
@@ -482,7 +546,11 @@ impl Signaller {
                 vector.held = true;
             }
         });
-        for vector in held.vectors.iter_mut().filter(|vector| vector.held && !vector.masked) {
+        for vector in held
+            .vectors
+            .iter_mut()
+            .filter(|vector| vector.held && !vector.masked)
+        {
             if let Some(fd) = &vector.fd {
                 vector.held = false;
                 vector.signals += u64::from(signal(fd.as_fd()));
@@ -499,6 +567,12 @@ impl Signaller {
 /// Writes an eventfd that came from a VMM; one at its limit is left alone: it is readable anyway.
 fn signal(fd: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
-    let ready = poll(&mut fds, Some(&rustix::time::Timespec { tv_sec: 0, tv_nsec: 0 }));
+    let ready = poll(
+        &mut fds,
+        Some(&rustix::time::Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        }),
+    );
     ready.is_ok_and(|count| count == 1) && rustix::io::write(fd, &1u64.to_ne_bytes()).is_ok()
 }

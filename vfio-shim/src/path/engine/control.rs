@@ -1,12 +1,10 @@
 //! The control thread: feeds `PortCore` and carries its actions out; nothing here waits for an ioctl.
 
 use super::executor::{Executor, ExecutorShared};
-use super::irq::{IrqCommand, IrqHandle, IrqThread, RelayCounters};
+use super::irq::{IrqCommand, IrqHandle, IrqThread, VectorCounters};
 use super::mapper::{Mapper, MapperJob};
 use super::{EngineConfig, EngineError, LeaseShared, Shared, lock};
-use crate::model::{
-    Access, Aperture, Bdf, DmaMap, Function, Memory, Span, WindowOffset,
-};
+use crate::model::{Access, Aperture, Bdf, DmaMap, Function, Memory, Span, WindowOffset};
 use crate::ntb::NtbPort;
 use crate::path::borrower::{Call, LeaseStatus, Token};
 use crate::path::core::{Action, CoreConfig, Event, Inbox, PortCore, SessionInfo};
@@ -14,11 +12,11 @@ use crate::path::lender::{JobId, OfferState, OfferStatus};
 use crate::path::mailbox::MailboxCounters;
 use crate::path::message::{LeaseId, PoolEntry, Refusal};
 use crate::path::wire::{
-    BELL_IRQ, BELL_MAILBOX, MAILBOX_BYTES, SLOT, SLOT_BYTES, SLOT_COMMIT, STATUS, STATUS_BYTES,
-    ScratchpadSet,
+    BELL_IRQ, BELL_MAILBOX, COMMIT_OFFSET, IRQ_TABLE_OFFSET, MAILBOX_BYTES, PAYLOAD_OFFSET,
+    SLOT_BYTES, SLOT_OFFSET, STATUS_BYTES, STATUS_OFFSET, ScratchpadSet,
 };
 use crate::path::work::FunctionWork;
-use crate::vfio::{MappingSpec, Mmio};
+use crate::vfio::MappedAperture;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -32,7 +30,11 @@ pub(crate) enum Input {
     LinkChange,
     Event(Event),
     Call(Token, Call),
-    Offer(Box<PoolEntry>, Arc<dyn Function>, mpsc::Sender<Result<(), Refusal>>),
+    Offer(
+        Box<PoolEntry>,
+        Arc<dyn Function>,
+        mpsc::Sender<Result<(), Refusal>>,
+    ),
     Withdraw(Bdf, mpsc::Sender<Result<(), Refusal>>),
     Revoke(Bdf, String),
     Status(mpsc::Sender<PortStatus>),
@@ -50,19 +52,37 @@ pub struct SessionStatus {
     pub mailbox: MailboxCounters,
 }
 
+/// One vector of a lent function, as `status` tells it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VectorStatus {
+    /// The sum of its eventfd's values in the current or last path.
+    pub raised: u64,
+    /// Fences read.
+    pub fences: u64,
+    /// Bells rung.
+    pub bells: u64,
+    /// Whether it is masked.
+    pub masked: bool,
+}
+
 /// A lent function, as `status` tells it.
 #[derive(Clone, Debug)]
 pub struct LentStatus {
     /// What the lender's end knows.
     pub offer: OfferStatus,
-    /// Per vector: the sum of its eventfd's values in the current or last path.
-    pub raised: Vec<u64>,
-    /// Fences read.
-    pub fences: u64,
-    /// Bells rung.
-    pub bells: u64,
-    /// Fences that did not read the peer's nonce.
-    pub suspects: u64,
+    /// Its vectors.
+    pub vectors: Vec<VectorStatus>,
+    /// Guest RAM behind it: maps and bytes.
+    pub maps: (u32, u64),
+}
+
+/// A port's doorbells, as `status` tells them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct BellStatus {
+    /// Rung for interrupts at the peer.
+    pub rung: u64,
+    /// Taken.
+    pub taken: u64,
 }
 
 /// Everything that `status` tells of a port.
@@ -83,7 +103,9 @@ pub struct PortStatus {
     /// Lent functions.
     pub lent: Vec<LentStatus>,
     /// Borrowed leases.
-    pub borrowed: Vec<(LeaseStatus, Vec<u64>)>,
+    pub borrowed: Vec<LeaseStatus>,
+    /// Doorbells.
+    pub bells: BellStatus,
 }
 
 struct Worker {
@@ -116,7 +138,9 @@ fn spawn(
     run: impl FnOnce() + Send + 'static,
 ) -> Result<JoinHandle<()>, EngineError> {
     let builder = std::thread::Builder::new().name(name);
-    builder.spawn(run).map_err(|source| EngineError::Thread { what, source })
+    builder
+        .spawn(run)
+        .map_err(|source| EngineError::Thread { what, source })
 }
 
 fn entropy() -> u64 {
@@ -137,8 +161,7 @@ fn mailbox_memory() -> Result<(OwnedFd, Arc<dyn Aperture>), EngineError> {
     let fd = memfd_create("sublet-mailbox", MemfdFlags::CLOEXEC)
         .map_err(|error| failed("made")(error.into()))?;
     ftruncate(&fd, MAILBOX_BYTES).map_err(|error| failed("made")(error.into()))?;
-    let spec = MappingSpec { offset: 0, len: MAILBOX_BYTES, physical: None };
-    let mapped = Mmio::map(fd.as_fd(), &[spec]).map_err(failed("mapped"))?;
+    let mapped = MappedAperture::memory(fd.as_fd(), 0, MAILBOX_BYTES).map_err(failed("mapped"))?;
     Ok((fd, Arc::new(mapped)))
 }
 
@@ -158,7 +181,7 @@ impl Control {
             access: Access::READ_WRITE,
             memory: Memory::Fd(memory.as_fd(), 0),
         }])?;
-        port.doorbell_unmask_only(1 << BELL_MAILBOX | 1 << BELL_IRQ);
+        port.doorbell_unmask_only(BELL_MAILBOX | BELL_IRQ);
         let (thread, irq) = IrqThread::new(
             Arc::clone(&port),
             Arc::clone(&mailbox),
@@ -212,7 +235,9 @@ impl Control {
         self.mapper = Some(jobs);
         let run = move || mapper.run(&work);
         self.mapper_join = Some(spawn(format!("{name}-map"), "mapper thread", run)?);
-        spawn(format!("{name}-ctl"), "control thread", move || self.run(&events))
+        spawn(format!("{name}-ctl"), "control thread", move || {
+            self.run(&events)
+        })
     }
 
     fn run(mut self, events: &mpsc::Receiver<Input>) {
@@ -268,13 +293,13 @@ impl Control {
 
     fn read_inbox(&self) -> Inbox {
         let mut status = [0; STATUS_BYTES];
-        self.mailbox.read(STATUS as u64, &mut status);
+        self.mailbox.read(STATUS_OFFSET, &mut status);
         let mut slot = Box::new([0; SLOT_BYTES]);
-        let commit = self.mailbox.read_u64((SLOT + SLOT_COMMIT) as u64);
+        let commit = self.mailbox.read_u64(SLOT_OFFSET + COMMIT_OFFSET as u64);
         std::sync::atomic::fence(Ordering::Acquire);
         if commit != 0 {
-            self.mailbox.read(SLOT as u64, &mut slot[..SLOT_COMMIT]);
-            slot[SLOT_COMMIT..].copy_from_slice(&commit.to_le_bytes());
+            self.mailbox.read(SLOT_OFFSET, &mut slot[..COMMIT_OFFSET]);
+            slot[COMMIT_OFFSET..].copy_from_slice(&commit.to_le_bytes());
         }
         Inbox { status, slot }
     }
@@ -292,11 +317,20 @@ impl Control {
             Action::OpenWindow => self.open_window(),
             Action::Post(set) => self.post(&set),
             Action::WriteSlot(slot) => self.write_slot(&slot),
-            Action::WriteStatus(status) => self.window.write(STATUS as u64, &status),
-            Action::RingMailbox => self.port.peer_doorbell_ring(1 << BELL_MAILBOX),
-            Action::SessionOpened { session, peer_nonce } => {
-                tracing::info!(port = self.config.name, "link session {session:#018x} is open");
-                self.irq.send(IrqCommand::SessionOpened { session, peer_nonce });
+            Action::WriteStatus(status) => self.window.write(STATUS_OFFSET, &status),
+            Action::RingMailbox => self.port.peer_doorbell_ring(BELL_MAILBOX),
+            Action::SessionOpened {
+                session,
+                peer_nonce,
+            } => {
+                tracing::info!(
+                    port = self.config.name,
+                    "link session {session:#018x} is open"
+                );
+                self.irq.send(IrqCommand::SessionOpened {
+                    session,
+                    peer_nonce,
+                });
             }
             Action::SessionOver => {
                 let why = self.core.over_reason().unwrap_or("unknown");
@@ -308,13 +342,21 @@ impl Control {
             Action::Unpin(step, spans) => {
                 let base = self.config.window_base.0;
                 let span = |(offset, len): (WindowOffset, u64)| Span::new(base + offset.0, len);
-                self.map(MapperJob::Unpin(step, spans.into_iter().filter_map(span).collect()));
+                self.map(MapperJob::Unpin(
+                    step,
+                    spans.into_iter().filter_map(span).collect(),
+                ));
             }
             Action::Scan(lease, first, count) => {
                 if let Some(state) = self.borrowed(lease) {
                     self.clear_words(first, count);
                     let signals = Arc::clone(&state.signals);
-                    self.irq.send(IrqCommand::Scan { lease, first, count, signals });
+                    self.irq.send(IrqCommand::Scan {
+                        lease,
+                        first,
+                        count,
+                        signals,
+                    });
                 }
             }
             Action::ScanEnd(lease) => self.irq.send(IrqCommand::ScanEnd(lease)),
@@ -337,10 +379,15 @@ impl Control {
     }
 
     fn work(&mut self, bdf: Bdf, job: JobId, work: FunctionWork) {
-        let sent = self.workers.get(&bdf).is_some_and(|worker| worker.jobs.send((job, work)).is_ok());
+        let sent = self
+            .workers
+            .get(&bdf)
+            .is_some_and(|worker| worker.jobs.send((job, work)).is_ok());
         if !sent {
             let refusal = Refusal::stopped();
-            let _ = self.inbox.send(Input::Event(Event::Worked(job, Err(refusal))));
+            let _ = self
+                .inbox
+                .send(Input::Event(Event::Worked(job, Err(refusal))));
         }
     }
 
@@ -360,7 +407,7 @@ impl Control {
 
     fn clear_words(&self, first: u32, count: u32) {
         for word in first..first + count {
-            let offset = crate::path::wire::IRQ_TABLE as u64 + u64::from(word) * 8;
+            let offset = IRQ_TABLE_OFFSET + u64::from(word) * 8;
             self.mailbox.write_u64(offset, 0);
         }
     }
@@ -372,21 +419,22 @@ impl Control {
         }
     }
 
-    /// 5 := 0 first and its value last, so that a reader never takes half a set.
     fn post(&self, set: &ScratchpadSet) {
-        let words = set.encode();
-        self.port.peer_spad_write(5, 0);
-        for (index, word) in words.iter().enumerate() {
-            self.port.peer_spad_write(index as u32, *word);
+        for (index, word) in set.stores() {
+            self.port.peer_spad_write(index, word);
         }
     }
 
     /// Only what the message fills, then the commit: a store across the NTB is dear.
     fn write_slot(&self, slot: &[u8; SLOT_BYTES]) {
-        let used = crate::path::wire::slot_used_bytes(slot);
-        self.window.write(SLOT as u64, &slot[..used]);
+        let payload = u32::from_le_bytes([slot[28], slot[29], slot[30], slot[31]]) as usize;
+        let used = (PAYLOAD_OFFSET + payload)
+            .next_multiple_of(8)
+            .min(COMMIT_OFFSET);
+        self.window.write(SLOT_OFFSET, &slot[..used]);
         std::sync::atomic::fence(Ordering::Release);
-        self.window.write((SLOT + SLOT_COMMIT) as u64, &slot[SLOT_COMMIT..]);
+        self.window
+            .write(SLOT_OFFSET + COMMIT_OFFSET as u64, &slot[COMMIT_OFFSET..]);
     }
 
     fn offer(&mut self, entry: PoolEntry, function: Arc<dyn Function>) -> Result<(), Refusal> {
@@ -406,7 +454,14 @@ impl Control {
         let name = format!("{}-{bdf}", self.config.name);
         match spawn(name, "executor thread", move || executor.run(&work)) {
             Ok(handle) => {
-                self.workers.insert(bdf, Worker { jobs, handle, shared });
+                self.workers.insert(
+                    bdf,
+                    Worker {
+                        jobs,
+                        handle,
+                        shared,
+                    },
+                );
                 Ok(())
             }
             Err(error) => {
@@ -430,10 +485,19 @@ impl Control {
         let session = self.core.session().map(|info| SessionStatus {
             info: info.clone(),
             age_ms: now_ms - info.since_ms,
-            mailbox: self.core.mailbox().map(|m| m.counters().clone()).unwrap_or_default(),
+            mailbox: self
+                .core
+                .mailbox()
+                .map(|m| m.counters().clone())
+                .unwrap_or_default(),
         });
-        let lent = self.core.lender.status().into_iter().map(|offer| self.lent(offer)).collect();
-        let borrowed = self.core.borrower.status().into_iter();
+        let lent = self
+            .core
+            .lender
+            .status()
+            .into_iter()
+            .map(|offer| self.lent(offer))
+            .collect();
         PortStatus {
             link_up: self.port.link_is_up(),
             link: self.core.link().state().to_string(),
@@ -442,27 +506,35 @@ impl Control {
             window_usable: self.core.pool().usable_bytes(),
             window_free: self.core.pool().free_bytes(),
             lent,
-            borrowed: borrowed
-                .map(|status| {
-                    let state = self.borrowed(status.lease);
-                    (status, state.map(|s| s.signals.scanned()).unwrap_or_default())
-                })
-                .collect(),
+            borrowed: self.core.borrower.status(),
+            bells: BellStatus {
+                rung: self.irq.bells.rung.load(Ordering::Relaxed),
+                taken: self.irq.bells.taken.load(Ordering::Relaxed),
+            },
         }
     }
 
     fn lent(&self, offer: OfferStatus) -> LentStatus {
-        let worker = self.workers.get(&offer.entry.bdf);
-        let counters: Option<Arc<RelayCounters>> =
-            worker.and_then(|worker| lock(&worker.shared.counters).clone());
-        let load = |value: &std::sync::atomic::AtomicU64| value.load(Ordering::Relaxed);
-        let raised = counters.as_ref().map(|c| c.raised.iter().map(load).collect());
+        let Some(worker) = self.workers.get(&offer.entry.bdf) else {
+            return LentStatus {
+                offer,
+                vectors: Vec::new(),
+                maps: (0, 0),
+            };
+        };
+        let counters = Arc::clone(&lock(&worker.shared.counters));
+        let vector = |counters: &VectorCounters| VectorStatus {
+            raised: counters.raised.load(Ordering::Relaxed),
+            fences: counters.fences.load(Ordering::Relaxed),
+            bells: counters.bells.load(Ordering::Relaxed),
+            masked: counters.masked.load(Ordering::Relaxed),
+        };
+        let maps = worker.shared.maps.load(Ordering::Relaxed) as u32;
+        let bytes = worker.shared.mapped_bytes.load(Ordering::Relaxed);
         LentStatus {
             offer,
-            raised: raised.unwrap_or_default(),
-            fences: counters.as_ref().map_or(0, |c| load(&c.fences)),
-            bells: counters.as_ref().map_or(0, |c| load(&c.bells)),
-            suspects: counters.as_ref().map_or(0, |c| load(&c.suspects)),
+            vectors: counters.iter().map(vector).collect(),
+            maps: (maps, bytes),
         }
     }
 
@@ -474,7 +546,10 @@ impl Control {
         }
         self.mapper = None;
         self.irq.send(IrqCommand::Stop);
-        for handle in [self.mapper_join.take(), self.irq_join.take()].into_iter().flatten() {
+        for handle in [self.mapper_join.take(), self.irq_join.take()]
+            .into_iter()
+            .flatten()
+        {
             let _ = handle.join();
         }
         self.port.window_close(0);
@@ -487,6 +562,9 @@ impl Control {
 impl OfferState {
     /// Whether somebody has the function.
     pub fn is_in_use(&self) -> bool {
-        matches!(self, Self::Leased | Self::Opening | Self::Open | Self::Closing)
+        matches!(
+            self,
+            Self::Leased | Self::Opening | Self::Open | Self::Closing
+        )
     }
 }

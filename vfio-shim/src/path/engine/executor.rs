@@ -9,7 +9,7 @@
 //! 5. guest RAM out of the function's container
 
 use super::control::Input;
-use super::irq::{IrqCommand, IrqHandle, Relay, RelayCounters};
+use super::irq::{IrqCommand, IrqHandle, Relay, VectorCounters};
 use crate::model::{
     Access, BAR_COUNT, DmaMap, Function, FunctionError, IrqIndex, MapError, Memory, PortIova,
     RegionIndex, Span, WindowOffset,
@@ -21,6 +21,7 @@ use crate::path::message::{MapRange, Refusal};
 use crate::path::work::{FunctionWork, OpenPlan, WorkOutcome};
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
 const COMMAND: u64 = 0x04;
@@ -32,7 +33,11 @@ type Done = Result<WorkOutcome, Refusal>;
 /// What `status` reads of an executor.
 #[derive(Default)]
 pub(super) struct ExecutorShared {
-    pub(super) counters: Mutex<Option<Arc<RelayCounters>>>,
+    /// Of the current path, or the last one.
+    pub(super) counters: Mutex<Arc<[VectorCounters]>>,
+    /// Guest RAM behind the function: maps and bytes.
+    pub(super) maps: AtomicU64,
+    pub(super) mapped_bytes: AtomicU64,
 }
 
 pub(super) struct Executor {
@@ -71,9 +76,19 @@ impl Executor {
             FunctionWork::Map(ranges) => self.map(&ranges),
             FunctionWork::Unmap(spans) => self.unmap(&spans),
             FunctionWork::Irqs(index, enable) => self.irqs(index, enable),
-            FunctionWork::Mask { index: _, start, count, masked } => {
+            FunctionWork::Mask {
+                index: _,
+                start,
+                count,
+                masked,
+            } => {
                 let lease = self.path()?.plan.lease;
-                self.irq.send(IrqCommand::Mask { lease, start, count, masked });
+                self.irq.send(IrqCommand::Mask {
+                    lease,
+                    start,
+                    count,
+                    masked,
+                });
                 Ok(WorkOutcome::Done)
             }
             FunctionWork::BusMaster(enable) => {
@@ -84,8 +99,16 @@ impl Executor {
             FunctionWork::Config { offset, len } => {
                 self.read(RegionIndex::CONFIG, offset.into(), len.into())
             }
-            FunctionWork::Read { region, offset, len } => self.read(region, offset, len.into()),
-            FunctionWork::Write { region, offset, data } => {
+            FunctionWork::Read {
+                region,
+                offset,
+                len,
+            } => self.read(region, offset, len.into()),
+            FunctionWork::Write {
+                region,
+                offset,
+                data,
+            } => {
                 self.function.region_write(region, offset, &data)?;
                 Ok(WorkOutcome::Done)
             }
@@ -104,19 +127,25 @@ impl Executor {
 
     fn command(&self, bits: u16, on: bool) -> Result<(), FunctionError> {
         let mut bytes = [0; 2];
-        self.function.region_read(RegionIndex::CONFIG, COMMAND, &mut bytes)?;
+        self.function
+            .region_read(RegionIndex::CONFIG, COMMAND, &mut bytes)?;
         let old = u16::from_le_bytes(bytes);
         let new = if on { old | bits } else { old & !bits };
-        self.function.region_write(RegionIndex::CONFIG, COMMAND, &new.to_le_bytes())
+        self.function
+            .region_write(RegionIndex::CONFIG, COMMAND, &new.to_le_bytes())
     }
 
     fn open(&mut self, plan: OpenPlan) -> Done {
-        let irq_words = plan.irq_count as usize;
-        *super::lock(&self.shared.counters) = Some(Arc::new(RelayCounters {
-            raised: (0..irq_words).map(|_| 0.into()).collect(),
-            ..RelayCounters::default()
-        }));
-        self.path = Some(OpenPath { plan, slices: Vec::new(), maps: Vec::new(), armed: None });
+        let counters = (0..plan.irq_count)
+            .map(|_| VectorCounters::default())
+            .collect();
+        *super::lock(&self.shared.counters) = counters;
+        self.path = Some(OpenPath {
+            plan,
+            slices: Vec::new(),
+            maps: Vec::new(),
+            armed: None,
+        });
         let opened = self.prepare();
         if opened.is_err() {
             // The first cause is what the peer is told; a failed reset shows at the next open.
@@ -132,14 +161,20 @@ impl Executor {
         self.command(COMMAND_MEMORY, true)?;
         self.map_slices()?;
         let config = self.function.info().regions[RegionIndex::CONFIG.0 as usize].size;
-        Ok(WorkOutcome::Opened { config_len: config.min(4096) as u16 })
+        Ok(WorkOutcome::Opened {
+            config_len: config.min(4096) as u16,
+        })
     }
 
     fn map_slices(&mut self) -> Result<(), Refusal> {
         let plan = self.path()?.plan.clone();
         for bar in 0..BAR_COUNT {
-            let Some(slice) = plan.slices[bar] else { continue };
-            let Some(aperture) = self.function.bar(RegionIndex(bar as u32)) else { continue };
+            let Some(slice) = plan.slices[bar] else {
+                continue;
+            };
+            let Some(aperture) = self.function.bar(RegionIndex(bar as u32)) else {
+                continue;
+            };
             let mut maps = Vec::new();
             for area in &self.function.info().regions[bar].areas {
                 maps.push(DmaMap {
@@ -156,12 +191,20 @@ impl Executor {
     }
 
     fn port_span(&self, slice: WindowOffset, offset: u64, len: u64) -> Result<Span, Refusal> {
-        let start = self.base.0.checked_add(slice.0).and_then(|start| start.checked_add(offset));
-        start.and_then(|start| Span::new(start, len)).ok_or_else(Refusal::not_open)
+        let start = self
+            .base
+            .0
+            .checked_add(slice.0)
+            .and_then(|start| start.checked_add(offset));
+        start
+            .and_then(|start| Span::new(start, len))
+            .ok_or_else(Refusal::not_open)
     }
 
     fn unmap_slices(&mut self) -> Result<(), MapError> {
-        let Some(path) = &mut self.path else { return Ok(()) };
+        let Some(path) = &mut self.path else {
+            return Ok(());
+        };
         while let Some(span) = path.slices.last() {
             self.port.address_space().unmap(*span)?;
             path.slices.pop();
@@ -179,7 +222,10 @@ impl Executor {
         let maps: Vec<DmaMap<'_>> = ranges.iter().map(map).collect();
         self.path()?;
         self.function.address_space().map(&maps)?;
-        self.path()?.maps.extend(ranges.iter().map(|range| range.span));
+        self.path()?
+            .maps
+            .extend(ranges.iter().map(|range| range.span));
+        self.tell_maps();
         Ok(WorkOutcome::Done)
     }
 
@@ -188,6 +234,7 @@ impl Executor {
             self.function.address_space().unmap(*span)?;
             self.path()?.maps.retain(|held| !span.contains(*held));
         }
+        self.tell_maps();
         Ok(WorkOutcome::Done)
     }
 
@@ -205,11 +252,14 @@ impl Executor {
         let given: Result<Vec<Option<OwnedFd>>, _> =
             eventfds.iter().map(|fd| fd.try_clone().map(Some)).collect();
         let given = given.map_err(|error| kernel("clone an eventfd", error))?;
-        let Some(counters) = super::lock(&self.shared.counters).clone() else {
-            return Err(Refusal::not_open());
-        };
+        let counters = Arc::clone(&super::lock(&self.shared.counters));
         // The relay first: a vector that fires at once finds its reader.
-        let relay = Relay { lease: plan.lease, first: plan.irq_first, eventfds, counters };
+        let relay = Relay {
+            lease: plan.lease,
+            first: plan.irq_first,
+            eventfds,
+            counters,
+        };
         self.irq.send(IrqCommand::Arm(relay));
         self.path()?.armed = Some(index);
         self.function.set_irqs(index, 0, given)?;
@@ -217,7 +267,9 @@ impl Executor {
     }
 
     fn irqs_off(&mut self) -> Result<(), FunctionError> {
-        let Some(path) = &mut self.path else { return Ok(()) };
+        let Some(path) = &mut self.path else {
+            return Ok(());
+        };
         if let Some(index) = path.armed {
             self.function.disable_irqs(index)?;
             self.irq.disarm(path.plan.lease);
@@ -243,16 +295,28 @@ impl Executor {
             return Ok(());
         }
         let irqs = self.irqs_off().map_err(Refusal::from);
-        let bus_master = self.command(COMMAND_BUS_MASTER, false).map_err(Refusal::from);
+        let bus_master = self
+            .command(COMMAND_BUS_MASTER, false)
+            .map_err(Refusal::from);
         let slices = self.unmap_slices().map_err(Refusal::from);
         let reset = self.function.reset().map_err(Refusal::from);
         let maps = self.unmap_all().map_err(Refusal::from);
         self.path = None;
+        self.tell_maps();
         irqs.and(bus_master).and(slices).and(reset).and(maps)
     }
 
+    fn tell_maps(&self) {
+        let maps = self.path.as_ref().map_or(&[][..], |path| &path.maps);
+        self.shared.maps.store(maps.len() as u64, Ordering::Relaxed);
+        let bytes = maps.iter().map(|span| span.len()).sum();
+        self.shared.mapped_bytes.store(bytes, Ordering::Relaxed);
+    }
+
     fn unmap_all(&mut self) -> Result<(), MapError> {
-        let Some(path) = &mut self.path else { return Ok(()) };
+        let Some(path) = &mut self.path else {
+            return Ok(());
+        };
         let mut first = Ok(());
         for span in path.maps.drain(..) {
             let done = self.function.address_space().unmap(span);

@@ -6,12 +6,12 @@ use crate::model::Aperture;
 use crate::ntb::NtbPort;
 use crate::path::message::LeaseId;
 use crate::path::relay::{RelayStep, Scan, VectorRelay};
-use crate::path::wire::{BELL_IRQ, BELL_MAILBOX, IRQ_TABLE, irq_word_session};
+use crate::path::wire::{BELL_IRQ, BELL_MAILBOX, IRQ_TABLE_OFFSET};
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 
 const KEY_PORT: u64 = 0;
@@ -21,17 +21,26 @@ const KEY_RELAY: u64 = 1 << 63;
 /// How many events one wait takes.
 const EVENTS_MAX: usize = 64;
 
-/// What the relay of one lent function has done.
+/// What the relay of one vector of a lent function has done.
 #[derive(Debug, Default)]
-pub struct RelayCounters {
-    /// Per vector: the sum of the values read from its eventfd.
-    pub raised: Vec<AtomicU64>,
+pub(super) struct VectorCounters {
+    /// The sum of the values read from its eventfd.
+    pub(super) raised: AtomicU64,
     /// Fences read.
-    pub fences: AtomicU64,
+    pub(super) fences: AtomicU64,
     /// Bells rung.
-    pub bells: AtomicU64,
-    /// Fences that did not read the peer's nonce.
-    pub suspects: AtomicU64,
+    pub(super) bells: AtomicU64,
+    /// Whether it is masked.
+    pub(super) masked: AtomicBool,
+}
+
+/// What a port's doorbells have done.
+#[derive(Debug, Default)]
+pub(super) struct BellCounters {
+    /// Rung for interrupts at the peer.
+    pub(super) rung: AtomicU64,
+    /// Taken, of either kind.
+    pub(super) taken: AtomicU64,
 }
 
 /// A path's relay, as the executor hands it over.
@@ -39,18 +48,31 @@ pub(super) struct Relay {
     pub(super) lease: LeaseId,
     pub(super) first: u32,
     pub(super) eventfds: Vec<OwnedFd>,
-    pub(super) counters: Arc<RelayCounters>,
+    pub(super) counters: Arc<[VectorCounters]>,
 }
 
 /// What other threads ask of the irq thread.
 pub(super) enum IrqCommand {
-    SessionOpened { session: u64, peer_nonce: u64 },
+    SessionOpened {
+        session: u64,
+        peer_nonce: u64,
+    },
     SessionOver,
     Arm(Relay),
     /// Confirmed when no bell for the path comes any more.
     Disarm(LeaseId, mpsc::Sender<()>),
-    Mask { lease: LeaseId, start: u32, count: u32, masked: bool },
-    Scan { lease: LeaseId, first: u32, count: u32, signals: Arc<Signals> },
+    Mask {
+        lease: LeaseId,
+        start: u32,
+        count: u32,
+        masked: bool,
+    },
+    Scan {
+        lease: LeaseId,
+        first: u32,
+        count: u32,
+        signals: Arc<Signals>,
+    },
     ScanEnd(LeaseId),
     Stop,
 }
@@ -60,6 +82,7 @@ pub(super) enum IrqCommand {
 pub(super) struct IrqHandle {
     commands: mpsc::Sender<IrqCommand>,
     wake: Arc<OwnedFd>,
+    pub(super) bells: Arc<BellCounters>,
 }
 
 impl IrqHandle {
@@ -80,7 +103,7 @@ impl IrqHandle {
 struct Armed {
     first: u32,
     vectors: Vec<(OwnedFd, VectorRelay)>,
-    counters: Arc<RelayCounters>,
+    counters: Arc<[VectorCounters]>,
     index: u64,
 }
 
@@ -104,10 +127,14 @@ pub(super) struct IrqThread {
     by_index: HashMap<u64, LeaseId>,
     index_last: u64,
     scans: HashMap<LeaseId, Scanned>,
+    bells: Arc<BellCounters>,
 }
 
 fn made<T>(what: &'static str, result: rustix::io::Result<T>) -> Result<T, EngineError> {
-    result.map_err(|error| EngineError::Thread { what, source: error.into() })
+    result.map_err(|error| EngineError::Thread {
+        what,
+        source: error.into(),
+    })
 }
 
 impl IrqThread {
@@ -122,11 +149,18 @@ impl IrqThread {
         let epoll = made("epoll", epoll::create(epoll::CreateFlags::CLOEXEC))?;
         let timer = made("timer", heartbeat_timer(heartbeat_ms))?;
         let (sender, commands) = mpsc::channel();
-        let watched: [(BorrowedFd<'_>, u64); 3] =
-            [(port.event(), KEY_PORT), (wake.as_fd(), KEY_COMMAND), (timer.as_fd(), KEY_TIMER)];
+        let bells = Arc::<BellCounters>::default();
+        let watched: [(BorrowedFd<'_>, u64); 3] = [
+            (port.event(), KEY_PORT),
+            (wake.as_fd(), KEY_COMMAND),
+            (timer.as_fd(), KEY_TIMER),
+        ];
         for (fd, key) in watched {
             let data = epoll::EventData::new_u64(key);
-            made("epoll entry", epoll::add(&epoll, fd, data, epoll::EventFlags::IN))?;
+            made(
+                "epoll entry",
+                epoll::add(&epoll, fd, data, epoll::EventFlags::IN),
+            )?;
         }
         let thread = Self {
             window: port.window(0),
@@ -142,8 +176,16 @@ impl IrqThread {
             by_index: HashMap::new(),
             index_last: 0,
             scans: HashMap::new(),
+            bells: Arc::clone(&bells),
         };
-        Ok((thread, IrqHandle { commands: sender, wake }))
+        Ok((
+            thread,
+            IrqHandle {
+                commands: sender,
+                wake,
+                bells,
+            },
+        ))
     }
 
     /// Works until told to stop.
@@ -151,7 +193,11 @@ impl IrqThread {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENTS_MAX);
         loop {
             events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
+            match epoll::wait(
+                &self.epoll,
+                rustix::buffer::spare_capacity(&mut events),
+                None,
+            ) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
                     tracing::error!(%error, "the irq thread cannot wait for events");
@@ -180,13 +226,14 @@ impl IrqThread {
             if bits == 0 {
                 return;
             }
+            self.bells.taken.fetch_add(1, Ordering::Relaxed);
             if bits >> self.port.info().doorbell_count != 0 {
                 self.tell(Input::LinkChange);
             }
-            if bits & (1 << BELL_MAILBOX) != 0 {
+            if bits & BELL_MAILBOX != 0 {
                 self.tell(Input::Bell);
             }
-            if bits & (1 << BELL_IRQ) != 0 {
+            if bits & BELL_IRQ != 0 {
                 self.scan_all();
             }
         }
@@ -204,7 +251,9 @@ impl IrqThread {
     }
 
     fn scan_all(&mut self) {
-        let Some((session, _)) = self.session else { return };
+        let Some((session, _)) = self.session else {
+            return;
+        };
         for scanned in self.scans.values_mut() {
             let first = scanned.first;
             let mailbox = &self.mailbox;
@@ -221,7 +270,10 @@ impl IrqThread {
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 IrqCommand::Stop => return true,
-                IrqCommand::SessionOpened { session, peer_nonce } => {
+                IrqCommand::SessionOpened {
+                    session,
+                    peer_nonce,
+                } => {
                     self.session = Some((session, peer_nonce));
                 }
                 IrqCommand::SessionOver => self.session = None,
@@ -230,12 +282,29 @@ impl IrqThread {
                     self.disarm(lease);
                     let _ = done.send(());
                 }
-                IrqCommand::Mask { lease, start, count, masked } => {
+                IrqCommand::Mask {
+                    lease,
+                    start,
+                    count,
+                    masked,
+                } => {
                     self.mask(lease, start, count, masked);
                 }
-                IrqCommand::Scan { lease, first, count, signals } => {
+                IrqCommand::Scan {
+                    lease,
+                    first,
+                    count,
+                    signals,
+                } => {
                     let scan = Scan::new(count as usize);
-                    self.scans.insert(lease, Scanned { first, scan, signals });
+                    self.scans.insert(
+                        lease,
+                        Scanned {
+                            first,
+                            scan,
+                            signals,
+                        },
+                    );
                 }
                 IrqCommand::ScanEnd(lease) => {
                     self.scans.remove(&lease);
@@ -255,27 +324,46 @@ impl IrqThread {
                 tracing::error!(%error, vector, "an interrupt of a lent function is not watched");
             }
         }
-        let vectors = relay.eventfds.into_iter().map(|fd| (fd, VectorRelay::default())).collect();
-        let armed = Armed { first: relay.first, vectors, counters: relay.counters, index };
+        let vectors = relay
+            .eventfds
+            .into_iter()
+            .map(|fd| (fd, VectorRelay::default()))
+            .collect();
+        let armed = Armed {
+            first: relay.first,
+            vectors,
+            counters: relay.counters,
+            index,
+        };
         self.by_index.insert(index, relay.lease);
         self.relays.insert(relay.lease, armed);
     }
 
     fn disarm(&mut self, lease: LeaseId) {
-        let Some(armed) = self.relays.remove(&lease) else { return };
+        let Some(armed) = self.relays.remove(&lease) else {
+            return;
+        };
         self.by_index.remove(&armed.index);
         for (vector, (fd, _)) in armed.vectors.iter().enumerate() {
             // Raises that nobody has read yet are counted, so that the sums agree.
-            armed.counters.raised[vector].fetch_add(read_count(fd.as_fd()), Ordering::Relaxed);
+            let raised = read_count(fd.as_fd());
+            armed.counters[vector]
+                .raised
+                .fetch_add(raised, Ordering::Relaxed);
             let _ = epoll::delete(&self.epoll, fd);
         }
     }
 
     fn mask(&mut self, lease: LeaseId, start: u32, count: u32, masked: bool) {
-        let Some(armed) = self.relays.get_mut(&lease) else { return };
+        let Some(armed) = self.relays.get_mut(&lease) else {
+            return;
+        };
         let mut fire = Vec::new();
         for vector in start..start.saturating_add(count).min(armed.vectors.len() as u32) {
             let relay = &mut armed.vectors[vector as usize].1;
+            armed.counters[vector as usize]
+                .masked
+                .store(masked, Ordering::Relaxed);
             if relay.mask(masked) == RelayStep::Fence {
                 fire.push(vector);
             }
@@ -287,14 +375,22 @@ impl IrqThread {
 
     fn raised(&mut self, key: u64) {
         let (index, vector) = (key >> 32 & 0x7fff_ffff, key as u32);
-        let Some(lease) = self.by_index.get(&index).copied() else { return };
-        let Some(armed) = self.relays.get_mut(&lease) else { return };
-        let Some((fd, relay)) = armed.vectors.get_mut(vector as usize) else { return };
+        let Some(lease) = self.by_index.get(&index).copied() else {
+            return;
+        };
+        let Some(armed) = self.relays.get_mut(&lease) else {
+            return;
+        };
+        let Some((fd, relay)) = armed.vectors.get_mut(vector as usize) else {
+            return;
+        };
         let value = read_count(fd.as_fd());
         if value == 0 {
             return;
         }
-        armed.counters.raised[vector as usize].fetch_add(value, Ordering::Relaxed);
+        armed.counters[vector as usize]
+            .raised
+            .fetch_add(value, Ordering::Relaxed);
         if relay.on_raise(value) == RelayStep::Fence {
             self.relay(lease, vector);
         }
@@ -302,13 +398,20 @@ impl IrqThread {
 
     /// Fence, count, bell; in this order, or an interrupt could overtake the data it tells of.
     fn relay(&mut self, lease: LeaseId, vector: u32) {
-        let Some((session, peer_nonce)) = self.session else { return };
-        let Some(armed) = self.relays.get_mut(&lease) else { return };
-        let Some((_, relay)) = armed.vectors.get_mut(vector as usize) else { return };
-        armed.counters.fences.fetch_add(1, Ordering::Relaxed);
+        let Some((session, peer_nonce)) = self.session else {
+            return;
+        };
+        let Some(armed) = self.relays.get_mut(&lease) else {
+            return;
+        };
+        let Some((_, relay)) = armed.vectors.get_mut(vector as usize) else {
+            return;
+        };
+        let counters = &armed.counters[vector as usize];
+        counters.fences.fetch_add(1, Ordering::Relaxed);
         let read = self.window.read_u32(0);
         let RelayStep::Store(word) = relay.on_fence(read, peer_nonce, session) else {
-            armed.counters.suspects.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(%lease, vector, "a fence read {read:#x}: the path is suspect");
             self.tell(Input::LinkChange);
             return;
         };
@@ -317,14 +420,14 @@ impl IrqThread {
         if !self.port.info().doorbell_ordered {
             let _ = self.window.read_u64(offset);
         }
-        self.port.peer_doorbell_ring(1 << BELL_IRQ);
-        armed.counters.bells.fetch_add(1, Ordering::Relaxed);
-        debug_assert_eq!(word as u32, irq_word_session(session));
+        self.port.peer_doorbell_ring(BELL_IRQ);
+        counters.bells.fetch_add(1, Ordering::Relaxed);
+        self.bells.rung.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 fn word_offset(first: u32, vector: u32) -> u64 {
-    IRQ_TABLE as u64 + (u64::from(first) + u64::from(vector)) * 8
+    IRQ_TABLE_OFFSET + (u64::from(first) + u64::from(vector)) * 8
 }
 
 fn read_count(fd: BorrowedFd<'_>) -> u64 {
@@ -347,7 +450,10 @@ fn heartbeat_timer(heartbeat_ms: u64) -> rustix::io::Result<OwnedFd> {
         tv_sec: (heartbeat_ms / 1000) as i64,
         tv_nsec: (heartbeat_ms % 1000 * 1_000_000) as _,
     };
-    let spec = Itimerspec { it_interval: every, it_value: every };
+    let spec = Itimerspec {
+        it_interval: every,
+        it_value: every,
+    };
     timerfd_settime(&timer, TimerfdTimerFlags::empty(), &spec)?;
     Ok(timer)
 }

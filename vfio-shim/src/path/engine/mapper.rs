@@ -42,7 +42,11 @@ impl Mapper {
                 return Err(MapError::Align(pin.map.span));
             };
             let memory = Memory::Fd(pin.map.fd.as_fd(), pin.map.fd_offset);
-            maps.push(DmaMap { span, access: pin.map.access, memory });
+            maps.push(DmaMap {
+                span,
+                access: pin.map.access,
+                memory,
+            });
         }
         self.port.address_space().map(&maps)
     }

@@ -18,8 +18,7 @@ mod mapper;
 mod signals;
 
 pub use borrowed::BorrowedFunction;
-pub use control::{LentStatus, PortStatus, SessionStatus};
-pub use irq::RelayCounters;
+pub use control::{BellStatus, LentStatus, PortStatus, SessionStatus, VectorStatus};
 pub use signals::Signals;
 
 use super::borrower::{Answer, Call, CallError, Token};
@@ -128,11 +127,20 @@ impl Engine {
             start: Instant::now(),
         });
         let (inbox, events) = mpsc::channel();
-        let control =
-            Control::new(Arc::clone(&port), config, Arc::clone(&shared), inbox.clone())?;
+        let control = Control::new(
+            Arc::clone(&port),
+            config,
+            Arc::clone(&shared),
+            inbox.clone(),
+        )?;
         let handle = control.spawn(events)?;
         port.link_enable(true);
-        Ok(Arc::new(Self { inbox, shared, port, control: Mutex::new(Some(handle)) }))
+        Ok(Arc::new(Self {
+            inbox,
+            shared,
+            port,
+            control: Mutex::new(Some(handle)),
+        }))
     }
 
     /// Puts a function into the pool. Its executor starts here and ends at `withdraw`.
@@ -143,6 +151,11 @@ impl Engine {
     /// Takes a function out of the pool; refused while somebody has it.
     pub fn withdraw(&self, bdf: Bdf) -> Result<(), Refusal> {
         self.ask(|reply| Input::Withdraw(bdf, reply))
+    }
+
+    /// Ends the lease of a lent function from this side.
+    pub fn revoke(&self, bdf: Bdf, why: &str) {
+        let _ = self.inbox.send(Input::Revoke(bdf, why.to_owned()));
     }
 
     fn ask<T>(
@@ -195,14 +208,19 @@ impl Engine {
         vectors: u32,
     ) -> Result<Arc<BorrowedFunction>, CallError> {
         let signals = Signals::new(vectors).map_err(|e| CallError::Gone(e.to_string()))?;
-        let state = Arc::new(LeaseShared { signals: Arc::new(signals), lost: Mutex::new(None) });
-        lock(&self.shared.borrowed).insert(lease, Arc::clone(&state));
-        let opened = self.call(Call::Open(lease), RESET_WAIT_MS).and_then(|answer| match answer {
-            Answer::Opened(path) => {
-                BorrowedFunction::start(Arc::clone(self), lease, *path, Arc::clone(&state))
-            }
-            other => Err(unexpected(&other)),
+        let state = Arc::new(LeaseShared {
+            signals: Arc::new(signals),
+            lost: Mutex::new(None),
         });
+        lock(&self.shared.borrowed).insert(lease, Arc::clone(&state));
+        let opened = self
+            .call(Call::Open(lease), RESET_WAIT_MS)
+            .and_then(|answer| match answer {
+                Answer::Opened(path) => {
+                    BorrowedFunction::start(Arc::clone(self), lease, *path, Arc::clone(&state))
+                }
+                other => Err(unexpected(&other)),
+            });
         if opened.is_err() {
             lock(&self.shared.borrowed).remove(&lease);
         }
@@ -226,7 +244,11 @@ impl Engine {
         let (reply, answer) = mpsc::channel();
         lock(&self.shared.calls).insert(token, reply);
         let sent = self.inbox.send(Input::Call(token, call)).is_ok();
-        let result = if sent { answer.recv_timeout(Duration::from_millis(wait_ms)).ok() } else { None };
+        let result = if sent {
+            answer.recv_timeout(Duration::from_millis(wait_ms)).ok()
+        } else {
+            None
+        };
         lock(&self.shared.calls).remove(&token);
         match result {
             Some(result) => result,

@@ -19,12 +19,18 @@ impl Signals {
         let words = (vectors as usize).div_ceil(64);
         let bits = (0..words).map(|_| AtomicU64::new(0)).collect();
         let scanned = (0..vectors).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { bits, wake, scanned })
+        Ok(Self {
+            bits,
+            wake,
+            scanned,
+        })
     }
 
     /// A vector was raised. Many raises before the worker looks are one.
     pub fn raise(&self, vector: u32) {
-        let Some(word) = self.bits.get(vector as usize / 64) else { return };
+        let Some(word) = self.bits.get(vector as usize / 64) else {
+            return;
+        };
         if let Some(count) = self.scanned.get(vector as usize) {
             count.fetch_add(1, Ordering::Relaxed);
         }
@@ -58,6 +64,9 @@ impl Signals {
 
     /// How often each vector was found raised by a scan.
     pub fn scanned(&self) -> Vec<u64> {
-        self.scanned.iter().map(|count| count.load(Ordering::Relaxed)).collect()
+        self.scanned
+            .iter()
+            .map(|count| count.load(Ordering::Relaxed))
+            .collect()
     }
 }
