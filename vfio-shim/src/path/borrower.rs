@@ -113,6 +113,9 @@ pub struct Pin {
     pub map: GuestMap,
 }
 
+/// A slice of the own window: where, and how many bytes.
+pub type Slice = (WindowOffset, u64);
+
 /// What the driver has to do.
 #[derive(Debug)]
 pub enum BorrowerAction {
@@ -121,7 +124,7 @@ pub enum BorrowerAction {
     /// Map into the port's container; all or none; answered by `pinned`.
     Pin(Step, Vec<Pin>),
     /// Unmap from the port's container; answered by `pinned`.
-    Unpin(Step, Vec<(WindowOffset, u64)>),
+    Unpin(Step, Vec<Slice>),
     /// Scan these words of the interrupt table for the lease, from zero.
     Scan(LeaseId, u32, u32),
     /// Scan them no more.
@@ -189,12 +192,12 @@ enum Op {
     },
     Unpin {
         lease: LeaseId,
-        freed: Vec<(WindowOffset, u64)>,
+        freed: Vec<Slice>,
         spans: Vec<Span>,
     },
     UnmapTell {
         lease: LeaseId,
-        freed: Vec<(WindowOffset, u64)>,
+        freed: Vec<Slice>,
     },
     Forward,
     RevokedUnpin {
@@ -309,7 +312,7 @@ impl Borrower {
         let count = self.held(lease)?.irq_count;
         let first = self.rows.allocate(lease, count)?;
         let held = self.held(lease)?;
-        let (secret, irq_count) = (held.secret.clone(), count);
+        let (secret, irq_count) = (held.secret, count);
         let mut actions = vec![BorrowerAction::Scan(lease, first, count)];
         let request = Request::Open {
             lease,
@@ -782,16 +785,13 @@ impl Lease {
         }
     }
 
-    fn offsets_of(&self, starts: &[u64]) -> Vec<(WindowOffset, u64)> {
+    fn offsets_of(&self, starts: &[u64]) -> Vec<Slice> {
         let maps = starts.iter().filter_map(|start| self.maps.get(start));
         maps.map(|map| (map.offset, map.len)).collect()
     }
 
     /// Takes all mappings that lie whole within `span`; a cut one is an error and nothing is taken.
-    fn take_within(
-        &mut self,
-        span: Span,
-    ) -> Result<(Vec<Span>, Vec<(WindowOffset, u64)>), CallError> {
+    fn take_within(&mut self, span: Span) -> Result<(Vec<Span>, Vec<Slice>), CallError> {
         let touched = |start: u64, map: &Mapped| {
             Span::new(start, map.len).is_some_and(|held| held.overlaps(span))
         };
@@ -818,7 +818,7 @@ impl Lease {
         Ok((spans, freed))
     }
 
-    fn take_all(&mut self) -> Vec<(WindowOffset, u64)> {
+    fn take_all(&mut self) -> Vec<Slice> {
         std::mem::take(&mut self.maps)
             .into_values()
             .map(|map| (map.offset, map.len))

@@ -500,7 +500,7 @@ impl PortCore {
             match action {
                 LenderAction::Work(bdf, job, work) => out.push(Action::Work(bdf, job, work)),
                 LenderAction::Reply(op, code, result) => {
-                    self.send(Message::Reply(op, code, result), now_ms, out);
+                    self.send(Message::Reply(op, code, *result), now_ms, out);
                 }
                 LenderAction::Revoked(lease, text) => {
                     let request = Request::Revoked { lease, text };

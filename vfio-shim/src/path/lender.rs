@@ -34,7 +34,7 @@ pub enum LenderAction {
     /// Give the function's executor this work; it answers by `done` with the same id.
     Work(Bdf, JobId, FunctionWork),
     /// Answer the peer's request.
-    Reply(OpId, u16, Result<Reply, Refusal>),
+    Reply(OpId, u16, Box<Result<Reply, Refusal>>),
     /// Tell the peer that the lease is over.
     Revoked(LeaseId, String),
 }
@@ -202,7 +202,7 @@ impl Lender {
             Request::List { cursor } => Ok(vec![self.list(op, code, cursor)]),
             Request::Borrow { bdf } => self
                 .borrow(bdf, fresh)
-                .map(|reply| vec![LenderAction::Reply(op, code, Ok(reply))]),
+                .map(|reply| vec![LenderAction::Reply(op, code, Box::new(Ok(reply)))]),
             Request::Return { lease } => self.give_back(op, code, lease),
             Request::Open {
                 lease,
@@ -212,7 +212,7 @@ impl Lender {
             } => self.open(op, code, (lease, secret), (irq_first, irq_count), slices),
             other => self.work(op, code, other, slices),
         };
-        result.unwrap_or_else(|refusal| vec![LenderAction::Reply(op, code, Err(refusal))])
+        result.unwrap_or_else(|refusal| vec![LenderAction::Reply(op, code, Box::new(Err(refusal)))])
     }
 
     fn list(&self, op: OpId, code: u16, cursor: u32) -> LenderAction {
@@ -231,7 +231,7 @@ impl Lender {
         } else {
             0
         };
-        LenderAction::Reply(op, code, Ok(Reply::List { next, entries }))
+        LenderAction::Reply(op, code, Box::new(Ok(Reply::List { next, entries })))
     }
 
     fn borrow(&mut self, bdf: Bdf, secret: Secret) -> Result<Reply, Refusal> {
@@ -250,7 +250,7 @@ impl Lender {
         self.lease_last += 1;
         let lease = LeaseId(self.lease_last);
         offer.state = OfferState::Leased;
-        offer.lease = Some((lease, secret.clone()));
+        offer.lease = Some((lease, secret));
         self.leases.insert(lease, bdf);
         Ok(Reply::Borrowed {
             lease,
@@ -305,7 +305,11 @@ impl Lender {
             OfferState::Leased => {
                 offer.end_lease("returned");
                 self.leases.remove(&lease);
-                Ok(vec![LenderAction::Reply(op, code, Ok(Reply::Done))])
+                Ok(vec![LenderAction::Reply(
+                    op,
+                    code,
+                    Box::new(Ok(Reply::Done)),
+                )])
             }
             OfferState::Open | OfferState::Opening => {
                 offer.state = OfferState::Closing;
@@ -395,7 +399,9 @@ impl Lender {
         };
         offer.ops -= 1;
         match pending {
-            Pending::Reply { op, code } => vec![LenderAction::Reply(op, code, to_reply(result))],
+            Pending::Reply { op, code } => {
+                vec![LenderAction::Reply(op, code, Box::new(to_reply(result)))]
+            }
             Pending::Open { op, code } => {
                 let reply = match result {
                     Ok(outcome) => Ok(Reply::Opened(remote_function(offer, &outcome))),
@@ -413,7 +419,7 @@ impl Lender {
                         pool.free_all(Owner::Lent(lease));
                     }
                 }
-                vec![LenderAction::Reply(op, code, reply)]
+                vec![LenderAction::Reply(op, code, Box::new(reply))]
             }
             Pending::Close { answer, revoke } => self.closed(bdf, result, pool, (answer, revoke)),
         }
@@ -454,7 +460,7 @@ impl Lender {
             }
         }
         if let Some((op, code)) = answer {
-            actions.push(LenderAction::Reply(op, code, to_reply(result)));
+            actions.push(LenderAction::Reply(op, code, Box::new(to_reply(result))));
         }
         actions
     }
@@ -527,7 +533,7 @@ fn entry_now(offer: &Offer) -> PoolEntry {
     };
     PoolEntry {
         state,
-        ..offer.entry.clone()
+        ..offer.entry
     }
 }
 

@@ -1,0 +1,157 @@
+//! The host behind the verbs: ports, leases and guest sessions.
+
+mod borrow;
+mod lend;
+mod port;
+mod report;
+
+use super::Host;
+use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
+use crate::config::{Config, PortConfig};
+use borrow::Borrowed;
+use lend::Lent;
+use port::OpenPort;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+use vfio_shim::model::{Bdf, Fdid};
+use vfio_shim::path::EngineError;
+use vfio_shim::sysfs::Sysfs;
+
+/// Why the host could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// A port's NTB could not be opened.
+    #[error("port `{name}` ({bdf}) cannot be opened")]
+    Open {
+        /// The port's name.
+        name: String,
+        /// Its function.
+        bdf: Bdf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A port's threads could not be started.
+    #[error("port `{name}` cannot start")]
+    Start {
+        /// The port's name.
+        name: String,
+        /// Why.
+        #[source]
+        source: EngineError,
+    },
+}
+
+/// Everything that the verbs act on. Drop order: guest sessions, then lent functions, then ports.
+struct State {
+    borrowed: BTreeMap<Fdid, Borrowed>,
+    lent: BTreeMap<Bdf, Lent>,
+}
+
+struct LocalHost {
+    config: Config,
+    sysfs: Sysfs,
+    started: Instant,
+    state: Mutex<State>,
+    ports: Vec<OpenPort>,
+}
+
+/// Opens the ports and starts their threads.
+pub fn start(config: &Config) -> Result<Arc<dyn Host>, HostError> {
+    let sysfs = Sysfs::new("/sys");
+    let open = |port: &PortConfig| OpenPort::open(config.node_id, port, &sysfs);
+    let ports = config
+        .ports
+        .iter()
+        .map(open)
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(Arc::new(LocalHost {
+        config: config.clone(),
+        sysfs,
+        started: Instant::now(),
+        state: Mutex::new(State {
+            borrowed: BTreeMap::new(),
+            lent: BTreeMap::new(),
+        }),
+        ports,
+    }))
+}
+
+fn refuse(code: ErrorCode, text: impl Into<String>) -> VerbError {
+    VerbError::new(code, text)
+}
+
+impl LocalHost {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Poisoned = a verb panicked; what it had acquired has been undone by its guards.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The ports that lead to a node.
+    fn port_to(&self, node: u16) -> Result<(usize, &OpenPort), VerbError> {
+        let leads = |port: &&OpenPort| port.peer_node() == Some(node);
+        let found = self.ports.iter().enumerate().find(|(_, port)| leads(port));
+        found.ok_or_else(|| {
+            let known: Vec<String> = self
+                .ports
+                .iter()
+                .map(|port| match port.peer_node() {
+                    Some(peer) => format!("{} leads to node {peer:x}", port.name),
+                    None => format!("{} has no open session", port.name),
+                })
+                .collect();
+            refuse(
+                ErrorCode::NoSession,
+                format!(
+                    "no port leads to node {node:x} ({}): check the fdid with `sublet list`, and \
+                     the link with `sublet status`",
+                    known.join(", ")
+                ),
+            )
+        })
+    }
+}
+
+impl Host for LocalHost {
+    fn handle(&self, verb: Verb) -> Result<Outcome, VerbError> {
+        let mut state = self.state();
+        borrow::reap(&mut state.borrowed);
+        match verb {
+            Verb::Add { bdf } => self.add(&mut state, bdf.0),
+            Verb::Remove { bdf } => self.remove(&mut state, bdf.0),
+            Verb::Available { bdf } => self.available(&mut state, bdf.0),
+            Verb::Unavailable { bdf } => self.unavailable(&mut state, bdf.0),
+            Verb::List => self.list(&state),
+            Verb::Borrow {
+                fdid,
+                socket,
+                ram,
+                bars,
+                trust_vmm,
+            } => {
+                let wish = borrow::Wish {
+                    socket,
+                    ram,
+                    bars,
+                    trust_vmm,
+                };
+                self.borrow(&mut state, fdid.0, wish)
+            }
+            Verb::Return { fdid } => self.give_back(&mut state, fdid.0),
+            Verb::Status => Ok(Outcome::Status(Box::new(self.report(&state)))),
+        }
+    }
+
+    fn stop(&self) {
+        let mut state = self.state();
+        for borrowed in std::mem::take(&mut state.borrowed).into_values() {
+            borrowed.end();
+        }
+        // The engines first: they close every path before the functions go back.
+        for port in &self.ports {
+            port.engine.stop();
+        }
+        state.lent.clear();
+    }
+}

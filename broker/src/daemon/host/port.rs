@@ -1,0 +1,65 @@
+//! One port of this host: its NTB, opened, and the engine that drives it.
+
+use super::HostError;
+use crate::config::PortConfig;
+use std::sync::Arc;
+use vfio_shim::iova::window_base;
+use vfio_shim::model::Bdf;
+use vfio_shim::ntb::NtbPort;
+use vfio_shim::ntb::hw::IntelPort;
+use vfio_shim::path::{Engine, EngineConfig};
+use vfio_shim::sysfs::Sysfs;
+
+/// An open port. Fields drop in order: the engine's threads end before the NTB is closed.
+pub(super) struct OpenPort {
+    pub(super) name: String,
+    pub(super) bdf: Bdf,
+    pub(super) trust_vmm: bool,
+    pub(super) engine: Arc<Engine>,
+    pub(super) port: Arc<dyn NtbPort>,
+    pub(super) window_bytes: u64,
+}
+
+impl OpenPort {
+    pub(super) fn open(node: u16, config: &PortConfig, sysfs: &Sysfs) -> Result<Self, HostError> {
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| HostError::Open {
+            name: config.name.clone(),
+            bdf: config.bdf,
+            source,
+        };
+        let port = IntelPort::open(config.bdf, sysfs).map_err(|error| failed(error.into()))?;
+        let port: Arc<dyn NtbPort> = Arc::new(port);
+        let limit = config.window_limit_bytes.unwrap_or(u64::MAX);
+        let window_bytes = port.info().window_bytes[0].min(limit);
+        let usable = port.address_space().usable();
+        let base = window_base(&usable, window_bytes).map_err(|error| failed(error.into()))?;
+        let engine = Engine::start(
+            Arc::clone(&port),
+            EngineConfig {
+                name: config.name.clone(),
+                node,
+                window_base: base,
+                window_bytes,
+                heartbeat_ms: config.heartbeat.as_millis() as u64,
+                lost_after_ms: config.lost_after.as_millis() as u64,
+            },
+        );
+        let engine = engine.map_err(|source| HostError::Start {
+            name: config.name.clone(),
+            source,
+        })?;
+        Ok(Self {
+            name: config.name.clone(),
+            bdf: config.bdf,
+            trust_vmm: config.trust_vmm,
+            engine,
+            port,
+            window_bytes,
+        })
+    }
+
+    /// Who is at the far end, while a link session is open.
+    pub(super) fn peer_node(&self) -> Option<u16> {
+        self.engine.status()?.session?.info.peer_node
+    }
+}

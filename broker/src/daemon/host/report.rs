@@ -1,0 +1,270 @@
+//! What `list` and `status` tell of this host.
+
+use super::borrow::Borrowed;
+use super::port::OpenPort;
+use super::{LocalHost, State, refuse};
+use crate::daemon::vocabulary::{
+    Availability, BdfText, BorrowedStatus, BorrowedVector, DoorbellCounters, ErrorCode, FdidText,
+    FunctionDescription, GuestCounters, Hex64, HostStatus, LentStatus, LentVector, LinkState,
+    ListEntry, Location, MailboxCounters, NodeStatus, Outcome, PortStatus, QuarantineStatus,
+    QuarantinedFunction, SessionStatus, VerbError, WindowStatus,
+};
+use vfio_shim::model::Fdid;
+use vfio_shim::path::{self, OfferState, PoolState};
+use vmm_glue::vfio_user::SessionState;
+
+fn availability(state: &OfferState) -> Availability {
+    match state {
+        OfferState::Available => Availability::Available,
+        OfferState::Quarantine(_) => Availability::Quarantine,
+        _ => Availability::InUse,
+    }
+}
+
+impl LocalHost {
+    /// The pool: this host's own, and what each peer offers.
+    pub(super) fn list(&self, state: &State) -> Result<Outcome, VerbError> {
+        let mut entries = self.own_pool(state)?;
+        for port in &self.ports {
+            let Some(node) = port.peer_node() else {
+                continue;
+            };
+            let peers = port.engine.list().map_err(|error| {
+                refuse(
+                    ErrorCode::NoSession,
+                    format!("port `{}`: {error}", port.name),
+                )
+            })?;
+            entries.extend(peers.into_iter().map(|entry| ListEntry {
+                fdid: FdidText::from(Fdid {
+                    node,
+                    bdf: entry.bdf,
+                }),
+                location: Location::Remote,
+                available: match entry.state {
+                    PoolState::Available => Availability::Available,
+                    PoolState::InUse => Availability::InUse,
+                    PoolState::Quarantine => Availability::Quarantine,
+                },
+                function: FunctionDescription::from(&entry.ids),
+            }));
+        }
+        Ok(Outcome::List(entries))
+    }
+
+    fn own_pool(&self, state: &State) -> Result<Vec<ListEntry>, VerbError> {
+        let offers: Vec<_> = self
+            .ports
+            .iter()
+            .filter_map(|port| port.engine.status())
+            .flat_map(|s| s.lent)
+            .collect();
+        let mut entries = Vec::new();
+        for bdf in state.lent.keys() {
+            let offered = offers.iter().find(|lent| lent.offer.entry.bdf == *bdf);
+            let ids = self.sysfs.ids(*bdf);
+            let ids = ids.map_err(|error| refuse(ErrorCode::Kernel, error.to_string()))?;
+            entries.push(ListEntry {
+                fdid: FdidText::from(Fdid {
+                    node: self.config.node_id,
+                    bdf: *bdf,
+                }),
+                location: Location::Local,
+                available: offered.map_or(Availability::Unavailable, |lent| {
+                    availability(&lent.offer.state)
+                }),
+                function: FunctionDescription::from(&ids),
+            });
+        }
+        Ok(entries)
+    }
+
+    /// Everything.
+    pub(super) fn report(&self, state: &State) -> HostStatus {
+        let ports: Vec<_> = self
+            .ports
+            .iter()
+            .map(|port| (port, port.engine.status()))
+            .collect();
+        let lent = ports.iter().flat_map(|(_, status)| {
+            let peer = port_peer(status.as_ref());
+            let lent = status.iter().flat_map(|status| &status.lent);
+            lent.map(move |lent| self.lent(lent, peer))
+                .collect::<Vec<_>>()
+        });
+        let lent: Vec<LentStatus> = lent.collect();
+        HostStatus {
+            node: NodeStatus {
+                id: self.config.node_id,
+                name: self.config.node_name.clone(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                pid: std::process::id(),
+                uptime_ms: self.started.elapsed().as_millis() as u64,
+            },
+            quarantine: quarantine(&lent),
+            ports: ports
+                .iter()
+                .map(|(port, status)| port_status(port, status.as_ref()))
+                .collect(),
+            lent,
+            borrowed: state
+                .borrowed
+                .iter()
+                .map(|(fdid, held)| self.borrowed(*fdid, held))
+                .collect(),
+        }
+    }
+
+    fn lent(&self, lent: &path::LentStatus, peer: Option<u16>) -> LentStatus {
+        let vectors = lent
+            .vectors
+            .iter()
+            .zip(0..)
+            .map(|(vector, index)| LentVector {
+                index,
+                raised: vector.raised,
+                fences: vector.fences,
+                bells: vector.bells,
+                masked: vector.masked,
+            });
+        LentStatus {
+            fdid: FdidText::from(Fdid {
+                node: self.config.node_id,
+                bdf: lent.offer.entry.bdf,
+            }),
+            state: availability(&lent.offer.state),
+            lease: lent.offer.lease.map(|lease| Hex64(lease.0)),
+            borrower_node: lent.offer.lease.and(peer),
+            vectors: vectors.collect(),
+            maps: lent.maps.0,
+            mapped_bytes: lent.maps.1,
+            last_end: lent.offer.last_end.clone(),
+            last_error: match &lent.offer.state {
+                OfferState::Quarantine(why) => Some(why.clone()),
+                _ => None,
+            },
+        }
+    }
+
+    fn borrowed(&self, fdid: Fdid, held: &Borrowed) -> BorrowedStatus {
+        let counters = &held.shared.counters;
+        let signals = held
+            .worker
+            .as_ref()
+            .map(|w| w.function.signals())
+            .unwrap_or_default();
+        let scanned = held
+            .worker
+            .as_ref()
+            .map(|w| w.function.scanned())
+            .unwrap_or_default();
+        let vectors = scanned.iter().zip(&signals).zip(0..);
+        let session = held.shared.state();
+        let lost = held.lost();
+        BorrowedStatus {
+            fdid: FdidText::from(fdid),
+            lease: Hex64(held.lease.0),
+            socket: held.socket.clone(),
+            state: match (&lost, session) {
+                (Some(_), _) => "lost",
+                (None, SessionState::Closed) => "closed",
+                (None, SessionState::Waiting) => "waiting",
+                (None, SessionState::Connected { .. }) => "connected",
+                (None, SessionState::Undoing { .. }) => "undoing",
+            }
+            .to_owned(),
+            vmm_pid: match session {
+                SessionState::Connected { pid } | SessionState::Undoing { pid } => {
+                    u32::try_from(pid).ok()
+                }
+                _ => None,
+            },
+            bars: held.bars,
+            ram_bytes: held.ram,
+            counters: GuestCounters {
+                trapped_reads: counters.bar_reads.get(),
+                trapped_writes: counters.bar_writes.get(),
+                config_reads: counters.config_reads.get(),
+                dma_maps: counters.maps_now.get(),
+                mapped_bytes: counters.bytes_now.get(),
+                messages: counters.messages.get(),
+            },
+            vectors: vectors
+                .map(|((&scanned, &signals), index)| BorrowedVector {
+                    index,
+                    scanned,
+                    signals,
+                })
+                .collect(),
+            way: "doorbell".to_owned(),
+            last_error: lost.or_else(|| held.shared.last_error()),
+        }
+    }
+}
+
+fn port_peer(status: Option<&path::PortStatus>) -> Option<u16> {
+    status?.session.as_ref()?.info.peer_node
+}
+
+fn quarantine(lent: &[LentStatus]) -> QuarantineStatus {
+    let held = lent
+        .iter()
+        .filter(|lent| lent.state == Availability::Quarantine);
+    let functions = held.map(|lent| QuarantinedFunction {
+        fdid: lent.fdid,
+        reason: lent.last_error.clone().unwrap_or_default(),
+    });
+    QuarantineStatus {
+        functions: functions.collect(),
+        ..QuarantineStatus::default()
+    }
+}
+
+fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus {
+    let session = status.and_then(|status| status.session.as_ref());
+    let mailbox = session.map(|session| MailboxCounters {
+        sent: session.mailbox.sent,
+        received: session.mailbox.received,
+        resent: session.mailbox.resent,
+        replays: session.mailbox.replays,
+        torn: session.mailbox.torn,
+        foreign: session.mailbox.foreign,
+        violations: session.mailbox.violations,
+        heartbeat_age_ms: None,
+    });
+    PortStatus {
+        name: port.name.clone(),
+        bdf: BdfText::from(port.bdf),
+        chip: Some(port.port.info().chip.to_owned()),
+        link: match status.is_some_and(|status| status.link_up) {
+            true => LinkState::Up,
+            false => LinkState::Down,
+        },
+        session: SessionStatus {
+            state: match session {
+                Some(_) => "open".to_owned(),
+                None => status.map_or_else(|| "stopped".to_owned(), |status| status.link.clone()),
+            },
+            id: session.map(|session| Hex64(session.info.session)),
+            version: session.map(|session| session.info.version),
+            own_versions: None,
+            peer_versions: None,
+            peer_node: port_peer(status),
+            since_ms: session.map(|session| session.age_ms),
+            over_reason: status.and_then(|status| status.over_reason.clone()),
+        },
+        window: WindowStatus {
+            bytes: port.window_bytes,
+            usable: status
+                .map(|status| status.window_usable)
+                .filter(|bytes| *bytes != 0),
+            free: status.map(|status| status.window_free),
+        },
+        mailbox: mailbox.unwrap_or_default(),
+        doorbells: DoorbellCounters {
+            rung: status.map_or(0, |status| status.bells.rung),
+            taken: status.map_or(0, |status| status.bells.taken),
+        },
+        last_error: None,
+    }
+}
