@@ -128,12 +128,20 @@ impl FakeFunction {
     /// Fires the eventfds of a vector; how many there are.
     pub fn fire(&self, index: IrqIndex, vector: u32) -> usize {
         let triggers = self.triggers.lock().unwrap();
-        let fired = triggers
+        let mut count = 0;
+        for (.., fd) in triggers
             .iter()
-            .filter(|(i, v, _)| (*i, *v) == (index, vector));
-        fired
-            .map(|(.., fd)| rustix::io::write(fd, &1u64.to_ne_bytes()).unwrap())
-            .count()
+            .filter(|(i, v, _)| (*i, *v) == (index, vector))
+        {
+            rustix::io::write(fd, &1u64.to_ne_bytes()).unwrap();
+            count += 1;
+        }
+        count
+    }
+
+    /// How many vectors have a trigger.
+    pub fn triggers(&self) -> usize {
+        self.triggers.lock().unwrap().len()
     }
 
     fn check(&self, region: RegionIndex, offset: u64, len: usize) -> Result<(), FunctionError> {

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod fake;
+mod feed;
 mod oracle;
 mod protocol;
 mod random;
