@@ -110,6 +110,7 @@ check() {
     for stage in root qemu kernel; do
         [ -e "$STAMPS/$stage" ] || absent="$absent${absent:+, }the $stage stage of $CACHE"
     done
+    [ -e "$CACHE/ntb/version" ] || absent="$absent${absent:+, }the NTB modules of $CACHE"
     [ -z "$absent" ] && return 0
     printf 'missing: %s\n' "$absent"
     printf 'tests/run --install installs the packages and fills the cache folder (SUBLET_CACHE names another, SUBLET_DEBIAN_MIRROR another mirror)\n'
@@ -133,6 +134,9 @@ install)
     install_root "$(mirror)"
     install_qemu
     install_kernel
+    # It takes the lock by itself.
+    exec 9>&-
+    "$(dirname "$0")/ntb-modules.sh" "$CACHE/ntb"
     ;;
 *) die 'usage: install.sh check | install | versions' ;;
 esac

@@ -56,7 +56,9 @@ impl Worker {
 impl Borrowed {
     /// Ends the guest session and gives the lease back.
     pub(super) fn end(mut self) -> Option<CallError> {
-        let worker = self.worker.take()?;
+        let Some(worker) = self.worker.take() else {
+            return None;
+        };
         let lost = worker.function.lost().is_some();
         worker.end();
         if lost {

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::half::Side;
 use crate::model::Model;
+use crate::options::Fault;
 
 /// Most control clients at once.
 pub const CONTROL_CLIENTS_MAX: usize = 8;
@@ -26,6 +27,7 @@ enum Operation {
     Maps { half: HalfName },
     Flap { ms: u64 },
     Link { up: bool },
+    Fault { name: Option<Fault> },
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -70,6 +72,10 @@ fn carry_out(model: &mut Model, operation: &Operation, now: Instant) -> Value {
         }
         Operation::Link { up } => {
             model.change_link(now, |link| link.hold(!up));
+            json!({ "ok": true })
+        }
+        Operation::Fault { name } => {
+            model.set_fault(*name);
             json!({ "ok": true })
         }
     }
@@ -161,8 +167,12 @@ pub fn ask(control: &Path, words: &[String]) -> anyhow::Result<String> {
         [op @ ("counters" | "state")] => json!({ "op": op }),
         ["maps", half] => json!({ "op": "maps", "half": half }),
         ["flap", ms] => json!({ "op": "flap", "ms": ms.parse::<u64>().context("flap MS")? }),
+        ["fault", "none"] => json!({ "op": "fault", "name": null }),
+        ["fault", name] => json!({ "op": "fault", "name": name }),
         ["link", up @ ("up" | "down")] => json!({ "op": "link", "up": up == "up" }),
-        _ => bail!("one of: counters, state, maps a, maps b, flap MS, link up, link down"),
+        _ => bail!(
+            "one of: counters, state, maps a, maps b, flap MS, link up, link down, fault NAME, fault none"
+        ),
     };
     let mut socket = UnixStream::connect(control).context("connecting to the control socket")?;
     socket

@@ -58,6 +58,11 @@ impl Model {
         self.update_link(now);
     }
 
+    /// Breaks the bridge, or mends it.
+    pub fn set_fault(&mut self, fault: Option<Fault>) {
+        self.fault = fault;
+    }
+
     /// Takes a client for a half that has none.
     pub fn connect(&mut self, side: Side, socket: UnixStream) {
         self.half_mut(side).stream = Some(Stream::new(socket));

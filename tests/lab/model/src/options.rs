@@ -15,7 +15,7 @@ use crate::registers::IntvecReset;
 pub struct CtlOptions {
     /// The running model's control socket.
     pub control: PathBuf,
-    /// counters | state | maps a | maps b | flap MS | link up | link down
+    /// counters | state | maps a | maps b | flap MS | link up | link down | fault NAME | fault none
     #[arg(required = true)]
     pub operation: Vec<String>,
 }
@@ -72,7 +72,8 @@ pub struct DeviceOptions {
 }
 
 /// Faults of the bridge that a test can ask for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Fault {
     /// No doorbell reaches the peer.
     DropDoorbells,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::common::{BAR2, Client, RAM, RAM_BYTES, linked};
 use ntb_model::half::Side;
 use ntb_model::model::Model;
-use ntb_model::options::DeviceOptions;
+use ntb_model::options::{DeviceOptions, Fault};
 use ntb_model::wire;
 
 #[test]
@@ -375,4 +375,23 @@ fn sixty_five_thousand_maps_are_found() {
     let unmap = crate::common::map_body(2, 0, 0, RAM_BYTES);
     b.call(&mut model, wire::DMA_UNMAP, &unmap[..24], &[]);
     assert_eq!(model.half(Side::B).dma.iter().count(), 0);
+}
+
+#[test]
+fn faults_that_are_built_in_lose_what_they_say_and_can_be_mended() {
+    let (mut model, mut a, _, mut b, host_b) = linked(&DeviceOptions::default());
+    for (fault, rings, writes) in [
+        (Some(Fault::DropDoorbells), false, true),
+        (Some(Fault::DropWrites), true, false),
+        (None, true, true),
+    ] {
+        model.set_fault(fault);
+        a.write(&mut model, 2, 0, &[1; 8]);
+        a.write(&mut model, 0, 0x100, &1u32.to_le_bytes());
+        assert_eq!(host_b.peek(RAM, 8) == [1; 8], writes, "{fault:?}");
+        assert_eq!(!host_b.fired().is_empty(), rings, "{fault:?}");
+        b.write(&mut model, 0, 0x40, &u64::MAX.to_le_bytes());
+        b.write(&mut model, 2, 0, &[0; 8]);
+        rustix::io::pwrite(&host_b.ram, &[0; 8], 0).expect("cleared");
+    }
 }

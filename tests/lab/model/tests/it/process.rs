@@ -78,10 +78,17 @@ fn control_socket_answers_what_it_knows_and_refuses_the_rest() {
         ask(dir, "maps b").expect("maps")["maps"],
         serde_json::json!([])
     );
-    for words in ["flap 5", "link down", "link up"] {
+    for words in [
+        "flap 5",
+        "link down",
+        "link up",
+        "fault drop-doorbells",
+        "fault none",
+    ] {
         assert_eq!(ask(dir, words).expect(words)["ok"], true);
     }
     assert!(ask(dir, "maps c").is_err());
+    assert!(ask(dir, "fault other").is_err());
     let mut socket = UnixStream::connect(dir.join("c")).expect("connected");
     socket
         .write_all(b"{\"op\":\"counters\",\"more\":1}\nnonsense\n")

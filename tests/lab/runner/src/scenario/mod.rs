@@ -1,6 +1,7 @@
 //! The scenarios, one file each.
 
 mod hosts;
+mod ntb_drivers;
 mod nvme;
 
 use crate::check::Checks;
@@ -23,4 +24,9 @@ pub struct Scenario {
 }
 
 /// In the order in which the gate runs them.
-pub const ALL: &[Scenario] = &[hosts::SCENARIO, nvme::TRAPPED, nvme::MAPPED];
+pub const ALL: &[Scenario] = &[
+    hosts::SCENARIO,
+    ntb_drivers::SCENARIO,
+    nvme::TRAPPED,
+    nvme::MAPPED,
+];
