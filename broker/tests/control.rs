@@ -34,6 +34,10 @@ fn server(deadlines: Deadlines) -> (TempDir, PathBuf, Server) {
 }
 
 fn reply(stream: &UnixStream) -> Option<Reply> {
+    // A server that never answers fails the test instead of holding it up.
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line).unwrap();
     (!line.is_empty()).then(|| serde_json::from_str(&line).unwrap())

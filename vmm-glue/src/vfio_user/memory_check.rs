@@ -1,5 +1,4 @@
-//! Whether a memory fd is what a DMA map may stand on: sealed memory, long enough, of the right
-//! access, and shared with the guest.
+//! Whether a DMA map may stand on a memory fd: memfd or hugetlbfs, long enough, of the right access, shared with the guest.
 //!
 //! An fd that a VMM maps private reads fine, but DMA then reaches pages that the guest never sees.
 
