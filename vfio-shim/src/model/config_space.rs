@@ -80,6 +80,10 @@ impl<'a> ConfigView<'a> {
         Ok(Self { bytes })
     }
 
+    pub(super) fn of_any_length(bytes: &'a [u8]) -> Self {
+        Self { bytes }
+    }
+
     /// One byte.
     pub fn u8(self, at: u16) -> u8 {
         self.bytes.get(at as usize).copied().unwrap_or(0xff)

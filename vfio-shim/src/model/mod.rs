@@ -6,7 +6,7 @@ mod config_space;
 mod function;
 mod irq;
 mod region;
-mod shadow;
+mod shadow_config;
 mod space;
 mod span;
 
@@ -20,6 +20,6 @@ pub use config_space::{
 pub use function::{Function, FunctionError, FunctionIds, FunctionInfo};
 pub use irq::{IrqIndex, IrqInfo};
 pub use region::{BAR_COUNT, MmapArea, RegionIndex, RegionInfo};
-pub use shadow::{Effects, ShadowConfig};
+pub use shadow_config::{Effects, ShadowConfig, ShadowError};
 pub use space::{Access, AddressSpace, Aperture, DmaMap, MapError, Mapping, Memory};
 pub use span::Span;

@@ -2,8 +2,8 @@
 
 use super::{Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, lock};
 use crate::model::{
-    AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionInfo, IrqIndex,
-    MapError, Mapping, Memory, RegionIndex, ShadowConfig, Span, WindowOffset,
+    AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds, FunctionInfo,
+    IrqIndex, MapError, Mapping, Memory, RegionIndex, ShadowConfig, Span, WindowOffset,
 };
 use crate::path::borrower::{Answer, Call, CallError, GuestMap, MAPS_MAX, OpenedPath};
 use crate::path::message::{LeaseId, Request};
@@ -88,16 +88,18 @@ impl BorrowedFunction {
     pub(super) fn start(
         engine: Arc<Engine>,
         lease: LeaseId,
-        opened: OpenedPath,
+        (ids, opened): (FunctionIds, OpenedPath),
         state: Arc<LeaseShared>,
     ) -> Result<Arc<Self>, CallError> {
         let (info, slices) = opened.function.into_parts();
-        let shadow = ShadowConfig::new(&opened.config, &info)
-            .map_err(|error| CallError::Gone(crate::path::words(&error)))?;
+        // What cannot be reset is never lent.
         let info = FunctionInfo {
-            ids: shadow.ids(),
+            ids,
+            resettable: true,
             ..info
         };
+        let shadow = ShadowConfig::new(&opened.config, &info)
+            .map_err(|error| CallError::Gone(crate::path::words(&error)))?;
         let count = vector_count(&info);
         let vector = || Trigger {
             fd: None,
@@ -204,7 +206,7 @@ impl BorrowedFunction {
     }
 
     fn config_write(&self, offset: u64, data: &[u8]) -> Result<(), FunctionError> {
-        let effects = lock(&self.shadow).write(offset as usize, data);
+        let effects = lock(&self.shadow).write(offset, data);
         if let Some(enable) = effects.bus_master {
             let request = Request::BusMaster {
                 lease: self.lease,
@@ -214,6 +216,20 @@ impl BorrowedFunction {
         }
         if effects.flr {
             self.reset()?;
+        }
+        if let Some(mask) = effects.msi_mask {
+            self.mask_msi(mask)?;
+        }
+        Ok(())
+    }
+
+    /// A plain MSI's mask bits live in config space (PCI 3.0 section 6.8.1.7).
+    fn mask_msi(&self, mask: u32) -> Result<(), FunctionError> {
+        for vector in 0..self.info.irqs[IrqIndex::Msi as usize].count.min(32) {
+            let masked = mask & 1 << vector != 0;
+            if lock(&self.triggers).vectors[vector as usize].masked != masked {
+                self.mask_irqs(IrqIndex::Msi, vector, 1, masked)?;
+            }
         }
         Ok(())
     }
@@ -279,7 +295,7 @@ impl Function for BorrowedFunction {
     ) -> Result<(), FunctionError> {
         self.check(region, offset, data.len())?;
         if region == RegionIndex::CONFIG {
-            lock(&self.shadow).read(offset as usize, data);
+            lock(&self.shadow).read(offset, data);
             return Ok(());
         }
         data.fill(0xff);

@@ -193,7 +193,7 @@ impl Engine {
             Answer::Borrowed(lease, entry) => (lease, entry),
             other => return Err(unexpected(&other)),
         };
-        match self.open(lease, entry.irq_count) {
+        match self.open(lease, &entry) {
             Ok(function) => Ok((lease, entry, function)),
             Err(error) => {
                 let _ = self.give_back(lease);
@@ -205,9 +205,9 @@ impl Engine {
     fn open(
         self: &Arc<Self>,
         lease: LeaseId,
-        vectors: u32,
+        entry: &PoolEntry,
     ) -> Result<Arc<BorrowedFunction>, CallError> {
-        let signals = Signals::new(vectors).map_err(|e| CallError::Gone(e.to_string()))?;
+        let signals = Signals::new(entry.irq_count).map_err(|e| CallError::Gone(e.to_string()))?;
         let state = Arc::new(LeaseShared {
             signals: Arc::new(signals),
             lost: Mutex::new(None),
@@ -216,9 +216,12 @@ impl Engine {
         let opened = self
             .call(Call::Open(lease), RESET_WAIT_MS)
             .and_then(|answer| match answer {
-                Answer::Opened(path) => {
-                    BorrowedFunction::start(Arc::clone(self), lease, *path, Arc::clone(&state))
-                }
+                Answer::Opened(path) => BorrowedFunction::start(
+                    Arc::clone(self),
+                    lease,
+                    (entry.ids, *path),
+                    Arc::clone(&state),
+                ),
                 other => Err(unexpected(&other)),
             });
         if opened.is_err() {
