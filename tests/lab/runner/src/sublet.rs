@@ -135,9 +135,7 @@ impl Lending {
     pub fn wait_link(&self) -> Result<&'static str> {
         for daemon in [&self.a, &self.b] {
             daemon.wait_status("session", LINK_TIMEOUT, |status| {
-                status
-                    .pointer("/ports/0/session")
-                    .is_some_and(|session| !session.is_null())
+                status["ports"][0]["session"]["state"] == "open"
             })?;
         }
         Ok("")
@@ -201,7 +199,21 @@ pub fn ensure_no_lost_interrupt(dmesg: &str) -> Result<&'static str> {
     }
 }
 
-/// The scenario's folder holds what the daemons wrote.
-pub fn daemon_log(dir: &Path, host: &str) -> String {
-    fs::read_to_string(dir.join(format!("daemon-{host}.log"))).unwrap_or_default()
+/// A counter of the first function that a host lends (`lent`) or has borrowed (`borrowed`), summed
+/// over its vectors.
+pub fn vector_sum(status: &Value, side: &str, counter: &str) -> Result<u64> {
+    let vectors = status[side][0]["vectors"].as_array();
+    let vectors = vectors.with_context(|| format!("nothing {side} in {status}"))?;
+    let counts = vectors.iter().map(|vector| vector[counter].as_u64());
+    counts
+        .sum::<Option<u64>>()
+        .with_context(|| format!("no counter {counter} in {status}"))
+}
+
+/// BAR accesses that went through the worker of the first borrowed function.
+pub fn trapped_accesses(status: &Value) -> Result<u64> {
+    let counters = &status["borrowed"][0]["counters"];
+    let both = ["trapped_reads", "trapped_writes"].map(|name| counters[name].as_u64());
+    let sum = both.into_iter().sum::<Option<u64>>();
+    sum.with_context(|| format!("no counters of a guest session in {status}"))
 }

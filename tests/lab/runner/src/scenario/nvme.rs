@@ -6,9 +6,10 @@ use crate::guest::{Guest, GuestSpec};
 use crate::host::VF_BDF;
 use crate::lab::{Lab, Pair};
 use crate::pci;
-use crate::sublet::{Lending, dio, ensure_no_lost_interrupt, interrupt_count};
+use crate::sublet::{
+    Lending, dio, ensure_no_lost_interrupt, interrupt_count, trapped_accesses, vector_sum,
+};
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 use std::time::Duration;
 
 /// BARs by way of the worker.
@@ -151,27 +152,16 @@ fn check_bytes(checks: &mut Checks, pair: &Pair, guest: &Guest) -> Result<()> {
     Ok(())
 }
 
-fn counter(status: &Value, pointer: &str) -> Result<u64> {
-    let value = status.pointer(pointer).and_then(Value::as_u64);
-    value.with_context(|| format!("no counter {pointer} in {status}"))
-}
-
-fn trapped_accesses(status: &Value) -> Result<u64> {
-    counter(status, "/ports/0/functions/0/trapped_bar_accesses")
-}
-
 /// What host A's kernel counted is what the port read from its eventfds; bells are merged from
 /// those, signals from bells, and a guest may merge signals.
 fn interrupts_add_up(pair: &Pair, lending: &Lending, guest: &Guest) -> Result<String> {
+    let bdf = "basename $(readlink -f /sys/class/nvme/nvme0/device)";
+    let seen = interrupt_count(&guest.agent, &guest.agent.sh(bdf)?)?;
     let (lender, borrower) = (lending.a.status()?, lending.b.status()?);
     let kernel = interrupt_count(&pair.a.agent, VF_BDF)?;
-    let raised = counter(&lender, "/ports/0/functions/0/interrupts_raised")?;
-    let bells = counter(&lender, "/ports/0/functions/0/doorbells_rung")?;
-    let signals = counter(&borrower, "/ports/0/functions/0/interrupts_signalled")?;
-    let bdf = guest
-        .agent
-        .sh("basename $(readlink -f /sys/class/nvme/nvme0/device)")?;
-    let seen = interrupt_count(&guest.agent, &bdf)?;
+    let raised = vector_sum(&lender, "lent", "raised")?;
+    let bells = vector_sum(&lender, "lent", "bells")?;
+    let signals = vector_sum(&borrower, "borrowed", "signals")?;
     let counts =
         format!("lender {kernel}, read {raised}, bells {bells}, signals {signals}, guest {seen}");
     ensure!(kernel == raised && raised > 0, "{counts}");
