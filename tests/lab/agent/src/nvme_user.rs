@@ -37,8 +37,9 @@ const COMPLETION_OFFSET: usize = 0x1000;
 const BUFFER_OFFSET: usize = 0x2000;
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(10);
-/// PCI 3.0, 6.2.2: memory space and bus mastering.
-const COMMAND_MEMORY_MASTER: [u8; 2] = [0x06, 0x00];
+/// PCI 3.0, 6.2.2: memory space, and with it bus mastering.
+const COMMAND_MEMORY: u16 = 2;
+const COMMAND_MASTER: u16 = 4;
 const COMMAND_OFFSET: u64 = 4;
 /// After the last page fault and before the first trapped access: without it, TCG's nested SVM
 /// may lose its way (`KVM internal error. Suberror: 3`). There is no condition to wait for.
@@ -56,14 +57,14 @@ pub enum Direction {
 struct Registers(*mut c_void);
 
 impl Registers {
-    fn map(bdf: &str) -> Result<Self> {
+    fn map(bdf: &str, command: u16) -> Result<Self> {
         let dir = format!("/sys/bus/pci/devices/{bdf}");
         let open = |name: &str| {
             let path = format!("{dir}/{name}");
             let file = OpenOptions::new().read(true).write(true).open(&path);
             file.with_context(|| format!("cannot open {path}"))
         };
-        open("config")?.write_all_at(&COMMAND_MEMORY_MASTER, COMMAND_OFFSET)?;
+        open("config")?.write_all_at(&command.to_le_bytes(), COMMAND_OFFSET)?;
         let (prot, flags) = (
             ProtFlags::READ | ProtFlags::WRITE,
             MapFlags::SHARED | MapFlags::POPULATE,
@@ -184,7 +185,7 @@ fn physical_address(address: u64) -> Result<u64> {
 
 /// Prints the registers that a reset must have put back, as JSON, without touching the function.
 pub fn print_registers(bdf: &str) -> Result<()> {
-    let registers = Registers::map(bdf)?;
+    let registers = Registers::map(bdf, COMMAND_MEMORY)?;
     std::thread::sleep(SETTLE);
     let word = |offset| registers.read(offset);
     let wide = |offset| u64::from(word(offset)) | u64::from(word(offset + 4)) << 32;
@@ -195,10 +196,21 @@ pub fn print_registers(bdf: &str) -> Result<()> {
     Ok(())
 }
 
+/// Disables the controller and leaves this address in ASQ, for a reset to remove.
+pub fn leave_pattern(bdf: &str, pattern: u64) -> Result<()> {
+    let registers = Registers::map(bdf, COMMAND_MEMORY)?;
+    std::thread::sleep(SETTLE);
+    registers.write(CC, 0);
+    registers.wait_ready(0)?;
+    registers.write(AQA, (ENTRIES - 1) << 16 | (ENTRIES - 1));
+    registers.write_address(ASQ, pattern);
+    Ok(())
+}
+
 /// Has the controller do one DMA at the address (or in our own page when none is given) and prints
 /// how the command ended, as JSON.
 pub fn dma(bdf: &str, direction: Direction, target: Option<u64>) -> Result<()> {
-    let registers = Registers::map(bdf)?;
+    let registers = Registers::map(bdf, COMMAND_MEMORY | COMMAND_MASTER)?;
     let page = DmaPage::new()?;
     std::thread::sleep(SETTLE);
     registers.write(CC, 0);

@@ -38,12 +38,23 @@ pub enum Memory {
     Private,
 }
 
+/// QEMU's machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Machine {
+    /// With SeaBIOS, which drives an NVMe before the kernel does.
+    Q35,
+    /// Its firmware knows no PCI: the kernel is the first to touch a device.
+    Microvm,
+}
+
 /// What a guest is made of.
 pub struct GuestSpec {
     /// Names its logs and sockets.
     pub name: String,
     /// The program.
     pub vmm: Vmm,
+    /// QEMU's machine.
+    pub machine: Machine,
     /// The size of its RAM.
     pub memory_mib: u32,
     /// The kind of its RAM.
@@ -66,6 +77,7 @@ impl GuestSpec {
         GuestSpec {
             name: name.to_owned(),
             vmm: vmm.clone(),
+            machine: Machine::Q35,
             memory_mib: 128,
             memory: Memory::HugePages,
             reboots: false,
@@ -208,7 +220,7 @@ fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
     };
     let mut argv = Cache::qemu(cache);
     argv.extend(arguments(&format!(
-        "-M q35,memory-backend=m
+        "-M {machine},memory-backend=m
         -accel kvm
         -cpu host
         -smp 1
@@ -225,6 +237,10 @@ fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
         -chardev socket,id=agent,path={agent},server=on,wait=off
         -device virtserialport,chardev=agent,name={PORT_NAME}
         -qmp unix:{control},server=on,wait=off",
+        machine = match spec.machine {
+            Machine::Q35 => "q35",
+            Machine::Microvm => "microvm,pcie=on",
+        },
         console = paths.console,
         kernel = paths.kernel,
         initramfs = paths.initramfs,

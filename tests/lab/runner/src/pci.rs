@@ -2,7 +2,7 @@
 
 use crate::agent::Agent;
 use crate::host::PF_BDF;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use std::time::Duration;
 
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(20);
@@ -89,4 +89,59 @@ pub fn wait_namespace(agent: &Agent) -> Result<()> {
     agent
         .wait_until("test -b /dev/nvme0n1", APPEAR_TIMEOUT)
         .map(drop)
+}
+
+/// The physical address of a BAR, as the kernel assigned it.
+pub fn bar_address(agent: &Agent, bdf: &str, bar: usize) -> Result<u64> {
+    let text = agent.text(&format!("/sys/bus/pci/devices/{bdf}/resource"))?;
+    let start = text
+        .lines()
+        .nth(bar)
+        .and_then(|line| line.split(' ').next());
+    let start = start.and_then(|hex| u64::from_str_radix(hex.trim_start_matches("0x"), 16).ok());
+    start.with_context(|| format!("no BAR {bar} of {bdf} in: {text}"))
+}
+
+/// What an NVMe reset puts back to zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NvmeRegisters {
+    /// Controller configuration.
+    pub cc: u32,
+    /// Controller status.
+    pub csts: u32,
+    /// Admin queue attributes.
+    pub aqa: u32,
+    /// Admin submission queue address.
+    pub asq: u64,
+}
+
+/// After a reset.
+pub const NVME_RESET: NvmeRegisters = NvmeRegisters {
+    cc: 0,
+    csts: 0,
+    aqa: 0,
+    asq: 0,
+};
+
+/// Reads them through /dev/mem, past whichever driver has the function.
+pub fn nvme_registers(agent: &Agent, bdf: &str) -> Result<NvmeRegisters> {
+    let base = bar_address(agent, bdf, 0)?.to_string();
+    let text = agent.run(&["lab-agent", "devmem", "read", &base, "0x30"])?;
+    let words = text.lines().map(|hex| u32::from_str_radix(hex, 16));
+    let words: Vec<u32> = words.collect::<Result<_, _>>().context("no hex words")?;
+    // NVMe Base Specification 2.0, 3.1.3: byte offsets of the properties.
+    let word = |offset: usize| words.get(offset / 4).copied().context("too few words");
+    Ok(NvmeRegisters {
+        cc: word(0x14)?,
+        csts: word(0x1c)?,
+        aqa: word(0x24)?,
+        asq: u64::from(word(0x28)?) | u64::from(word(0x2c)?) << 32,
+    })
+}
+
+/// The first NVMe function of a machine, whether or not a driver has it.
+pub fn find_nvme(agent: &Agent) -> Result<String> {
+    let found =
+        agent.sh("cd /sys/bus/pci/devices; dirname $(grep -l 0x010802 */class | head -n 1)")?;
+    Ok(found)
 }

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 /// The sample configurations, which are also the documentation of what a file may say.
 const CONFIGS: [&str; 2] = ["a.toml", "b.toml"];
 const CONFIG_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config");
+/// Where the sample configurations put it, which is also the verbs' default.
+const CONTROL: &str = "/run/sublet/control.sock";
 const SIGTERM: i32 = 15;
 const END_TIMEOUT: Duration = Duration::from_secs(20);
 const LINK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,10 +34,10 @@ impl Daemon {
         let log = host.shared(&format!("daemon-{}.log", host.name));
         let argv = [program, "daemon", "--in-process", "--config", config];
         let pid = host.agent.spawn(&argv, &log)?;
-        let control = "test -S /run/sublet/control.sock";
+        let up = format!("while ! test -S {CONTROL}; do kill -0 {pid}; usleep 50000; done");
         host.agent
-            .wait_until(control, END_TIMEOUT)
-            .context("the daemon has no control socket")?;
+            .sh(&up)
+            .context("the daemon made no control socket")?;
         Ok(Daemon {
             agent: host.agent.clone(),
             pid,
@@ -177,14 +179,6 @@ pub fn interrupt_count(agent: &Agent, bdf: &str) -> Result<u64> {
     let lines: Value = serde_json::from_str(&agent.run(&["lab-agent", "interrupts", bdf])?)?;
     let lines = lines.as_array().context("no list of interrupts")?;
     Ok(lines.iter().filter_map(|line| line["count"].as_u64()).sum())
-}
-
-/// Direct I/O with an agent's `dio`; the SHA-256 of what went through.
-pub fn dio(agent: &Agent, words: &[&str], timeout: Duration) -> Result<String> {
-    let mut argv = vec!["lab-agent", "dio"];
-    argv.extend(words);
-    let answer: Value = serde_json::from_str(&agent.run_within(&argv, timeout)?)?;
-    Ok(answer["sha256"].as_str().context("no checksum")?.to_owned())
 }
 
 /// What a driver says when interrupts are lost; none of it may stand in a guest's log.

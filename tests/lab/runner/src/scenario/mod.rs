@@ -1,8 +1,11 @@
 //! The scenarios, one file each.
 
 mod hosts;
+mod isolation;
 mod ntb_drivers;
 mod nvme;
+mod reboot;
+mod steps;
 
 use crate::check::Checks;
 use crate::lab::Lab;
@@ -29,4 +32,6 @@ pub const ALL: &[Scenario] = &[
     ntb_drivers::SCENARIO,
     nvme::TRAPPED,
     nvme::MAPPED,
+    isolation::SCENARIO,
+    reboot::SCENARIO,
 ];

@@ -1,0 +1,129 @@
+//! Scenario `isolation`: a guest that drives the VF itself reaches its own memory and nothing else.
+
+use super::Scenario;
+use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS};
+use crate::check::Checks;
+use crate::guest::GuestSpec;
+use crate::host::{NTB_BDF, VF_BDF};
+use crate::lab::Lab;
+use crate::pci;
+use crate::sublet::{interrupt_count, vector_sum};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::time::Duration;
+
+/// The VF's own DMA engine is aimed at what is not the guest's.
+pub const SCENARIO: Scenario = Scenario {
+    name: "isolation",
+    checks: ATTACH_CHECKS + 9 + DETACH_CHECKS,
+    gate: false,
+    deadline: Duration::from_secs(420),
+    run,
+};
+
+const MIB: u64 = 1 << 20;
+/// The guest's RAM; its kernel is told of one MiB less and so never uses the last page.
+const RAM_BYTES: u64 = 128 * MIB;
+const LAST_PAGE: u64 = RAM_BYTES - 4096;
+/// Between the end of RAM below 4 GiB and the first device of any machine here.
+const HOLE: u64 = 0xc000_0000;
+/// Where x86 devices write to raise an interrupt.
+const MSI_ADDRESS: u64 = 0xfee0_0000;
+/// Bytes of the window that the borrower's guest cannot have been given: its far end.
+const WINDOW_FAR: u64 = 900 * MIB;
+/// In the mailbox's 64 KiB, behind everything that the protocol uses.
+const MAILBOX_TAIL: u64 = 0xf000;
+const BYTES: u64 = 64 << 10;
+const FAULT_TIMEOUT: Duration = Duration::from_secs(20);
+
+fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
+    let mut spec = GuestSpec::stock("g", &lab.vmm()?);
+    // One hugepage for the queues of the guest's own tool.
+    spec.cmdline = format!("mem={}M hugepages=1 iomem=relaxed", RAM_BYTES / MIB - 1);
+    let attached = steps::attach(lab, checks, &[], spec)?;
+    let guest = &attached.guest.agent;
+    let bdf = pci::find_nvme(guest)?;
+    guest.sh(&format!("echo {bdf} > /sys/bus/pci/drivers/nvme/unbind"))?;
+    checks.check("a DMA to the last page of RAM arrives", || {
+        let outcome = drive(&attached, &bdf, "write", LAST_PAGE)?;
+        ensure!(outcome["status"] == 0, "it ended with {outcome}");
+        let page = LAST_PAGE.to_string();
+        let first = guest.run(&["lab-agent", "devmem", "read", &page, "4"])?;
+        // Identify Controller begins with the vendor's two ids, which are not zero.
+        ensure!(first != "00000000", "the page is still zero");
+        Ok(first)
+    });
+    let window = pci::bar_address(&attached.pair.a.agent, NTB_BDF, 2)?;
+    for (what, direction, address) in [
+        ("the first byte past RAM", "write", RAM_BYTES),
+        ("the first byte past RAM, reading", "read", RAM_BYTES),
+        ("the hole below 4 GiB", "write", HOLE),
+        ("the window's far end", "write", window + WINDOW_FAR),
+        ("the mailbox", "write", window + MAILBOX_TAIL),
+    ] {
+        checks.check(&format!("a DMA to {what} is refused"), || {
+            refused(&attached, &bdf, direction, address)
+        });
+    }
+    checks.check("a DMA to the interrupt range raises nothing", || {
+        no_interrupt(&attached, &bdf)
+    });
+    checks.check("no port saw a violation", || no_violation(&attached));
+    checks.check("after a reset the same guest writes and reads back", || {
+        let dir = format!("/sys/bus/pci/devices/{bdf}");
+        guest.sh(&format!(
+            "echo 1 > {dir}/reset; echo {bdf} > /sys/bus/pci/drivers/nvme/bind"
+        ))?;
+        steps::wait_namespace(guest)?;
+        steps::write_and_read_back(guest, BYTES)
+    });
+    steps::detach(checks, attached)
+}
+
+/// One DMA by the guest's own hand.
+fn drive(attached: &Attached, bdf: &str, direction: &str, address: u64) -> Result<Value> {
+    let address = address.to_string();
+    let argv = ["lab-agent", "nvme-user", bdf, direction, &address];
+    let text = attached.guest.agent.run(&argv)?;
+    serde_json::from_str(&text).with_context(|| format!("no JSON: {text}"))
+}
+
+/// QEMU keeps one fault record and the kernel limits its lines: one DMA at a time, and its line
+/// is waited for before the next.
+fn refused(attached: &Attached, bdf: &str, direction: &str, address: u64) -> Result<String> {
+    let outcome = drive(attached, bdf, direction, address)?;
+    ensure!(outcome["status"] != 0, "it ended well: {outcome}");
+    let line = format!(
+        "DMAR.*{}.*fault addr {address:#x} ",
+        VF_BDF.replace('.', "\\.")
+    );
+    let host_a = &attached.pair.a.agent;
+    host_a.wait_until(&format!("dmesg | grep -q '{line}'"), FAULT_TIMEOUT)?;
+    host_a.sh(&format!("dmesg | grep '{line}' | tail -n 1"))
+}
+
+/// The VF's own vectors aside, host A takes no interrupt from it.
+fn no_interrupt(attached: &Attached, bdf: &str) -> Result<String> {
+    let host_a = &attached.pair.a.agent;
+    drive(attached, bdf, "write", MSI_ADDRESS)?;
+    let raised = vector_sum(&attached.lending.a.status()?, "lent", "raised")?;
+    let kernel = interrupt_count(host_a, VF_BDF)?;
+    ensure!(
+        kernel <= raised,
+        "host a counts {kernel} interrupts, the port {raised}"
+    );
+    // QEMU names no device it could have meant; the line is shown where there is one.
+    host_a.sh("dmesg | grep INTR-REMAP | tail -n 1")
+}
+
+fn no_violation(attached: &Attached) -> Result<&'static str> {
+    for daemon in [&attached.lending.a, &attached.lending.b] {
+        let status = daemon.status()?;
+        let violations = &status["ports"][0]["mailbox"]["violations"];
+        ensure!(
+            violations == &Value::from(0),
+            "{violations} violations: {status}"
+        );
+    }
+    Ok("")
+}

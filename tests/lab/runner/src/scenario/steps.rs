@@ -1,0 +1,140 @@
+//! Steps that several scenarios share: from two hosts to a guest with a borrowed function, and back.
+
+use crate::agent::Agent;
+use crate::check::Checks;
+use crate::guest::{Guest, GuestSpec};
+use crate::lab::{Lab, Pair};
+use crate::pci;
+use crate::snapshot::Snapshot;
+use crate::sublet::Lending;
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::time::Duration;
+
+/// Where the worker's socket lies on host B.
+pub const SOCKET: &str = "/run/sublet/vf.sock";
+/// How many checks [`attach`] makes.
+pub const ATTACH_CHECKS: usize = 5;
+/// How many [`detach`] makes.
+pub const DETACH_CHECKS: usize = 2;
+
+const DEVICE: &str = "/dev/nvme0n1";
+/// Somewhere behind the first blocks, which a kernel reads for partitions.
+const OFFSET: u64 = 1 << 20;
+const SEED: u64 = 20;
+/// A trapped window takes 512 accesses for a page: 1 MiB is written in 6 to 8 s on an idle machine.
+const DIO_TIMEOUT: Duration = Duration::from_secs(90);
+const APPEAR_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Two hosts, a lease, and a guest that uses the function.
+pub struct Attached {
+    /// The guest.
+    pub guest: Guest,
+    /// Both daemons.
+    pub lending: Lending,
+    /// The function.
+    pub fdid: String,
+    /// Before the daemons were started.
+    pub before: (Snapshot, Snapshot),
+    /// With daemons, before the function was borrowed.
+    pub idle: (Snapshot, Snapshot),
+    /// Both hosts.
+    pub pair: Pair,
+}
+
+/// Goes all the way to a guest whose driver has found its namespace.
+pub fn attach(
+    lab: &Lab,
+    checks: &mut Checks,
+    borrow_flags: &[&str],
+    spec: GuestSpec,
+) -> Result<Attached> {
+    let ntb = lab.ntb(&[])?;
+    let mut pair = None;
+    checks.must("both hosts boot", || {
+        pair = Some(lab.boot_pair(Some(ntb))?);
+        Ok("")
+    })?;
+    let pair = pair.context("no hosts")?;
+    pci::wait_namespace(&pair.a.agent)?;
+    let before = pair.snapshot()?;
+    let mut lending = None;
+    checks.must("both daemons agree on a session", || {
+        let started = Lending::start(lab, &pair, 2, 1)?;
+        let session = started.wait_link()?;
+        lending = Some(started);
+        Ok(session)
+    })?;
+    let lending = lending.context("no daemons")?;
+    let fdid = checks.must("host a offers the VF and host b sees it", || {
+        lending.offer()
+    })?;
+    let idle = pair.snapshot()?;
+    checks.must("host b borrows it", || {
+        lending.borrow(&fdid, SOCKET, borrow_flags)
+    })?;
+    let mut guest = None;
+    checks.must("a guest with the stock driver finds its namespace", || {
+        let booted = lab.boot_guest(&spec.device(SOCKET), &pair.b)?;
+        wait_namespace(&booted.agent)?;
+        guest = Some(booted);
+        Ok("")
+    })?;
+    Ok(Attached {
+        guest: guest.context("no guest")?,
+        lending,
+        fdid,
+        before,
+        idle,
+        pair,
+    })
+}
+
+/// Goes all the way back and looks at what is left behind.
+pub fn detach(checks: &mut Checks, attached: Attached) -> Result<()> {
+    let Attached {
+        guest,
+        lending,
+        fdid,
+        before,
+        idle,
+        pair,
+    } = attached;
+    checks.check(
+        "the function is returned and nothing of the lease is left",
+        || {
+            guest.shut_down()?;
+            lending.b.verb(&["return", &fdid])?;
+            pair.ensure_unchanged(&idle)
+        },
+    );
+    checks.check("both hosts are as before", || {
+        lending.end(&pair)?;
+        pair.ensure_unchanged(&before)
+    });
+    Ok(())
+}
+
+/// Waits until the stock driver has found the namespace.
+pub fn wait_namespace(agent: &Agent) -> Result<()> {
+    agent
+        .wait_until(&format!("test -b {DEVICE}"), APPEAR_TIMEOUT)
+        .map(drop)
+}
+
+/// Direct I/O on the namespace, in a guest or on host A; the SHA-256 of what went through.
+pub fn dio(agent: &Agent, direction: &str, bytes: u64, seed: Option<u64>) -> Result<String> {
+    let numbers = [Some(OFFSET), Some(bytes), seed].map(|number| number.map(|n| n.to_string()));
+    let mut argv = vec!["lab-agent", "dio", direction, DEVICE];
+    argv.extend(numbers.iter().flatten().map(String::as_str));
+    let answer: Value = serde_json::from_str(&agent.run_within(&argv, DIO_TIMEOUT)?)?;
+    Ok(answer["sha256"].as_str().context("no checksum")?.to_owned())
+}
+
+/// Writes, reads the same blocks, and gives the checksum of both back.
+pub fn write_and_read_back(agent: &Agent, bytes: u64) -> Result<String> {
+    let written = dio(agent, "write", bytes, Some(SEED))?;
+    let read = dio(agent, "read", bytes, None)?;
+    ensure!(written == read, "wrote {written}, read {read}");
+    Ok(written)
+}
