@@ -65,6 +65,8 @@ pub struct ControlSocket {
     listener: UnixListener,
     path: PathBuf,
     identity: (u64, u64),
+    /// The directory, if it was made for the socket: it goes too, if nobody else uses it.
+    made: Option<PathBuf>,
 }
 
 fn kernel<E: Into<io::Error>>(act: &'static str, path: &Path) -> impl FnOnce(E) -> SocketError {
@@ -84,6 +86,7 @@ impl ControlSocket {
     /// Listens at `path`, unless somebody else does. A file that nobody listens at is replaced.
     pub fn claim(path: &Path) -> Result<Self, SocketError> {
         let directory = path.parent().unwrap_or(Path::new("/"));
+        let made = (!directory.exists()).then(|| directory.to_owned());
         (DirBuilder::new()
             .recursive(true)
             .mode(0o755)
@@ -114,6 +117,7 @@ impl ControlSocket {
             listener,
             path: path.to_owned(),
             identity: identity(&metadata),
+            made,
         })
     }
 
@@ -129,6 +133,10 @@ impl Drop for ControlSocket {
         let ours = fs::symlink_metadata(&self.path).is_ok_and(|m| identity(&m) == self.identity);
         if ours && let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "control socket stays behind");
+        }
+        if let Some(made) = &self.made {
+            // Refused while somebody else has files there, and rightly.
+            let _ = fs::remove_dir(made);
         }
     }
 }
@@ -194,7 +202,8 @@ mod tests {
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o600);
         drop(socket);
-        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 0);
+        assert!(!path.parent().unwrap().exists(), "the directory it made goes too");
+        assert!(dir.path().exists());
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! A host's own end of an NTB: windows, doorbells, scratchpads, link, as the kernel's ntb.h names them.
 
+#[cfg(test)]
+mod contract;
 pub mod hw;
 mod port;
+pub mod soft;
 
 pub use port::{NtbPort, PortError, PortInfo};

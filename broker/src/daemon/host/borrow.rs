@@ -56,9 +56,7 @@ impl Worker {
 impl Borrowed {
     /// Ends the guest session and gives the lease back.
     pub(super) fn end(mut self) -> Option<CallError> {
-        let Some(worker) = self.worker.take() else {
-            return None;
-        };
+        let worker = self.worker.take()?;
         let lost = worker.function.lost().is_some();
         worker.end();
         if lost {

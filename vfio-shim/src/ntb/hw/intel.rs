@@ -5,7 +5,7 @@ use crate::{
     model::{AddressSpace, Aperture, Bdf, Function, IrqIndex, Mapping, PortIova, RegionIndex},
     ntb::{NtbPort, PortError, PortInfo},
     sysfs::Sysfs,
-    vfio::VfioFunction,
+    vfio::{OpenError, VfioFunction},
 };
 use rustix::event::{EventfdFlags, eventfd};
 use std::{
@@ -81,9 +81,12 @@ impl IntelPort {
     /// Opens the NTB at `bdf`, which is bound to vfio-pci: windows closed, doorbells masked, link
     /// off. Everything is programmed anew, as opening through VFIO resets the device.
     pub fn open(bdf: Bdf, sysfs: &Sysfs) -> Result<Self, PortError> {
-        let function = VfioFunction::open(bdf, sysfs)?;
-        let ids = function.info().ids;
+        // Before the open, which would reset whatever device this is.
+        let ids = sysfs
+            .ids(bdf)
+            .map_err(|error| OpenError::Sysfs(bdf, error))?;
         let chip = chip(ids.vendor, ids.device, ids.revision)?;
+        let function = VfioFunction::open(bdf, sysfs)?;
         let bars = WINDOWS.map(|region| {
             let bar = function.bar_addresses()[region.0 as usize];
             let size = function.info().regions[region.0 as usize].size;
@@ -244,6 +247,31 @@ impl NtbPort for IntelPort {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_that_is_no_ntb_is_refused_before_it_is_opened() {
+        let root = tempfile::tempdir().unwrap();
+        let device = root.path().join("bus/pci/devices/0000:01:00.0");
+        std::fs::create_dir_all(&device).unwrap();
+        let ids = [
+            ("vendor", "0x1b36"),
+            ("device", "0x0010"),
+            ("subsystem_vendor", "0x1af4"),
+            ("subsystem_device", "0x1100"),
+            ("class", "0x010802"),
+            ("revision", "0x02"),
+        ];
+        for (name, text) in ids {
+            std::fs::write(device.join(name), text).unwrap();
+        }
+        let sysfs = Sysfs::new(root.path());
+        let bdf = "0000:01:00.0".parse().unwrap();
+        let refused = IntelPort::open(bdf, &sysfs).map(drop);
+        assert!(
+            matches!(refused, Err(PortError::Unknown { .. })),
+            "{refused:?}"
+        );
+    }
 
     #[test]
     fn only_chips_of_the_gen4_map_are_taken() {

@@ -1,0 +1,219 @@
+//! A soft IOMMU: translates, checks permissions, and records each access that it refuses.
+
+use crate::model::{Access, AddressSpace, Aperture, DmaMap, MapError, Memory, Span};
+use crate::vfio::MappedAperture;
+use rustix::io::Errno;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// How many of the last faults are kept; all are counted.
+pub const FAULTS_MAX: usize = 64;
+/// Mappings per space, as in a type1 container.
+const MAPS_MAX: usize = 65_535;
+const PAGE: u64 = 4096;
+/// Where x86 takes writes for interrupts: no IOMMU maps it.
+const MSI_START: u64 = 0xfee0_0000;
+const MSI_END: u64 = 0xfef0_0000;
+const ADDRESS_END: u64 = 1 << 48;
+
+/// An access that was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SoftFault {
+    /// Its first address that was refused.
+    pub address: u64,
+    /// Whether it was a write.
+    pub write: bool,
+}
+
+struct Entry {
+    span: Span,
+    access: Access,
+    target: Arc<dyn Aperture>,
+    offset: u64,
+}
+
+/// The address space of one soft function or port.
+#[derive(Default)]
+pub struct SoftSpace {
+    /// Held for reading over a whole access, so that `unmap` returns after the last access that
+    /// used a mapping. Accesses nest from one space into another and never back.
+    table: RwLock<BTreeMap<u64, Entry>>,
+    faults: Mutex<VecDeque<SoftFault>>,
+    fault_count: AtomicU64,
+}
+
+impl SoftSpace {
+    /// Nothing is mapped.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A device's read. False when a part of it was refused; that part reads as ones.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
+        data.fill(0xff);
+        let len = data.len();
+        self.walk(address, len, false, |entry, offset, range| {
+            entry.target.read(offset, &mut data[range]);
+        })
+    }
+
+    /// A device's write. False when a part of it was refused; that part is dropped.
+    pub fn write(&self, address: u64, data: &[u8]) -> bool {
+        self.walk(address, data.len(), true, |entry, offset, range| {
+            entry.target.write(offset, &data[range]);
+        })
+    }
+
+    /// How many accesses were refused.
+    pub fn fault_count(&self) -> u64 {
+        self.fault_count.load(Ordering::Acquire)
+    }
+
+    /// The last refused accesses.
+    pub fn faults(&self) -> Vec<SoftFault> {
+        let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        faults.iter().copied().collect()
+    }
+
+    /// What is mapped.
+    pub fn maps(&self) -> Vec<(Span, Access)> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        table.values().map(|e| (e.span, e.access)).collect()
+    }
+
+    fn fault(&self, address: u64, write: bool) {
+        self.fault_count.fetch_add(1, Ordering::AcqRel);
+        let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        if faults.len() == FAULTS_MAX {
+            faults.pop_front();
+        }
+        faults.push_back(SoftFault { address, write });
+    }
+
+    /// Cuts an access at the borders of mappings and pages, as a device's packets are.
+    fn walk(
+        &self,
+        address: u64,
+        len: usize,
+        write: bool,
+        mut access: impl FnMut(&Entry, u64, std::ops::Range<usize>),
+    ) -> bool {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let mut whole = true;
+        let mut done = 0;
+        while done < len {
+            let Some(at) = address.checked_add(done as u64) else {
+                self.fault(address, write);
+                return false;
+            };
+            let left = (len - done).min((PAGE - at % PAGE) as usize);
+            // Maps are whole pages, so one entry answers for all of this piece.
+            let entry = table.range(..=at).next_back().map(|(_, entry)| entry);
+            let allowed = |entry: &&Entry| {
+                let allowed = if write {
+                    entry.access.write
+                } else {
+                    entry.access.read
+                };
+                at < entry.span.end() && allowed
+            };
+            match entry.filter(allowed) {
+                Some(entry) => {
+                    let offset = entry.offset + (at - entry.span.start());
+                    access(entry, offset, done..done + left);
+                }
+                None => {
+                    self.fault(at, write);
+                    whole = false;
+                }
+            }
+            done += left;
+        }
+        whole
+    }
+}
+
+fn entry(map: &DmaMap<'_>) -> Result<Entry, MapError> {
+    let span = map.span;
+    let refused = |source| MapError::Kernel {
+        act: "map",
+        span,
+        source,
+    };
+    let (target, offset): (Arc<dyn Aperture>, u64) = match &map.memory {
+        Memory::Fd(fd, offset) => {
+            let mapped = MappedAperture::memory(*fd, *offset, span.len()).map_err(refused)?;
+            (Arc::new(mapped), 0)
+        }
+        Memory::Aperture(aperture, offset) => (Arc::clone(aperture), *offset),
+    };
+    let end = offset.checked_add(span.len());
+    if end.is_none_or(|end| end > target.len()) {
+        return Err(refused(Errno::FAULT.into()));
+    }
+    Ok(Entry {
+        span,
+        access: map.access,
+        target,
+        offset,
+    })
+}
+
+impl AddressSpace for SoftSpace {
+    fn usable(&self) -> Vec<Span> {
+        let below = Span::new(0, MSI_START);
+        let above = Span::new(MSI_END, ADDRESS_END - MSI_END);
+        below.into_iter().chain(above).collect()
+    }
+
+    fn available(&self) -> u32 {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        (MAPS_MAX - table.len()) as u32
+    }
+
+    fn map(&self, maps: &[DmaMap<'_>]) -> Result<(), MapError> {
+        let usable = self.usable();
+        let mut entries: Vec<Entry> = Vec::with_capacity(maps.len());
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        for map in maps {
+            let span = map.span;
+            if span.is_empty() || !span.is_aligned(PAGE) {
+                return Err(MapError::Align(span));
+            }
+            if !usable.iter().any(|usable| usable.contains(span)) {
+                let words: Vec<_> = usable.iter().map(Span::to_string).collect();
+                let usable = words.join(", ");
+                return Err(MapError::Unusable { span, usable });
+            }
+            let before = table.range(..span.end()).next_back().map(|(_, e)| e.span);
+            let mut taken = before.into_iter().chain(entries.iter().map(|e| e.span));
+            if taken.any(|taken| taken.overlaps(span)) {
+                return Err(MapError::Overlap(span));
+            }
+            entries.push(entry(map)?);
+        }
+        if table.len() + entries.len() > MAPS_MAX {
+            return Err(MapError::TooMany(MAPS_MAX as u32));
+        }
+        table.extend(entries.into_iter().map(|entry| (entry.span.start(), entry)));
+        Ok(())
+    }
+
+    fn unmap(&self, span: Span) -> Result<u64, MapError> {
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let touched: Vec<Span> = table
+            .range(..span.end())
+            .rev()
+            .map(|(_, entry)| entry.span)
+            .take_while(|held| held.overlaps(span))
+            .collect();
+        if touched.iter().any(|held| !span.contains(*held)) {
+            return Err(MapError::Bisect(span));
+        }
+        for held in &touched {
+            table.remove(&held.start());
+        }
+        Ok(touched.iter().map(|held| held.len()).sum())
+    }
+}
