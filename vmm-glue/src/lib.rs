@@ -1,4 +1,18 @@
 //! This host and a VM: the vfio-user server that hands a function to a VMM.
+//!
+//! ```text
+//! VMM (QEMU, cloud-hypervisor) --unix socket--> vfio_user::Endpoint --> dyn Function
+//! ```
+//! It knows `vfio_shim::model` and nothing else of that crate: a function is whatever implements
+//! [`Function`](vfio_shim::model::Function), on this host or on another. It spawns no threads:
+//! [`Endpoint::serve`](vfio_user::Endpoint::serve) runs in its caller's, until an fd becomes
+//! readable, and [`SessionShared`](vfio_user::SessionShared) tells any other thread how it goes.
+//!
+//! - Addresses are guest-physical (what the function emits), sizes and offsets are in bytes.
+//! - What a VMM sends is never believed: it ends its own guest session at worst, in words
+//!   ([`SessionError`](vfio_user::SessionError)), and the next VMM is served.
+//! - What the function or its address space refuse to undo ends the endpoint
+//!   ([`EndpointError`](vfio_user::EndpointError)): the function must then serve nobody else.
 #![deny(missing_docs)]
 
 pub mod vfio_user;

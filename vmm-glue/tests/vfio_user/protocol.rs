@@ -441,8 +441,13 @@ fn a_reset_of_an_untouched_function_answers_at_once() {
     // What QEMU does at realize and before each reset.
     client.read(7, 0, 4);
     client.write(7, 4, &[0, 0]);
+    client.set_irqs(TRIGGER_EVENTFD, 3, 0, 1, &[], &[event().as_fd()]);
     assert_eq!(reset(&mut client), 0);
-    assert_eq!(rig.function.journal(), ["read 7 0x0 4", "write 7 0x4 2"]);
+    let expected = ["read 7 0x0 4", "write 7 0x4 2", "triggers Err 0+1 fds 1"];
+    assert_eq!(rig.function.journal(), expected);
+    client.set_irqs(TRIGGER_EVENTFD, MSIX, 0, 1, &[], &[event().as_fd()]);
+    assert_eq!(reset(&mut client), 0);
+    assert_eq!(rig.function.journal(), ["triggers Msix 0+1 fds 1", "reset"]);
     client.write(0, 0x14, &[1, 0, 0, 0]);
     assert_eq!(reset(&mut client), 0);
     assert_eq!(reset(&mut client), 0);
@@ -451,7 +456,7 @@ fn a_reset_of_an_untouched_function_answers_at_once() {
     rig.function.faults.lock().unwrap().reset = true;
     assert_eq!(reset(&mut client), 5);
     assert_eq!(reset(&mut client), 0);
-    assert_eq!(rig.shared.counters.resets.get(), 2);
+    assert_eq!(rig.shared.counters.resets.get(), 3);
 }
 
 #[test]

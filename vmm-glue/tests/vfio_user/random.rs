@@ -66,7 +66,8 @@ fn request() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig { cases: 200,
+        failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn random_bytes_end_the_session_cleanly(bytes in vec(any::<u8>(), 0..400)) {
