@@ -202,7 +202,10 @@ mod tests {
         let mode = fs::metadata(&path).unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o600);
         drop(socket);
-        assert!(!path.parent().unwrap().exists(), "the directory it made goes too");
+        assert!(
+            !path.parent().unwrap().exists(),
+            "the directory it made goes too"
+        );
         assert!(dir.path().exists());
     }
 

@@ -153,7 +153,15 @@ struct Lease {
     irq_count: u32,
     closing: bool,
     maps: BTreeMap<u64, Mapped>,
+    /// Unmapped here, not told to the lender yet; one message of them is under way at a time.
+    untold: VecDeque<Taken>,
+    telling: bool,
+    /// Maps that are pinned and wait for that, so that the lender hears all in order.
+    pinned: VecDeque<(Option<Token>, Vec<u64>)>,
 }
+
+/// A mapping that was taken out: its guest-physical addresses and its slice.
+type Taken = (Span, Slice);
 
 enum Op {
     List {
@@ -192,8 +200,7 @@ enum Op {
     },
     Unpin {
         lease: LeaseId,
-        freed: Vec<Slice>,
-        spans: Vec<Span>,
+        taken: Vec<Taken>,
     },
     UnmapTell {
         lease: LeaseId,
@@ -374,21 +381,13 @@ impl Borrower {
     }
 
     fn unmap(&mut self, token: Token, lease: LeaseId, span: Span) -> Result<Actions, CallError> {
-        let held = self.held(lease)?;
-        let (spans, freed) = held.take_within(span)?;
-        if spans.is_empty() {
+        let taken = self.held(lease)?.take_within(span)?;
+        if taken.is_empty() {
             return Ok(answer(Some(token), Ok(Answer::Unmapped(0))));
         }
-        let unpin = freed.clone();
-        let step = self.step(
-            Some(token),
-            Op::Unpin {
-                lease,
-                freed,
-                spans,
-            },
-        );
-        Ok(vec![BorrowerAction::Unpin(step, unpin)])
+        let slices = taken.iter().map(|(_, slice)| *slice).collect();
+        let step = self.step(Some(token), Op::Unpin { lease, taken });
+        Ok(vec![BorrowerAction::Unpin(step, slices)])
     }
 
     /// The mapper has pinned or unpinned.
@@ -422,28 +421,13 @@ impl Borrower {
                 }
                 answer(token, Err(cause))
             }
-            (
-                Op::Unpin {
-                    lease,
-                    freed,
-                    spans,
-                },
-                result,
-            ) => {
-                let bytes = spans.iter().map(|span| span.len()).sum();
+            (Op::Unpin { lease, taken }, result) => {
+                let bytes = taken.iter().map(|(span, _)| span.len()).sum();
                 let mut actions = answer(token, result.map(|()| Answer::Unmapped(bytes)));
-                let tells: Vec<_> = spans.chunks(RANGES_MAX).map(<[Span]>::to_vec).collect();
-                let last = tells.len().saturating_sub(1);
-                for (at, spans) in tells.into_iter().enumerate() {
-                    // Replies come in the order of one function's work: the last frees all.
-                    let freed = if at == last {
-                        freed.clone()
-                    } else {
-                        Vec::new()
-                    };
-                    let op = Op::UnmapTell { lease, freed };
-                    actions.extend(self.send(None, op, Request::Unmap { lease, spans }));
+                if let Some(held) = self.leases.get_mut(&lease) {
+                    held.untold.extend(taken);
                 }
+                actions.extend(self.tell_next(lease));
                 actions
             }
             (Op::ReturnUnpin { lease }, _) => {
@@ -458,7 +442,49 @@ impl Borrower {
         }
     }
 
+    /// The next thing that the lender has to hear of a lease: unmaps first, as many as one message
+    /// takes, then the maps that waited for them.
+    fn tell_next(&mut self, lease: LeaseId) -> Actions {
+        let Some(held) = self.leases.get_mut(&lease) else {
+            return Vec::new();
+        };
+        if held.telling {
+            return Vec::new();
+        }
+        if held.untold.is_empty() {
+            let pinned = std::mem::take(&mut held.pinned);
+            let tell = |(token, starts)| self.tell_map(token, lease, starts);
+            return pinned.into_iter().flat_map(tell).collect();
+        }
+        held.telling = true;
+        let count = held.untold.len().min(RANGES_MAX);
+        let (spans, freed) = held.untold.drain(..count).unzip();
+        self.send(
+            None,
+            Op::UnmapTell { lease, freed },
+            Request::Unmap { lease, spans },
+        )
+    }
+
+    fn unmap_told(&mut self, lease: LeaseId, freed: Vec<Slice>, pool: &mut SlicePool) -> Actions {
+        for (offset, _) in freed {
+            pool.free(Owner::Borrowed(lease), offset);
+        }
+        if let Some(held) = self.leases.get_mut(&lease) {
+            held.telling = false;
+        }
+        self.tell_next(lease)
+    }
+
     fn tell(&mut self, token: Option<Token>, lease: LeaseId, starts: Vec<u64>) -> Actions {
+        match self.leases.get_mut(&lease) {
+            Some(held) => held.pinned.push_back((token, starts)),
+            None => return answer(token, Err(CallError::Gone("the lease is over".into()))),
+        }
+        self.tell_next(lease)
+    }
+
+    fn tell_map(&mut self, token: Option<Token>, lease: LeaseId, starts: Vec<u64>) -> Actions {
         let Some(held) = self.leases.get_mut(&lease) else {
             return answer(token, Err(CallError::Gone("the lease is over".into())));
         };
@@ -544,12 +570,7 @@ impl Borrower {
                 },
                 result,
             ) => self.map_told(token, lease, (starts, rest, told), result),
-            (Op::UnmapTell { lease, freed }, Ok(_)) => {
-                for (offset, _) in freed {
-                    pool.free(Owner::Borrowed(lease), offset);
-                }
-                Vec::new()
-            }
+            (Op::UnmapTell { lease, freed }, Ok(_)) => self.unmap_told(lease, freed, pool),
             (Op::Forward, Ok(Reply::Bytes(bytes))) => answer(token, Ok(Answer::Bytes(bytes))),
             (Op::Forward, Ok(Reply::Done)) => answer(token, Ok(Answer::Done)),
             (_, Err(refusal)) => answer(token, Err(refusal.into())),
@@ -589,6 +610,9 @@ impl Borrower {
             irq_count: entry.irq_count,
             closing: false,
             maps: BTreeMap::new(),
+            untold: VecDeque::new(),
+            telling: false,
+            pinned: VecDeque::new(),
         };
         self.leases.insert(lease, held);
         let reserved = ram.map_or(Ok(()), |bytes| pool.reserve(Owner::Borrowed(lease), bytes));
@@ -791,31 +815,22 @@ impl Lease {
     }
 
     /// Takes all mappings that lie whole within `span`; a cut one is an error and nothing is taken.
-    fn take_within(&mut self, span: Span) -> Result<(Vec<Span>, Vec<Slice>), CallError> {
-        let touched = |start: u64, map: &Mapped| {
-            Span::new(start, map.len).is_some_and(|held| held.overlaps(span))
-        };
-        let first = self
-            .maps
-            .range(..span.start())
-            .next_back()
-            .map(|(start, _)| *start);
-        let from = first.unwrap_or(span.start());
-        let mut spans = Vec::new();
+    fn take_within(&mut self, span: Span) -> Result<Vec<Taken>, CallError> {
+        let before = self.maps.range(..span.start()).next_back();
+        let from = before.map_or(span.start(), |(start, _)| *start);
+        let mut taken = Vec::new();
         for (start, map) in self.maps.range(from..span.end()) {
-            if !touched(*start, map) {
-                continue;
-            }
-            match Span::new(*start, map.len) {
-                Some(held) if span.contains(held) => spans.push(held),
-                _ => return Err(CallError::Overlap(span)),
+            let held = Span::new(*start, map.len).filter(|held| held.overlaps(span));
+            match held {
+                None => {}
+                Some(held) if span.contains(held) => taken.push((held, (map.offset, map.len))),
+                Some(_) => return Err(CallError::Overlap(span)),
             }
         }
-        let freed = spans
-            .iter()
-            .filter_map(|held| self.maps.remove(&held.start()));
-        let freed = freed.map(|map| (map.offset, map.len)).collect();
-        Ok((spans, freed))
+        for (held, _) in &taken {
+            self.maps.remove(&held.start());
+        }
+        Ok(taken)
     }
 
     fn take_all(&mut self) -> Vec<Slice> {

@@ -376,17 +376,27 @@ impl PortCore {
         };
         session.op_last += 1;
         let op = OpId(session.op_last);
-        session.waiting.insert(op, waiting);
-        self.send(Message::Request(op, request), now_ms, out);
+        match session.mailbox.send(&Message::Request(op, request)) {
+            Ok(actions) => {
+                session.waiting.insert(op, waiting);
+                self.mailbox_actions(actions, now_ms, out);
+            }
+            // One caller's refusal, and nobody else's: the session goes on.
+            Err(error) => {
+                let refusal = Refusal::new(RefusalCode::Limit, 0, super::words(&error));
+                self.replied_to(waiting, Err(refusal), now_ms, out);
+            }
+        }
     }
 
+    /// A reply that cannot be sent would leave the peer waiting for ever: the session ends.
     fn send(&mut self, message: Message, now_ms: u64, out: &mut Vec<Action>) {
         let Some(session) = &mut self.session else {
             return;
         };
         match session.mailbox.send(&message) {
             Ok(actions) => self.mailbox_actions(actions, now_ms, out),
-            Err(error) => self.violation(error.to_string(), now_ms, out),
+            Err(error) => self.violation(super::words(&error), now_ms, out),
         }
     }
 
@@ -461,20 +471,32 @@ impl PortCore {
             return;
         };
         match session.waiting.remove(&op) {
-            Some(Waiting::Hello) => {
-                if let Ok(Reply::Hello { node, window_bytes }) = result {
-                    self.hello(node, window_bytes);
-                }
-            }
-            Some(Waiting::Step(step)) => {
-                let actions = self.borrower.reply(step, result, &mut self.pool);
-                self.borrower_actions(actions, now_ms, out);
-            }
-            Some(Waiting::Revoked(lease)) => self.lender.revoke_confirmed(lease, &mut self.pool),
+            Some(waiting) => self.replied_to(waiting, result, now_ms, out),
             None => {
                 let text = format!("an answer to operation {op}, which was never asked");
                 self.violation(text, now_ms, out);
             }
+        }
+    }
+
+    fn replied_to(
+        &mut self,
+        waiting: Waiting,
+        result: Result<Reply, Refusal>,
+        now_ms: u64,
+        out: &mut Vec<Action>,
+    ) {
+        match waiting {
+            Waiting::Hello => {
+                if let Ok(Reply::Hello { node, window_bytes }) = result {
+                    self.hello(node, window_bytes);
+                }
+            }
+            Waiting::Step(step) => {
+                let actions = self.borrower.reply(step, result, &mut self.pool);
+                self.borrower_actions(actions, now_ms, out);
+            }
+            Waiting::Revoked(lease) => self.lender.revoke_confirmed(lease, &mut self.pool),
         }
     }
 

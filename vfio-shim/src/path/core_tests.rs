@@ -383,6 +383,29 @@ fn memory_is_unpinned_before_an_unmap_is_answered_and_slices_wait_for_the_lender
     assert_eq!(pair.hosts[1].core.pool().free_bytes(), free + (1 << 16));
 }
 
+#[test]
+fn a_storm_of_unmaps_is_told_in_batches_and_a_map_after_it_in_order() {
+    let mut pair = ready();
+    let lease = pair.borrow_open();
+    let free = pair.hosts[1].core.pool().free_bytes();
+    pair.ask(Call::Map(lease, guest_maps(600))).unwrap();
+    let sent = pair.hosts[1].core.mailbox().unwrap().counters().sent;
+    for at in 0..600 {
+        let token = pair.call(Call::Unmap(lease, Span::new(at << 16, 1 << 16).unwrap()));
+        let event = pair.hosts[1].todo.pop_front().unwrap();
+        pair.handle(1, event);
+        assert!(matches!(
+            pair.hosts[1].answers.remove(&token),
+            Some(Ok(Answer::Unmapped(_)))
+        ));
+    }
+    pair.ask(Call::Map(lease, guest_maps(1))).unwrap();
+    assert_eq!(pair.hosts[0].behind.len(), 1);
+    assert_eq!(pair.hosts[1].core.pool().free_bytes(), free - (1 << 16));
+    let sent = pair.hosts[1].core.mailbox().unwrap().counters().sent - sent;
+    assert!(sent <= 12, "{sent} messages");
+}
+
 /// Found by the random schedule below: the return freed the slice under a map that the mapper had
 /// not answered yet, and the next tenant was pinned over it.
 #[test]

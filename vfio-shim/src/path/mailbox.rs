@@ -7,7 +7,7 @@ use super::wire::{
 use std::collections::VecDeque;
 
 /// How many messages may wait for the slot.
-pub const QUEUE_MAX: usize = 256;
+pub const QUEUE_MAX: usize = 1024;
 /// A message that is not acked is written again after so many heartbeats.
 const RESEND_BEATS: u32 = 2;
 

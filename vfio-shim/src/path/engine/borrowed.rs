@@ -234,6 +234,47 @@ impl BorrowedFunction {
         Ok(())
     }
 
+    /// A register that no slice covers, by way of the lender. One that is gone reads as ones.
+    fn read_far(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<(), FunctionError> {
+        let (lease, region) = (self.lease, region.0 as u8);
+        let request = Request::RegionRead {
+            lease,
+            region,
+            offset,
+            len: data.len() as u8,
+        };
+        match self.forward("read a register", request, MAP_WAIT_MS) {
+            Ok(Answer::Bytes(bytes)) if bytes.len() == data.len() => data.copy_from_slice(&bytes),
+            Ok(_) | Err(FunctionError::Gone(_)) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn write_far(
+        &self,
+        region: RegionIndex,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), FunctionError> {
+        let (lease, region, data) = (self.lease, region.0 as u8, data.to_vec());
+        let request = Request::RegionWrite {
+            lease,
+            region,
+            offset,
+            data,
+        };
+        match self.forward("write a register", request, MAP_WAIT_MS) {
+            Ok(_) | Err(FunctionError::Gone(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Whichever of MSI and MSI-X the guest uses: all its vectors are armed on the lender at the
     /// first trigger, and stay so until a reset. A trigger swap after that is local.
     fn arm(&self, index: IrqIndex) -> Result<(), FunctionError> {
@@ -271,6 +312,20 @@ impl BorrowedFunction {
     }
 }
 
+/// An access cut into naturally aligned pieces of at most 8 bytes, as a message takes them.
+fn pieces(offset: u64, len: usize) -> impl Iterator<Item = (u64, usize)> {
+    let end = offset + len as u64;
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        let left = end.checked_sub(at).filter(|left| *left != 0)?;
+        let aligned = 1u64 << at.trailing_zeros().min(3);
+        let piece = aligned.min(1 << left.ilog2());
+        let this = at;
+        at += piece;
+        Some((this, piece as usize))
+    })
+}
+
 const EMPTY: Span = match Span::new(0, 0) {
     Some(span) => span,
     None => panic!("an empty span fits"),
@@ -305,16 +360,9 @@ impl Function for BorrowedFunction {
             bar.read(offset, data);
             return Ok(());
         }
-        let request = Request::RegionRead {
-            lease: self.lease,
-            region: region.0 as u8,
-            offset,
-            len: data.len() as u8,
-        };
-        match self.forward("read a register", request, MAP_WAIT_MS) {
-            Ok(Answer::Bytes(bytes)) if bytes.len() == data.len() => data.copy_from_slice(&bytes),
-            Ok(_) | Err(FunctionError::Gone(_)) => {}
-            Err(error) => return Err(error),
+        for (at, len) in pieces(offset, data.len()) {
+            let from = (at - offset) as usize;
+            self.read_far(region, at, &mut data[from..from + len])?;
         }
         Ok(())
     }
@@ -335,16 +383,11 @@ impl Function for BorrowedFunction {
             bar.write(offset, data);
             return Ok(());
         }
-        let request = Request::RegionWrite {
-            lease: self.lease,
-            region: region.0 as u8,
-            offset,
-            data: data.to_vec(),
-        };
-        match self.forward("write a register", request, MAP_WAIT_MS) {
-            Ok(_) | Err(FunctionError::Gone(_)) => Ok(()),
-            Err(error) => Err(error),
+        for (at, len) in pieces(offset, data.len()) {
+            let from = (at - offset) as usize;
+            self.write_far(region, at, &data[from..from + len])?;
         }
+        Ok(())
     }
 
     fn bar(&self, region: RegionIndex) -> Option<Arc<dyn Aperture>> {
