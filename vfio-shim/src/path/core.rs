@@ -43,7 +43,7 @@ pub enum Event {
     },
     /// Bell 0 rang.
     Bell(Inbox),
-    /// The link went up or down.
+    /// The port told of a change of link, and this is the link now.
     LinkChange(bool),
     /// A worker or a verb calls.
     Call(Token, Call),
@@ -203,7 +203,7 @@ impl PortCore {
                 inbox,
             } => self.beat(link_up, spads, inbox, now_ms, &mut out),
             Event::Bell(inbox) => self.inbox(inbox, now_ms, &mut out),
-            Event::LinkChange(up) => self.link_change(up, now_ms, &mut out),
+            Event::LinkChange(up) => self.link_changed(up, now_ms, &mut out),
             Event::Call(token, call) => self.call(token, call, now_ms, &mut out),
             Event::Worked(job, result) => {
                 let actions = self.lender.done(job, result, &mut self.pool);
@@ -231,6 +231,16 @@ impl PortCore {
         let actions = self.lender.revoke(bdf, why);
         self.lender_actions(actions, now_ms, &mut out);
         out
+    }
+
+    /// The port told of a change. One that leaves the link up was a flap too short to be seen: DMA
+    /// posted meanwhile is lost, so the session ends all the same.
+    fn link_changed(&mut self, up: bool, now_ms: u64, out: &mut Vec<Action>) {
+        if up && self.link_up {
+            let nonce = (self.entropy)();
+            return self.link_event(LinkEvent::Up { nonce }, now_ms, out);
+        }
+        self.link_change(up, now_ms, out);
     }
 
     fn link_change(&mut self, up: bool, now_ms: u64, out: &mut Vec<Action>) {

@@ -324,10 +324,14 @@ impl IrqThread {
                 tracing::error!(%error, vector, "an interrupt of a lent function is not watched");
             }
         }
+        // The counts go on where they were before a reset: the borrower has seen them, and a
+        // first raise that stored the same count again would be lost. Each bell was one count.
+        let count = |vector: &VectorCounters| vector.bells.load(Ordering::Relaxed) as u32;
         let vectors = relay
             .eventfds
             .into_iter()
-            .map(|fd| (fd, VectorRelay::default()))
+            .zip(relay.counters.iter())
+            .map(|(fd, counters)| (fd, VectorRelay::resuming(count(counters))))
             .collect();
         let armed = Armed {
             first: relay.first,
@@ -412,7 +416,8 @@ impl IrqThread {
         let read = self.window.read_u32(0);
         let RelayStep::Store(word) = relay.on_fence(read, peer_nonce, session) else {
             tracing::warn!(%lease, vector, "a fence read {read:#x}: the path is suspect");
-            self.tell(Input::LinkChange);
+            // Control looks at link, scratchpads and mailbox: one of them tells why.
+            self.tell(Input::Beat);
             return;
         };
         let offset = word_offset(armed.first, vector);

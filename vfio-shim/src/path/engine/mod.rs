@@ -16,6 +16,8 @@ mod executor;
 mod irq;
 mod mapper;
 mod signals;
+#[cfg(test)]
+mod soft_tests;
 
 pub use borrowed::BorrowedFunction;
 pub use control::{BellStatus, LentStatus, PortStatus, SessionStatus, VectorStatus};

@@ -1,0 +1,291 @@
+//! Whole paths in one process: two engines over the soft fabric, one lending a software function to the other.
+
+use super::*;
+use crate::model::{Access, Aperture, DmaMap, FunctionIds, IrqIndex, Memory, RegionIndex, Span};
+use crate::ntb::soft::{
+    DESTINATION, DOORBELL, IDENT, IDENT_VALUE, LENGTH, SCRATCH, SOURCE, STATUS, STATUS_DONE,
+    SoftFault, SoftFunction, SoftLink, SoftPortConfig, SoftSpace, VECTOR,
+};
+use crate::path::message::PoolState;
+use crate::vfio::MappedAperture;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use std::os::fd::{AsFd, OwnedFd};
+
+const PAGE: u64 = 4096;
+const WINDOW_BYTES: u64 = 64 << 20;
+const WINDOW_BASE: PortIova = PortIova(1 << 32);
+const RAM_BYTES: u64 = 1 << 21;
+const BAR: RegionIndex = RegionIndex(0);
+const VECTOR_USED: u32 = 2;
+/// How long a condition is waited for. Nothing takes this long but a failure.
+const WAIT: Duration = Duration::from_secs(20);
+
+/// Looks until it is so.
+fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + WAIT;
+    loop {
+        if let Some(seen) = look() {
+            return seen;
+        }
+        assert!(Instant::now() < deadline, "{what} did not come true");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn bdf() -> Bdf {
+    "4a:00.1".parse().unwrap()
+}
+
+/// Host 0 lends to host 1.
+struct Rig {
+    engines: [Arc<Engine>; 2],
+    function: Arc<SoftFunction>,
+    link: SoftLink,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let config = SoftPortConfig {
+            window_bytes: [WINDOW_BYTES; 2],
+        };
+        let link = SoftLink::new([config; 2]).unwrap();
+        let engines = [0, 1].map(|side| {
+            let config = EngineConfig {
+                name: format!("soft{side}"),
+                node: side + 1,
+                window_base: WINDOW_BASE,
+                window_bytes: WINDOW_BYTES,
+                heartbeat_ms: 10,
+                lost_after_ms: 10_000,
+            };
+            Engine::start(link.port(usize::from(side)), config).unwrap()
+        });
+        let ids = FunctionIds {
+            vendor: 0x5b1e,
+            device: 1,
+            ..FunctionIds::default()
+        };
+        let function = Arc::new(SoftFunction::new(ids, 4));
+        let entry = PoolEntry {
+            bdf: bdf(),
+            ids,
+            state: PoolState::Available,
+            irq_count: 4,
+            bar_bytes: 2 * PAGE,
+            serial: 0,
+        };
+        engines[0]
+            .offer(entry, Arc::clone(&function) as Arc<dyn Function>)
+            .unwrap();
+        let rig = Self {
+            engines,
+            function,
+            link,
+        };
+        rig.wait_for_pool();
+        rig
+    }
+
+    fn wait_for_pool(&self) {
+        until("the function shows in the borrower's list", || {
+            let entries = self.engines[1].list().ok()?;
+            (entries.first()?.state == PoolState::Available).then_some(())
+        });
+    }
+
+    fn spaces(&self) -> [Arc<SoftSpace>; 3] {
+        [
+            Arc::clone(self.link.port(0).space()),
+            Arc::clone(self.link.port(1).space()),
+            Arc::clone(self.function.space()),
+        ]
+    }
+
+    /// What is mapped at all: in a host without a path that is its mailbox.
+    fn maps(&self) -> [usize; 3] {
+        self.spaces().map(|space| space.maps().len())
+    }
+
+    fn guest(&self) -> Guest {
+        let (lease, entry, function) = self.engines[1].borrow(bdf(), None).unwrap();
+        assert_eq!(entry.bdf, bdf());
+        Guest::new(lease, function)
+    }
+}
+
+/// A guest that drives the borrowed function.
+struct Guest {
+    lease: LeaseId,
+    function: Arc<BorrowedFunction>,
+    ram: MappedAperture,
+    event: OwnedFd,
+}
+
+impl Guest {
+    fn new(lease: LeaseId, function: Arc<BorrowedFunction>) -> Self {
+        let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, RAM_BYTES).unwrap();
+        let map = DmaMap {
+            span: Span::new(0, RAM_BYTES).unwrap(),
+            access: Access::READ_WRITE,
+            memory: Memory::Fd(fd.as_fd(), 0),
+        };
+        function.address_space().map(&[map]).unwrap();
+        let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let guest = Self {
+            lease,
+            function,
+            ram: MappedAperture::memory(fd.as_fd(), 0, RAM_BYTES).unwrap(),
+            event,
+        };
+        guest.drive();
+        guest
+    }
+
+    /// What a driver does first.
+    fn drive(&self) {
+        self.function
+            .region_write(RegionIndex::CONFIG, 4, &6u16.to_le_bytes())
+            .unwrap();
+        let trigger = Some(self.event.try_clone().unwrap());
+        self.function
+            .set_irqs(IrqIndex::Msix, VECTOR_USED, vec![trigger])
+            .unwrap();
+    }
+
+    fn register(&self, register: u64) -> u32 {
+        let mut word = [0; 4];
+        self.function.region_read(BAR, register, &mut word).unwrap();
+        u32::from_le_bytes(word)
+    }
+
+    fn store(&self, register: u64, value: &[u8]) {
+        self.function.region_write(BAR, register, value).unwrap();
+    }
+
+    fn copy(&self, source: u64, destination: u64, length: u32) {
+        self.store(SOURCE, &source.to_le_bytes());
+        self.store(DESTINATION, &destination.to_le_bytes());
+        self.store(LENGTH, &length.to_le_bytes());
+        self.store(VECTOR, &VECTOR_USED.to_le_bytes());
+        self.store(DOORBELL, &1u32.to_le_bytes());
+    }
+
+    fn interrupted(&self) -> bool {
+        let mut fds = [PollFd::new(&self.event, PollFlags::IN)];
+        let wait = Timespec {
+            tv_sec: WAIT.as_secs() as i64,
+            tv_nsec: 0,
+        };
+        poll(&mut fds, Some(&wait)).unwrap();
+        rustix::io::read(&self.event, &mut [0u8; 8]).is_ok()
+    }
+}
+
+#[test]
+fn borrowed_function_copies_guest_memory_and_interrupts_the_guest() {
+    let rig = Rig::new();
+    let guest = rig.guest();
+    assert_eq!(guest.register(IDENT), IDENT_VALUE);
+    for round in 1..=50u8 {
+        guest.ram.write(0, &[round; 3000]);
+        guest.copy(0, PAGE + 17, 3000);
+        assert!(guest.interrupted(), "round {round}");
+        let mut copied = [0; 3000];
+        guest.ram.read(PAGE + 17, &mut copied);
+        assert_eq!(copied, [round; 3000], "the interrupt came behind the data");
+    }
+    assert_eq!(guest.register(STATUS), STATUS_DONE);
+    let lent = rig.engines[0].status().unwrap().lent;
+    let vector = lent[0].vectors[VECTOR_USED as usize];
+    assert_eq!(vector.raised, 50);
+    assert!(vector.bells <= vector.raised);
+    rig.engines[1].give_back(guest.lease).unwrap();
+}
+
+#[test]
+fn dma_outside_of_guest_memory_faults_at_the_lenders_iommu_for_the_function() {
+    let rig = Rig::new();
+    let guest = rig.guest();
+    let space = rig.function.space();
+    // Past the guest's RAM, interrupts, and where both hosts' ports have their mailboxes.
+    for (count, address) in [RAM_BYTES, 0xfee0_0000, WINDOW_BASE.0]
+        .into_iter()
+        .enumerate()
+    {
+        guest.copy(0, address, 8);
+        assert!(guest.interrupted());
+        assert_eq!(space.fault_count(), count as u64 + 1);
+        let fault = SoftFault {
+            address,
+            write: true,
+        };
+        assert_eq!(space.faults().last(), Some(&fault));
+    }
+    assert_eq!(rig.link.port(1).space().fault_count(), 0);
+    rig.engines[1].give_back(guest.lease).unwrap();
+}
+
+#[test]
+fn only_raise_before_a_reset_does_not_hide_the_first_one_after_it() {
+    let rig = Rig::new();
+    let guest = rig.guest();
+    for round in 0..3 {
+        guest.copy(0, PAGE, 8);
+        assert!(guest.interrupted(), "round {round}");
+        guest.function.reset().unwrap();
+        guest.drive();
+    }
+    rig.engines[1].give_back(guest.lease).unwrap();
+}
+
+#[test]
+fn given_back_function_is_reset_and_nothing_of_the_path_is_left() {
+    let rig = Rig::new();
+    let before = rig.maps();
+    assert_eq!(before, [1, 1, 0], "the mailboxes");
+    for _ in 0..3 {
+        let guest = rig.guest();
+        guest.store(SCRATCH, &[1; 8]);
+        guest.copy(0, PAGE, 8);
+        assert!(guest.interrupted());
+        let resets = rig.function.resets();
+        rig.engines[1].give_back(guest.lease).unwrap();
+        assert!(rig.function.resets() > resets);
+        assert_eq!(rig.function.triggers(), 0);
+        assert_eq!(rig.maps(), before);
+        rig.wait_for_pool();
+    }
+}
+
+#[test]
+fn pulled_cable_loses_the_lease_undoes_both_hosts_and_a_new_borrow_works() {
+    let rig = Rig::new();
+    let before = rig.maps();
+    let guest = rig.guest();
+    rig.link.cut();
+    until("the lease is lost", || guest.function.lost());
+    assert_eq!(guest.register(IDENT), u32::MAX, "ones, and no error");
+    until("both hosts are as before", || {
+        (rig.maps() == before && rig.function.triggers() == 0).then_some(())
+    });
+    drop(guest);
+    rig.link.plug();
+    rig.wait_for_pool();
+    let again = rig.guest();
+    again.copy(0, PAGE, 8);
+    assert!(again.interrupted());
+    rig.engines[1].give_back(again.lease).unwrap();
+}
+
+#[test]
+fn cable_out_and_in_again_at_once_still_ends_the_session() {
+    let rig = Rig::new();
+    let guest = rig.guest();
+    rig.link.cut();
+    rig.link.plug();
+    until("the lease is lost", || guest.function.lost());
+    drop(guest);
+    rig.wait_for_pool();
+}
