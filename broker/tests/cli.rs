@@ -104,6 +104,7 @@ Socket: vm.sock
             ram: Some(128 << 20),
             bars: None,
             trust_vmm: false,
+            trust_domain: None,
         }]
     );
 }

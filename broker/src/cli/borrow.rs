@@ -25,6 +25,9 @@ pub(super) struct Args {
     /// Trust the VMM as much as the port; `--bars mapped` needs it.
     #[arg(long)]
     trust_vmm: bool,
+    /// Whose the guest is; by default the port's trust domain.
+    #[arg(long, value_name = "NAME")]
+    trust_domain: Option<String>,
 }
 
 impl Args {
@@ -41,6 +44,7 @@ impl Args {
             ram: self.ram,
             bars: self.bars,
             trust_vmm: self.trust_vmm,
+            trust_domain: self.trust_domain.clone(),
         })
     }
 }

@@ -58,6 +58,8 @@ pub enum Verb {
         bars: Option<BarMode>,
         /// Whether the VMM is trusted as much as the port.
         trust_vmm: bool,
+        /// Whose it is; `None` = the port's own domain.
+        trust_domain: Option<String>,
     },
     /// Gives a borrowed function back.
     Return {

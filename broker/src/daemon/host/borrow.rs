@@ -1,13 +1,14 @@
 //! The borrower's verbs: a function of another host, served to one VMM by a worker thread.
 
+use super::claim::Named;
 use super::lend::from_refusal;
-use super::{LocalHost, State, refuse};
+use super::port::OpenPort;
+use super::{LocalHost, refuse};
 use crate::daemon::vocabulary::{
     Availability, BarMode, BdfText, BorrowedFunction as Told, ErrorCode, FdidText,
     FunctionDescription, Hex64, Location, Outcome, VerbError,
 };
 use rustix::event::{EventfdFlags, eventfd};
-use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,6 +23,7 @@ pub(super) struct Wish {
     pub(super) ram: Option<u64>,
     pub(super) bars: Option<BarMode>,
     pub(super) trust_vmm: bool,
+    pub(super) trust_domain: Option<String>,
 }
 
 /// A borrowed function and its worker.
@@ -32,6 +34,7 @@ pub(super) struct Borrowed {
     pub(super) bars: BarMode,
     pub(super) ram: Option<u64>,
     pub(super) adapter: usize,
+    pub(super) trust_domain: String,
     pub(super) shared: Arc<SessionShared>,
     pub(super) lost: Option<String>,
     pub(super) worker: Option<Worker>,
@@ -75,27 +78,6 @@ impl Borrowed {
     }
 }
 
-/// Ends the workers of lost leases whose VMM has gone; the leases stay in `status` as lost until
-/// they are returned or borrowed again.
-pub(super) fn reap(borrowed: &mut BTreeMap<Fdid, Borrowed>) {
-    for held in borrowed.values_mut() {
-        let connected = matches!(
-            held.shared.state(),
-            SessionState::Connected { .. } | SessionState::Undoing { .. }
-        );
-        let lost = held
-            .worker
-            .as_ref()
-            .and_then(|worker| worker.function.lost());
-        if let (Some(why), false) = (lost, connected) {
-            held.lost = Some(why);
-            if let Some(worker) = held.worker.take() {
-                worker.end();
-            }
-        }
-    }
-}
-
 fn from_call(error: &CallError) -> VerbError {
     match error {
         CallError::Refused(refusal) => from_refusal(refusal),
@@ -106,36 +88,40 @@ fn from_call(error: &CallError) -> VerbError {
 }
 
 impl LocalHost {
-    pub(super) fn borrow(
-        &self,
-        state: &mut State,
-        fdid: Fdid,
-        wish: Wish,
-    ) -> Result<Outcome, VerbError> {
-        if let Some(held) = state.borrowed.get(&fdid) {
-            if held.lost().is_none() || held.worker.is_some() {
-                let text = format!(
-                    "{fdid} is borrowed here already, at {}: `sublet return {fdid}` first",
-                    held.socket.display()
-                );
-                return Err(refuse(ErrorCode::Taken, text));
+    /// Ends the workers of lost leases whose VMM has gone; the leases stay in `status` as lost
+    /// until they are returned or borrowed again.
+    pub(super) fn reap(&self) {
+        let mut ended = Vec::new();
+        for held in self.state().borrowed.values_mut() {
+            let connected = matches!(
+                held.shared.state(),
+                SessionState::Connected { .. } | SessionState::Undoing { .. }
+            );
+            let lost = held
+                .worker
+                .as_ref()
+                .and_then(|worker| worker.function.lost());
+            if let (Some(why), false) = (lost, connected) {
+                held.lost = Some(why);
+                ended.extend(held.worker.take());
             }
-            state.borrowed.remove(&fdid);
         }
-        if fdid.node == self.config.node_id {
-            let text = format!("{fdid} is a function of this very host: give it to a VM by VFIO");
-            return Err(refuse(ErrorCode::NotAllowed, text));
-        }
+        ended.into_iter().for_each(Worker::end);
+    }
+
+    pub(super) fn borrow(&self, fdid: Fdid, wish: Wish) -> Result<Outcome, VerbError> {
+        let _claim = self.claim(Named::Far(fdid))?;
+        self.check_free(fdid)?;
         let (adapter, port) = self.port_to(fdid.node)?;
         let bars = wish.bars.unwrap_or(self.config.policy.bars);
-        check_trust(bars, wish.trust_vmm, port.trust_vmm, &port.name)?;
+        let domain = wish.trust_domain.clone();
+        let domain = domain.unwrap_or_else(|| port.trust_domain.clone());
+        self.check_trust(adapter, bars, wish.trust_vmm, &domain)?;
         let path = self.config.socket_path(&wish.socket);
         let endpoint = Endpoint::bind(&path)
             .map_err(|error| refuse(ErrorCode::Socket, vfio_shim::path::words(&error)))?;
-        let (lease, entry, function) = port
-            .engine
-            .borrow(fdid.bdf, wish.ram)
-            .map_err(|error| from_call(&error))?;
+        let borrowed = port.engine.borrow(fdid.bdf, wish.ram);
+        let (lease, entry, function) = borrowed.map_err(|error| from_call(&error))?;
         let shared = Arc::new(SessionShared::default());
         let worker = self.serve(endpoint, &function, bars, &shared);
         let worker = worker.inspect_err(|_| {
@@ -148,14 +134,51 @@ impl LocalHost {
             bars,
             ram: wish.ram,
             adapter,
+            trust_domain: domain,
             shared,
             lost: None,
             worker: Some(worker),
             engine: Arc::clone(&port.engine),
         };
         let told = told(fdid, &held);
-        state.borrowed.insert(fdid, held);
+        self.state().borrowed.insert(fdid, held);
         Ok(Outcome::Borrowed(Box::new(told)))
+    }
+
+    /// Refuses what is borrowed already, but for a lost lease whose worker has ended.
+    fn check_free(&self, fdid: Fdid) -> Result<(), VerbError> {
+        if fdid.node == self.config.node_id {
+            let text = format!("{fdid} is a function of this very host: give it to a VM by VFIO");
+            return Err(refuse(ErrorCode::NotAllowed, text));
+        }
+        let mut state = self.state();
+        if let Some(held) = state.borrowed.get(&fdid) {
+            if held.worker.is_some() || held.lost.is_none() {
+                let text = format!(
+                    "{fdid} is borrowed here already, at {}: `sublet return {fdid}` first",
+                    held.socket.display()
+                );
+                return Err(refuse(ErrorCode::Taken, text));
+            }
+            state.borrowed.remove(&fdid);
+        }
+        Ok(())
+    }
+
+    fn check_trust(
+        &self,
+        adapter: usize,
+        bars: BarMode,
+        trust_vmm: bool,
+        domain: &str,
+    ) -> Result<(), VerbError> {
+        let state = self.state();
+        let others = state
+            .borrowed
+            .iter()
+            .filter(|(_, held)| held.adapter == adapter);
+        let others = others.map(|(fdid, held)| (*fdid, held.bars, held.trust_domain.as_str()));
+        trust(&self.ports[adapter], others, bars, trust_vmm, domain)
     }
 
     fn serve(
@@ -197,48 +220,78 @@ impl LocalHost {
         })
     }
 
-    pub(super) fn give_back(&self, state: &mut State, fdid: Fdid) -> Result<Outcome, VerbError> {
-        let Some(held) = state.borrowed.get(&fdid) else {
-            let text = format!("{fdid} is not borrowed here: see `sublet status`");
-            return Err(refuse(ErrorCode::NoLease, text));
+    pub(super) fn give_back(&self, fdid: Fdid) -> Result<Outcome, VerbError> {
+        let _claim = self.claim(Named::Far(fdid))?;
+        let held = {
+            let mut state = self.state();
+            let Some(held) = state.borrowed.get(&fdid) else {
+                let text = format!("{fdid} is not borrowed here: see `sublet status`");
+                return Err(refuse(ErrorCode::NoLease, text));
+            };
+            if let (BarMode::Mapped, SessionState::Connected { pid }) =
+                (held.bars, held.shared.state())
+            {
+                let text = format!(
+                    "the VMM (process {pid}) has the NTB's window mapped: end it first, or its \
+                     stores could reach the next tenant"
+                );
+                return Err(refuse(ErrorCode::Busy, text));
+            }
+            state.borrowed.remove(&fdid)
         };
-        if let (BarMode::Mapped, SessionState::Connected { pid }) = (held.bars, held.shared.state())
-        {
-            let text = format!(
-                "the VMM (process {pid}) has the NTB's window mapped: end it first, or its stores \
-                 could reach the next tenant"
-            );
-            return Err(refuse(ErrorCode::Busy, text));
-        }
-        match state.borrowed.remove(&fdid).and_then(Borrowed::end) {
+        match held.and_then(Borrowed::end) {
             None => Ok(Outcome::Done),
             Some(error) => Err(from_call(&error)),
         }
     }
 }
 
-fn check_trust(
+/// A VMM with mapped BARs is as powerful as the port: it must be trusted, and all that goes
+/// through the port must be of its domain, as long as it is there.
+fn trust<'a>(
+    port: &OpenPort,
+    mut others: impl Iterator<Item = (Fdid, BarMode, &'a str)>,
     bars: BarMode,
     trust_vmm: bool,
-    port_is_one_domain: bool,
-    port: &str,
+    domain: &str,
 ) -> Result<(), VerbError> {
-    if bars == BarMode::Trapped || (trust_vmm && port_is_one_domain) {
-        return Ok(());
+    let name = &port.name;
+    let mapped = bars == BarMode::Mapped;
+    if mapped && !trust_vmm {
+        let text = format!(
+            "mapped BARs make the VMM as powerful as port `{name}`: say --trust-vmm if it is to \
+             be, or use --bars trapped"
+        );
+        return Err(refuse(ErrorCode::Trust, text));
     }
-    let text = if trust_vmm {
-        format!(
-            "mapped BARs make the VMM as powerful as port `{port}`, and the configuration does not \
-             say that all its leases are of one trust domain: set trust_vmm = true on the port, or \
-             use --bars trapped"
-        )
-    } else {
-        format!(
-            "mapped BARs make the VMM as powerful as port `{port}`: say --trust-vmm if it is, or \
-             use --bars trapped"
-        )
-    };
-    Err(refuse(ErrorCode::Trust, text))
+    if mapped && !port.trust_vmm {
+        let text = format!(
+            "the configuration lets no VMM have port `{name}`'s window: set trust_vmm = true on \
+             the port, or use --bars trapped"
+        );
+        return Err(refuse(ErrorCode::Trust, text));
+    }
+    if mapped && domain != port.trust_domain {
+        let own = &port.trust_domain;
+        let text = format!(
+            "port `{name}` is of trust domain `{own}`, and a mapped lease of `{domain}` could \
+             reach what is of `{own}`: use --bars trapped"
+        );
+        return Err(refuse(ErrorCode::Trust, text));
+    }
+    let clash =
+        others.find(|(_, held, other)| *other != domain && (mapped || *held == BarMode::Mapped));
+    match clash {
+        None => Ok(()),
+        Some((fdid, _, other)) => {
+            let text = format!(
+                "{fdid} is borrowed through port `{name}` for trust domain `{other}`, and this \
+                 lease is for `{domain}`: with mapped BARs on a port all its leases are of one \
+                 domain. Return {fdid} first, or use --bars trapped for both"
+            );
+            Err(refuse(ErrorCode::Trust, text))
+        }
+    }
 }
 
 fn told(fdid: Fdid, held: &Borrowed) -> Told {

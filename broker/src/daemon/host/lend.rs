@@ -1,6 +1,7 @@
 //! The lender's verbs: which functions of this host are in the pool, and which of them are offered.
 
-use super::{LocalHost, State, refuse};
+use super::claim::Named;
+use super::{LocalHost, refuse};
 use crate::daemon::vocabulary::{ErrorCode, Outcome, VerbError};
 use std::sync::Arc;
 use vfio_shim::model::{Bdf, Function, IrqIndex};
@@ -84,8 +85,10 @@ pub(super) fn from_refusal(refusal: &Refusal) -> VerbError {
 }
 
 impl LocalHost {
-    pub(super) fn add(&self, state: &mut State, bdf: Bdf) -> Result<Outcome, VerbError> {
+    pub(super) fn add(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
+        let _claim = self.claim(Named::Local(bdf))?;
         self.check_lendable(bdf)?;
+        let mut state = self.state();
         let limit = self.config.limits.functions_per_port as usize * self.ports.len().max(1);
         if state.lent.len() >= limit {
             let text = format!(
@@ -121,7 +124,9 @@ impl LocalHost {
             .map_err(|error| from_lend(&error))
     }
 
-    pub(super) fn remove(&self, state: &mut State, bdf: Bdf) -> Result<Outcome, VerbError> {
+    pub(super) fn remove(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
+        let _claim = self.claim(Named::Local(bdf))?;
+        let mut state = self.state();
         match state.lent.get(&bdf) {
             None => Err(not_in_pool(bdf)),
             Some(lent) if lent.offer.is_some() => {
@@ -135,33 +140,47 @@ impl LocalHost {
         }
     }
 
-    pub(super) fn available(&self, state: &mut State, bdf: Bdf) -> Result<Outcome, VerbError> {
-        let lent = state.lent.get_mut(&bdf).ok_or_else(|| not_in_pool(bdf))?;
-        if lent.offer.is_some() {
+    pub(super) fn available(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
+        let _claim = self.claim(Named::Local(bdf))?;
+        if self.offered_at(bdf)?.is_some() {
             return Ok(Outcome::Done);
         }
+        let offer = self.offer(bdf)?;
+        if let Some(lent) = self.state().lent.get_mut(&bdf) {
+            lent.offer = Some(offer);
+        }
+        Ok(Outcome::Done)
+    }
+
+    /// Through which port it is offered, if it is.
+    fn offered_at(&self, bdf: Bdf) -> Result<Option<usize>, VerbError> {
+        let state = self.state();
+        let lent = state.lent.get(&bdf).ok_or_else(|| not_in_pool(bdf))?;
+        Ok(lent.offer.as_ref().map(|offer| offer.port))
+    }
+
+    fn offer(&self, bdf: Bdf) -> Result<Offer, VerbError> {
+        // With several ports a function goes to the first; choosing among them comes with the
+        // verb `connect`.
+        let port = 0;
+        let Some(open) = self.ports.get(port) else {
+            let text = "the configuration has no [[port]]: nothing can be lent";
+            return Err(refuse(ErrorCode::Config, text));
+        };
         self.check_lendable(bdf)?;
         let bind = BindGuard::bind(&self.sysfs, bdf, "vfio-pci", false);
         let bind = bind.map_err(|error| from_bind(&error))?;
         let function = VfioFunction::open(bdf, &self.sysfs).map_err(|error| from_open(&error))?;
         let function = Arc::new(function);
         let entry = self.entry(bdf, &function)?;
-        // One port for now: with several, the peers' ports all get the offer (see ROADMAP).
-        let port = 0;
-        let Some(open) = self.ports.get(port) else {
-            let text = "the configuration has no [[port]]: nothing can be lent";
-            return Err(refuse(ErrorCode::Config, text));
-        };
         let offered: Arc<dyn Function> = function.clone();
-        open.engine
-            .offer(entry, offered)
-            .map_err(|refusal| from_refusal(&refusal))?;
-        lent.offer = Some(Offer {
+        let taken = open.engine.offer(entry, offered);
+        taken.map_err(|refusal| from_refusal(&refusal))?;
+        Ok(Offer {
             port,
             _function: function,
             _bind: bind,
-        });
-        Ok(Outcome::Done)
+        })
     }
 
     fn entry(&self, bdf: Bdf, function: &VfioFunction) -> Result<PoolEntry, VerbError> {
@@ -181,14 +200,18 @@ impl LocalHost {
         })
     }
 
-    pub(super) fn unavailable(&self, state: &mut State, bdf: Bdf) -> Result<Outcome, VerbError> {
-        let lent = state.lent.get_mut(&bdf).ok_or_else(|| not_in_pool(bdf))?;
-        if let Some(offer) = &lent.offer {
-            let engine = &self.ports[offer.port].engine;
-            engine
-                .withdraw(bdf)
-                .map_err(|refusal| from_refusal(&refusal))?;
-            lent.offer = None;
+    pub(super) fn unavailable(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
+        let _claim = self.claim(Named::Local(bdf))?;
+        if let Some(port) = self.offered_at(bdf)? {
+            let withdrawn = self.ports[port].engine.withdraw(bdf);
+            withdrawn.map_err(|refusal| from_refusal(&refusal))?;
+            // Closing a function and giving its driver back can wait: not under the lock.
+            let lent = self
+                .state()
+                .lent
+                .get_mut(&bdf)
+                .and_then(|lent| lent.offer.take());
+            drop(lent);
         }
         Ok(Outcome::Done)
     }

@@ -1,6 +1,7 @@
 //! The host behind the verbs: ports, leases and guest sessions.
 
 mod borrow;
+mod claim;
 mod lend;
 mod port;
 mod report;
@@ -9,11 +10,12 @@ use super::Host;
 use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
 use crate::config::{Config, PortConfig};
 use borrow::Borrowed;
+use claim::Claims;
 use lend::Lent;
 use port::OpenPort;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use vfio_shim::model::{Bdf, Fdid};
 use vfio_shim::path::EngineError;
 use vfio_shim::sysfs::Sysfs;
@@ -43,10 +45,14 @@ pub enum HostError {
     },
 }
 
-/// Everything that the verbs act on. Drop order: guest sessions, then lent functions, then ports.
+/// Everything that the verbs act on. The lock is held for look-ups and changes only; a verb that
+/// waits for a kernel or a peer has a claim instead. Drop order: guest sessions, then lent
+/// functions, then ports.
+#[derive(Default)]
 struct State {
     borrowed: BTreeMap<Fdid, Borrowed>,
     lent: BTreeMap<Bdf, Lent>,
+    claims: Claims,
 }
 
 struct LocalHost {
@@ -54,8 +60,12 @@ struct LocalHost {
     sysfs: Sysfs,
     started: Instant,
     state: Mutex<State>,
+    unclaimed: Condvar,
     ports: Vec<OpenPort>,
 }
+
+/// How long `stop` lets verbs under way end by themselves.
+const STOP_WAIT: Duration = Duration::from_secs(2);
 
 /// Opens the ports and starts their threads.
 pub fn start(config: &Config) -> Result<Arc<dyn Host>, HostError> {
@@ -70,10 +80,8 @@ pub fn start(config: &Config) -> Result<Arc<dyn Host>, HostError> {
         config: config.clone(),
         sysfs,
         started: Instant::now(),
-        state: Mutex::new(State {
-            borrowed: BTreeMap::new(),
-            lent: BTreeMap::new(),
-        }),
+        state: Mutex::default(),
+        unclaimed: Condvar::new(),
         ports,
     }))
 }
@@ -115,43 +123,48 @@ impl LocalHost {
 
 impl Host for LocalHost {
     fn handle(&self, verb: Verb) -> Result<Outcome, VerbError> {
-        let mut state = self.state();
-        borrow::reap(&mut state.borrowed);
+        self.reap();
         match verb {
-            Verb::Add { bdf } => self.add(&mut state, bdf.0),
-            Verb::Remove { bdf } => self.remove(&mut state, bdf.0),
-            Verb::Available { bdf } => self.available(&mut state, bdf.0),
-            Verb::Unavailable { bdf } => self.unavailable(&mut state, bdf.0),
-            Verb::List => self.list(&state),
+            Verb::Add { bdf } => self.add(bdf.0),
+            Verb::Remove { bdf } => self.remove(bdf.0),
+            Verb::Available { bdf } => self.available(bdf.0),
+            Verb::Unavailable { bdf } => self.unavailable(bdf.0),
+            Verb::List => self.list(),
             Verb::Borrow {
                 fdid,
                 socket,
                 ram,
                 bars,
                 trust_vmm,
+                trust_domain,
             } => {
                 let wish = borrow::Wish {
                     socket,
                     ram,
                     bars,
                     trust_vmm,
+                    trust_domain,
                 };
-                self.borrow(&mut state, fdid.0, wish)
+                self.borrow(fdid.0, wish)
             }
-            Verb::Return { fdid } => self.give_back(&mut state, fdid.0),
-            Verb::Status => Ok(Outcome::Status(Box::new(self.report(&state)))),
+            Verb::Return { fdid } => self.give_back(fdid.0),
+            Verb::Status => Ok(Outcome::Status(Box::new(self.report()))),
         }
     }
 
     fn stop(&self) {
-        let mut state = self.state();
-        for borrowed in std::mem::take(&mut state.borrowed).into_values() {
-            borrowed.end();
+        if !self.close_claims(STOP_WAIT) {
+            // A verb waits for a peer or a kernel: ending the sessions ends its waiting.
+            self.ports.iter().for_each(|port| port.engine.stop());
+            self.close_claims(Duration::MAX);
+        }
+        let borrowed = std::mem::take(&mut self.state().borrowed);
+        for held in borrowed.into_values() {
+            held.end();
         }
         // The engines first: they close every path before the functions go back.
-        for port in &self.ports {
-            port.engine.stop();
-        }
-        state.lent.clear();
+        self.ports.iter().for_each(|port| port.engine.stop());
+        let lent = std::mem::take(&mut self.state().lent);
+        drop(lent);
     }
 }

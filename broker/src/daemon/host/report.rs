@@ -2,7 +2,7 @@
 
 use super::borrow::Borrowed;
 use super::port::OpenPort;
-use super::{LocalHost, State, refuse};
+use super::{LocalHost, refuse};
 use crate::daemon::vocabulary::{
     Availability, BdfText, BorrowedStatus, BorrowedVector, DoorbellCounters, ErrorCode, FdidText,
     FunctionDescription, GuestCounters, Hex64, HostStatus, LentStatus, LentVector, LinkState,
@@ -23,8 +23,8 @@ fn availability(state: &OfferState) -> Availability {
 
 impl LocalHost {
     /// The pool: this host's own, and what each peer offers.
-    pub(super) fn list(&self, state: &State) -> Result<Outcome, VerbError> {
-        let mut entries = self.own_pool(state)?;
+    pub(super) fn list(&self) -> Result<Outcome, VerbError> {
+        let mut entries = self.own_pool()?;
         for port in &self.ports {
             let Some(node) = port.peer_node() else {
                 continue;
@@ -52,7 +52,7 @@ impl LocalHost {
         Ok(Outcome::List(entries))
     }
 
-    fn own_pool(&self, state: &State) -> Result<Vec<ListEntry>, VerbError> {
+    fn own_pool(&self) -> Result<Vec<ListEntry>, VerbError> {
         let offers: Vec<_> = self
             .ports
             .iter()
@@ -60,7 +60,8 @@ impl LocalHost {
             .flat_map(|s| s.lent)
             .collect();
         let mut entries = Vec::new();
-        for bdf in state.lent.keys() {
+        let local: Vec<_> = self.state().lent.keys().copied().collect();
+        for bdf in &local {
             let offered = offers.iter().find(|lent| lent.offer.entry.bdf == *bdf);
             let ids = self.sysfs.ids(*bdf);
             let ids = ids.map_err(|error| refuse(ErrorCode::Kernel, error.to_string()))?;
@@ -80,7 +81,7 @@ impl LocalHost {
     }
 
     /// Everything.
-    pub(super) fn report(&self, state: &State) -> HostStatus {
+    pub(super) fn report(&self) -> HostStatus {
         let ports: Vec<_> = self
             .ports
             .iter()
@@ -107,7 +108,8 @@ impl LocalHost {
                 .map(|(port, status)| port_status(port, status.as_ref()))
                 .collect(),
             lent,
-            borrowed: state
+            borrowed: self
+                .state()
                 .borrowed
                 .iter()
                 .map(|(fdid, held)| self.borrowed(*fdid, held))
