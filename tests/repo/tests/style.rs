@@ -7,10 +7,7 @@ const FILE_LINES_MAX: usize = 800;
 const FUNCTION_LINES_MAX: usize = 70;
 
 /// Files over the limit, each with its reason.
-const LONG_FILES: &[(&str, &str)] = &[(
-    "vfio-shim/src/path/borrower.rs",
-    "one state machine, whose steps are read beside each other",
-)];
+const LONG_FILES: &[(&str, &str)] = &[];
 
 /// Functions over the limit, by what stands in their first line, each with its reason.
 const LONG_FUNCTIONS: &[(&str, &str, &str)] = &[

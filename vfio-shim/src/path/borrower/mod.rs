@@ -4,14 +4,19 @@
 //! the mapper. `map` is: slices -> pin -> tell the lender -> answer. `unmap` is: unpin -> answer
 //! (that makes the memory safe) -> tell the lender -> free the slices.
 
-use super::message::{
-    ENTRIES_MAX, LeaseId, MapRange, PoolEntry, RANGES_MAX, Refusal, RemoteFunction, Reply, Request,
-    Secret,
+mod calls;
+mod lease;
+mod maps;
+
+pub use calls::{
+    Answer, BorrowerAction, Call, CallError, GuestMap, OpenedPath, Pin, Slice, Step, Token,
 };
+
+use super::message::{ENTRIES_MAX, LeaseId, MapRange, PoolEntry, Refusal, Reply, Request, Secret};
 use super::plan::{Owner, Rows, SlicePool};
-use crate::model::{Access, Bdf, Span, WindowOffset};
+use crate::model::{Bdf, Span};
+use lease::{Lease, Taken};
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::{os::fd::OwnedFd, sync::Arc};
 
 /// How many functions one port borrows at most.
 pub const LEASES_MAX: usize = 64;
@@ -21,147 +26,6 @@ pub const CALLS_MAX: usize = 256;
 pub const MAPS_MAX: usize = 65_535;
 /// Config space is fetched in pieces of this many bytes.
 const CONFIG_PIECE: u16 = 2048;
-
-/// Names a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Token(pub u64);
-
-/// A piece of guest RAM, and the memory fd behind it.
-#[derive(Clone, Debug)]
-pub struct GuestMap {
-    /// Guest-physical addresses.
-    pub span: Span,
-    /// What the function may do.
-    pub access: Access,
-    /// The memory.
-    pub fd: Arc<OwnedFd>,
-    /// Offset of the first byte in it.
-    pub fd_offset: u64,
-}
-
-/// What a worker or a verb asks for.
-#[derive(Debug)]
-pub enum Call {
-    /// The peer's pool.
-    List,
-    /// Borrow, reserving so many bytes of the window for guest RAM.
-    Borrow(Bdf, Option<u64>),
-    /// Open the path of a lease.
-    Open(LeaseId),
-    /// End a lease; the path is undone first.
-    Return(LeaseId),
-    /// Map guest RAM.
-    Map(LeaseId, Vec<GuestMap>),
-    /// Unmap all that lies within the span.
-    Unmap(LeaseId, Span),
-    /// Anything that the lender does at once.
-    Forward(LeaseId, Request),
-}
-
-/// What a call gave.
-#[derive(Debug)]
-pub enum Answer {
-    /// Done.
-    Done,
-    /// The pool.
-    List(Vec<PoolEntry>),
-    /// A lease.
-    Borrowed(LeaseId, PoolEntry),
-    /// An open path.
-    Opened(Box<OpenedPath>),
-    /// Bytes of a register or of config space.
-    Bytes(Vec<u8>),
-    /// So many bytes were unmapped.
-    Unmapped(u64),
-}
-
-/// What a worker needs to know of an open path.
-#[derive(Clone, Debug)]
-pub struct OpenedPath {
-    /// The function as the lender tells it.
-    pub function: RemoteFunction,
-    /// Its config space as the lender's VFIO shows it.
-    pub config: Vec<u8>,
-}
-
-/// Why a call failed.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum CallError {
-    /// There is no open link session, or it ended.
-    #[error("{0}")]
-    Gone(String),
-    /// The peer, or this side, refused.
-    #[error(transparent)]
-    Refused(#[from] Refusal),
-    /// Mapping these addresses is refused here.
-    #[error("guest memory {0} is mapped already, or would cut a mapping in two")]
-    Overlap(Span),
-    /// Not answered in time.
-    #[error("not answered within {0} ms: the other host is slow or gone")]
-    Timeout(u64),
-    /// The kernel refused to pin.
-    #[error("pinning guest memory failed: {0}")]
-    Pin(String),
-}
-
-/// One piece of guest RAM to be mapped into the port's own container.
-#[derive(Clone, Debug)]
-pub struct Pin {
-    /// Where in the own window.
-    pub offset: WindowOffset,
-    /// The guest RAM.
-    pub map: GuestMap,
-}
-
-/// A slice of the own window: where, and how many bytes.
-pub type Slice = (WindowOffset, u64);
-
-/// What the driver has to do.
-#[derive(Debug)]
-pub enum BorrowerAction {
-    /// Send a request; the reply comes to `reply` with the same step.
-    Send(Step, Request),
-    /// Map into the port's container; all or none; answered by `pinned`.
-    Pin(Step, Vec<Pin>),
-    /// Unmap from the port's container; answered by `pinned`.
-    Unpin(Step, Vec<Slice>),
-    /// Scan these words of the interrupt table for the lease, from zero.
-    Scan(LeaseId, u32, u32),
-    /// Scan them no more.
-    ScanEnd(LeaseId),
-    /// Answer a call.
-    Answer(Token, Result<Answer, CallError>),
-    /// The lease is over: its worker reads ones from now on.
-    Lost(LeaseId, String),
-}
-
-/// Names a step under way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Step(pub u64);
-
-#[derive(Clone, Debug)]
-struct Mapped {
-    offset: WindowOffset,
-    len: u64,
-    access: Access,
-    live: bool,
-}
-
-struct Lease {
-    bdf: Bdf,
-    secret: Secret,
-    irq_count: u32,
-    closing: bool,
-    maps: BTreeMap<u64, Mapped>,
-    /// Unmapped here, not told to the lender yet; one message of them is under way at a time.
-    untold: VecDeque<Taken>,
-    telling: bool,
-    /// Maps that are pinned and wait for that, so that the lender hears all in order.
-    pinned: VecDeque<(Option<Token>, Vec<u64>)>,
-}
-
-/// A mapping that was taken out: its guest-physical addresses and its slice.
-type Taken = (Span, Slice);
 
 enum Op {
     List {
@@ -340,56 +204,6 @@ impl Borrower {
         Ok(vec![BorrowerAction::Unpin(step, taken)])
     }
 
-    fn map(
-        &mut self,
-        token: Token,
-        lease: LeaseId,
-        maps: Vec<GuestMap>,
-        pool: &mut SlicePool,
-    ) -> Result<Actions, CallError> {
-        let held = self.held(lease)?;
-        held.check_new(&maps)?;
-        let mut pins = Vec::with_capacity(maps.len());
-        let mut starts = Vec::with_capacity(maps.len());
-        // The large ones first: they have the most to gain from an offset that agrees with the
-        // guest-physical address modulo 1 GiB.
-        let mut order: Vec<GuestMap> = maps;
-        order.sort_by_key(|map| std::cmp::Reverse(map.span.len()));
-        for map in order {
-            let (start, len, access) = (map.span.start(), map.span.len(), map.access);
-            let offset = match pool.allocate_ram(Owner::Borrowed(lease), map.span) {
-                Ok(offset) => offset,
-                Err(refusal) => {
-                    held.forget(&starts, lease, pool);
-                    return Err(refusal.into());
-                }
-            };
-            held.maps.insert(
-                start,
-                Mapped {
-                    offset,
-                    len,
-                    access,
-                    live: false,
-                },
-            );
-            starts.push(start);
-            pins.push(Pin { offset, map });
-        }
-        let step = self.step(Some(token), Op::MapPin { lease, starts });
-        Ok(vec![BorrowerAction::Pin(step, pins)])
-    }
-
-    fn unmap(&mut self, token: Token, lease: LeaseId, span: Span) -> Result<Actions, CallError> {
-        let taken = self.held(lease)?.take_within(span)?;
-        if taken.is_empty() {
-            return Ok(answer(Some(token), Ok(Answer::Unmapped(0))));
-        }
-        let slices = taken.iter().map(|(_, slice)| *slice).collect();
-        let step = self.step(Some(token), Op::Unpin { lease, taken });
-        Ok(vec![BorrowerAction::Unpin(step, slices)])
-    }
-
     /// The mapper has pinned or unpinned.
     pub fn pinned(
         &mut self,
@@ -440,81 +254,6 @@ impl Borrower {
             }
             (_, result) => answer(token, result.map(|()| Answer::Done)),
         }
-    }
-
-    /// The next thing that the lender has to hear of a lease: unmaps first, as many as one message
-    /// takes, then the maps that waited for them.
-    fn tell_next(&mut self, lease: LeaseId) -> Actions {
-        let Some(held) = self.leases.get_mut(&lease) else {
-            return Vec::new();
-        };
-        if held.telling {
-            return Vec::new();
-        }
-        if held.untold.is_empty() {
-            let pinned = std::mem::take(&mut held.pinned);
-            let tell = |(token, starts)| self.tell_map(token, lease, starts);
-            return pinned.into_iter().flat_map(tell).collect();
-        }
-        held.telling = true;
-        let count = held.untold.len().min(RANGES_MAX);
-        let (spans, freed) = held.untold.drain(..count).unzip();
-        self.send(
-            None,
-            Op::UnmapTell { lease, freed },
-            Request::Unmap { lease, spans },
-        )
-    }
-
-    fn unmap_told(&mut self, lease: LeaseId, freed: Vec<Slice>, pool: &mut SlicePool) -> Actions {
-        for (offset, _) in freed {
-            pool.free(Owner::Borrowed(lease), offset);
-        }
-        if let Some(held) = self.leases.get_mut(&lease) {
-            held.telling = false;
-        }
-        self.tell_next(lease)
-    }
-
-    fn tell(&mut self, token: Option<Token>, lease: LeaseId, starts: Vec<u64>) -> Actions {
-        match self.leases.get_mut(&lease) {
-            Some(held) => held.pinned.push_back((token, starts)),
-            None => return answer(token, Err(CallError::Gone("the lease is over".into()))),
-        }
-        self.tell_next(lease)
-    }
-
-    fn tell_map(&mut self, token: Option<Token>, lease: LeaseId, starts: Vec<u64>) -> Actions {
-        let Some(held) = self.leases.get_mut(&lease) else {
-            return answer(token, Err(CallError::Gone("the lease is over".into())));
-        };
-        let mut sorted = starts.clone();
-        sorted.sort_unstable();
-        let range = |start: &u64| {
-            let map = held.maps.get(start)?;
-            let span = Span::new(*start, map.len)?;
-            Some(MapRange {
-                span,
-                offset: map.offset,
-                access: map.access,
-            })
-        };
-        let ranges: Vec<MapRange> = sorted.iter().filter_map(range).collect();
-        let mut rest: VecDeque<Vec<MapRange>> = ranges
-            .chunks(RANGES_MAX)
-            .map(<[MapRange]>::to_vec)
-            .collect();
-        let Some(ranges) = rest.pop_front() else {
-            return answer(token, Ok(Answer::Done));
-        };
-        let told = ranges.iter().map(|range| range.span).collect();
-        let op = Op::MapTell {
-            lease,
-            starts,
-            rest,
-            told,
-        };
-        self.send(token, op, Request::Map { lease, ranges })
     }
 
     /// The peer has answered.
@@ -604,16 +343,7 @@ impl Borrower {
         (lease, secret, entry): (LeaseId, Secret, PoolEntry),
         pool: &mut SlicePool,
     ) -> Actions {
-        let held = Lease {
-            bdf: entry.bdf,
-            secret,
-            irq_count: entry.irq_count,
-            closing: false,
-            maps: BTreeMap::new(),
-            untold: VecDeque::new(),
-            telling: false,
-            pinned: VecDeque::new(),
-        };
+        let held = Lease::new(entry.bdf, secret, entry.irq_count);
         self.leases.insert(lease, held);
         let reserved = ram.map_or(Ok(()), |bytes| pool.reserve(Owner::Borrowed(lease), bytes));
         match reserved {
@@ -641,74 +371,6 @@ impl Borrower {
             len,
         };
         self.send(token, Op::Config { lease, opened }, request)
-    }
-
-    fn map_told(
-        &mut self,
-        token: Option<Token>,
-        lease: LeaseId,
-        (starts, mut rest, mut told): (Vec<u64>, VecDeque<Vec<MapRange>>, Vec<Span>),
-        result: Result<Reply, Refusal>,
-    ) -> Actions {
-        let Some(held) = self.leases.get_mut(&lease) else {
-            return answer(token, Err(CallError::Gone("the lease is over".into())));
-        };
-        // What was unmapped meanwhile must not be told any more: its slice may be given anew.
-        for ranges in &mut rest {
-            let still = |range: &MapRange| {
-                held.maps
-                    .get(&range.span.start())
-                    .is_some_and(|map| map.offset == range.offset)
-            };
-            ranges.retain(still);
-        }
-        rest.retain(|ranges| !ranges.is_empty());
-        match result {
-            Ok(_) => match rest.pop_front() {
-                None => {
-                    for start in &starts {
-                        if let Some(map) = held.maps.get_mut(start) {
-                            map.live = true;
-                        }
-                    }
-                    answer(token, Ok(Answer::Done))
-                }
-                Some(ranges) => {
-                    told.extend(ranges.iter().map(|range| range.span));
-                    let op = Op::MapTell {
-                        lease,
-                        starts,
-                        rest,
-                        told,
-                    };
-                    self.send(token, op, Request::Map { lease, ranges })
-                }
-            },
-            Err(refusal) => {
-                let last = RANGES_MAX.min(told.len());
-                told.truncate(told.len() - last);
-                let offsets = held.offsets_of(&starts);
-                let cause = CallError::Refused(refusal);
-                let mut actions = Vec::new();
-                for spans in told.chunks(RANGES_MAX) {
-                    let request = Request::Unmap {
-                        lease,
-                        spans: spans.to_vec(),
-                    };
-                    actions.extend(self.send(None, Op::Forward, request));
-                }
-                let step = self.step(
-                    token,
-                    Op::MapUndo {
-                        lease,
-                        starts,
-                        cause,
-                    },
-                );
-                actions.push(BorrowerAction::Unpin(step, offsets));
-                actions
-            }
-        }
     }
 
     fn returned(
@@ -783,60 +445,5 @@ impl Op {
                 | Self::RevokedUnpin { .. }
                 | Self::SessionUnpin
         )
-    }
-}
-
-impl Lease {
-    fn check_new(&self, maps: &[GuestMap]) -> Result<(), CallError> {
-        if self.maps.len() + maps.len() > MAPS_MAX {
-            let text = format!("a guest has at most {MAPS_MAX} mappings: give it larger pages");
-            return Err(CallError::Gone(text));
-        }
-        for map in maps {
-            let before = self.maps.range(..map.span.end()).next_back();
-            if before.is_some_and(|(start, old)| start + old.len > map.span.start()) {
-                return Err(CallError::Overlap(map.span));
-            }
-        }
-        Ok(())
-    }
-
-    fn forget(&mut self, starts: &[u64], lease: LeaseId, pool: &mut SlicePool) {
-        for start in starts {
-            if let Some(map) = self.maps.remove(start) {
-                pool.free(Owner::Borrowed(lease), map.offset);
-            }
-        }
-    }
-
-    fn offsets_of(&self, starts: &[u64]) -> Vec<Slice> {
-        let maps = starts.iter().filter_map(|start| self.maps.get(start));
-        maps.map(|map| (map.offset, map.len)).collect()
-    }
-
-    /// Takes all mappings that lie whole within `span`; a cut one is an error and nothing is taken.
-    fn take_within(&mut self, span: Span) -> Result<Vec<Taken>, CallError> {
-        let before = self.maps.range(..span.start()).next_back();
-        let from = before.map_or(span.start(), |(start, _)| *start);
-        let mut taken = Vec::new();
-        for (start, map) in self.maps.range(from..span.end()) {
-            let held = Span::new(*start, map.len).filter(|held| held.overlaps(span));
-            match held {
-                None => {}
-                Some(held) if span.contains(held) => taken.push((held, (map.offset, map.len))),
-                Some(_) => return Err(CallError::Overlap(span)),
-            }
-        }
-        for (held, _) in &taken {
-            self.maps.remove(&held.start());
-        }
-        Ok(taken)
-    }
-
-    fn take_all(&mut self) -> Vec<Slice> {
-        std::mem::take(&mut self.maps)
-            .into_values()
-            .map(|map| (map.offset, map.len))
-            .collect()
     }
 }

@@ -1,0 +1,99 @@
+//! One lease that is held: its mappings of guest RAM, and what the lender has not been told yet.
+
+use super::{CallError, GuestMap, MAPS_MAX, Slice, Token};
+use crate::model::{Access, Bdf, Span, WindowOffset};
+use crate::path::message::{LeaseId, Secret};
+use crate::path::plan::{Owner, SlicePool};
+use std::collections::{BTreeMap, VecDeque};
+
+#[derive(Clone, Debug)]
+pub(super) struct Mapped {
+    pub(super) offset: WindowOffset,
+    pub(super) len: u64,
+    pub(super) access: Access,
+    pub(super) live: bool,
+}
+
+pub(super) struct Lease {
+    pub(super) bdf: Bdf,
+    pub(super) secret: Secret,
+    pub(super) irq_count: u32,
+    pub(super) closing: bool,
+    pub(super) maps: BTreeMap<u64, Mapped>,
+    /// Unmapped here, not told to the lender yet; one message of them is under way at a time.
+    pub(super) untold: VecDeque<Taken>,
+    pub(super) telling: bool,
+    /// Maps that are pinned and wait for that, so that the lender hears all in order.
+    pub(super) pinned: VecDeque<(Option<Token>, Vec<u64>)>,
+}
+
+/// A mapping that was taken out: its guest-physical addresses and its slice.
+pub(super) type Taken = (Span, Slice);
+
+impl Lease {
+    pub(super) fn new(bdf: Bdf, secret: Secret, irq_count: u32) -> Self {
+        Self {
+            bdf,
+            secret,
+            irq_count,
+            closing: false,
+            maps: BTreeMap::new(),
+            untold: VecDeque::new(),
+            telling: false,
+            pinned: VecDeque::new(),
+        }
+    }
+
+    pub(super) fn check_new(&self, maps: &[GuestMap]) -> Result<(), CallError> {
+        if self.maps.len() + maps.len() > MAPS_MAX {
+            let text = format!("a guest has at most {MAPS_MAX} mappings: give it larger pages");
+            return Err(CallError::Gone(text));
+        }
+        for map in maps {
+            let before = self.maps.range(..map.span.end()).next_back();
+            if before.is_some_and(|(start, old)| start + old.len > map.span.start()) {
+                return Err(CallError::Overlap(map.span));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn forget(&mut self, starts: &[u64], lease: LeaseId, pool: &mut SlicePool) {
+        for start in starts {
+            if let Some(map) = self.maps.remove(start) {
+                pool.free(Owner::Borrowed(lease), map.offset);
+            }
+        }
+    }
+
+    pub(super) fn offsets_of(&self, starts: &[u64]) -> Vec<Slice> {
+        let maps = starts.iter().filter_map(|start| self.maps.get(start));
+        maps.map(|map| (map.offset, map.len)).collect()
+    }
+
+    /// Takes all mappings that lie whole within `span`; a cut one is an error and nothing is taken.
+    pub(super) fn take_within(&mut self, span: Span) -> Result<Vec<Taken>, CallError> {
+        let before = self.maps.range(..span.start()).next_back();
+        let from = before.map_or(span.start(), |(start, _)| *start);
+        let mut taken = Vec::new();
+        for (start, map) in self.maps.range(from..span.end()) {
+            let held = Span::new(*start, map.len).filter(|held| held.overlaps(span));
+            match held {
+                None => {}
+                Some(held) if span.contains(held) => taken.push((held, (map.offset, map.len))),
+                Some(_) => return Err(CallError::Overlap(span)),
+            }
+        }
+        for (held, _) in &taken {
+            self.maps.remove(&held.start());
+        }
+        Ok(taken)
+    }
+
+    pub(super) fn take_all(&mut self) -> Vec<Slice> {
+        std::mem::take(&mut self.maps)
+            .into_values()
+            .map(|map| (map.offset, map.len))
+            .collect()
+    }
+}
