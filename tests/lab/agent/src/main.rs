@@ -18,7 +18,7 @@ const USAGE: &str = "usage: lab-agent COMMAND
   serve PORT                        answer the runner on this character device
   nvme-virt-mgmt DEV ACTION RESOURCE CONTROLLER COUNT
   nvme-user BDF registers           of a function without a driver, as JSON
-  nvme-user BDF pattern ADDR        disable it and leave this in ASQ
+  nvme-user BDF leave PATTERN       leave it enabled, with this in its interrupt mask
   nvme-user BDF write|read [ADDR]   the controller's DMA at an address, or in its own page
   devmem read PHYS BYTES            32-bit reads, as hex words
   devmem write PHYS VALUE           one 32-bit write
@@ -54,7 +54,9 @@ fn run(words: &[&str]) -> Result<()> {
             Ok(())
         }
         ["nvme-user", bdf, "registers"] => nvme_user::print_registers(bdf),
-        ["nvme-user", bdf, "pattern", address] => nvme_user::leave_pattern(bdf, number(address)?),
+        ["nvme-user", bdf, "leave", pattern] => {
+            nvme_user::leave_running(bdf, number(pattern)? as u32)
+        }
         ["nvme-user", bdf, direction, address @ ..] => {
             let direction = match *direction {
                 "write" => Direction::Write,

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 /// NVMe Base Specification 2.0, 3.1.3: controller properties.
 const VS: usize = 0x08;
+const INTMS: usize = 0x0c;
 const CC: usize = 0x14;
 const CSTS: usize = 0x1c;
 const AQA: usize = 0x24;
@@ -188,23 +189,33 @@ pub fn print_registers(bdf: &str) -> Result<()> {
     let registers = Registers::map(bdf, COMMAND_MEMORY)?;
     std::thread::sleep(SETTLE);
     let word = |offset| registers.read(offset);
-    let wide = |offset| u64::from(word(offset)) | u64::from(word(offset + 4)) << 32;
+    let asq = u64::from(word(ASQ)) | u64::from(word(ASQ + 4)) << 32;
     let report = serde_json::json!({
-        "vs": word(VS), "cc": word(CC), "csts": word(CSTS), "aqa": word(AQA), "asq": wide(ASQ), "acq": wide(ACQ),
+        "vs": word(VS), "intms": word(INTMS), "cc": word(CC), "csts": word(CSTS),
+        "aqa": word(AQA), "asq": asq,
     });
     println!("{report}");
     Ok(())
 }
 
-/// Disables the controller and leaves this address in ASQ, for a reset to remove.
-pub fn leave_pattern(bdf: &str, pattern: u64) -> Result<()> {
-    let registers = Registers::map(bdf, COMMAND_MEMORY)?;
+/// Leaves the controller enabled, with a pattern in its interrupt mask, for a reset to undo.
+pub fn leave_running(bdf: &str, pattern: u32) -> Result<()> {
+    let registers = Registers::map(bdf, COMMAND_MEMORY | COMMAND_MASTER)?;
+    let page = DmaPage::new()?;
     std::thread::sleep(SETTLE);
+    enable(&registers, &page)?;
+    registers.write(INTMS, pattern);
+    Ok(())
+}
+
+fn enable(registers: &Registers, page: &DmaPage) -> Result<()> {
     registers.write(CC, 0);
     registers.wait_ready(0)?;
     registers.write(AQA, (ENTRIES - 1) << 16 | (ENTRIES - 1));
-    registers.write_address(ASQ, pattern);
-    Ok(())
+    registers.write_address(ASQ, page.address);
+    registers.write_address(ACQ, page.address + COMPLETION_OFFSET as u64);
+    registers.write(CC, CC_ENABLE);
+    registers.wait_ready(CSTS_READY)
 }
 
 /// Has the controller do one DMA at the address (or in our own page when none is given) and prints
@@ -213,13 +224,7 @@ pub fn dma(bdf: &str, direction: Direction, target: Option<u64>) -> Result<()> {
     let registers = Registers::map(bdf, COMMAND_MEMORY | COMMAND_MASTER)?;
     let page = DmaPage::new()?;
     std::thread::sleep(SETTLE);
-    registers.write(CC, 0);
-    registers.wait_ready(0)?;
-    registers.write(AQA, (ENTRIES - 1) << 16 | (ENTRIES - 1));
-    registers.write_address(ASQ, page.address);
-    registers.write_address(ACQ, page.address + COMPLETION_OFFSET as u64);
-    registers.write(CC, CC_ENABLE);
-    registers.wait_ready(CSTS_READY)?;
+    enable(&registers, &page)?;
     let own = page.address + BUFFER_OFFSET as u64;
     let target = target.unwrap_or(own);
     submit(&registers, &page, direction, target);

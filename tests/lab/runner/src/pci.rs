@@ -2,7 +2,8 @@
 
 use crate::agent::Agent;
 use crate::host::PF_BDF;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
 use std::time::Duration;
 
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(20);
@@ -102,9 +103,13 @@ pub fn bar_address(agent: &Agent, bdf: &str, bar: usize) -> Result<u64> {
     start.with_context(|| format!("no BAR {bar} of {bdf} in: {text}"))
 }
 
-/// What an NVMe reset puts back to zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Properties of an NVMe controller (NVMe Base Specification 2.0, 3.1.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub struct NvmeRegisters {
+    /// Version: never zero, so that a function that does not answer is not taken for one reset.
+    pub vs: u32,
+    /// Interrupt mask.
+    pub intms: u32,
     /// Controller configuration.
     pub cc: u32,
     /// Controller status.
@@ -115,13 +120,20 @@ pub struct NvmeRegisters {
     pub asq: u64,
 }
 
-/// After a reset.
-pub const NVME_RESET: NvmeRegisters = NvmeRegisters {
-    cc: 0,
-    csts: 0,
-    aqa: 0,
-    asq: 0,
-};
+impl NvmeRegisters {
+    /// Fails unless the controller is as after a function level reset. QEMU's leaves AQA and ASQ
+    /// as they are at every reset (tried with 11.1.3: `pattern; echo 1 > reset; read`), so they
+    /// cannot tell anything here.
+    pub fn ensure_reset(&self) -> Result<()> {
+        ensure!(
+            self.vs != 0 && self.vs != u32::MAX,
+            "the function does not answer: {self:x?}"
+        );
+        let reset = (self.intms, self.cc, self.csts) == (0, 0, 0);
+        ensure!(reset, "left behind: {self:x?}");
+        Ok(())
+    }
+}
 
 /// Reads them through /dev/mem, past whichever driver has the function.
 pub fn nvme_registers(agent: &Agent, bdf: &str) -> Result<NvmeRegisters> {
@@ -129,9 +141,10 @@ pub fn nvme_registers(agent: &Agent, bdf: &str) -> Result<NvmeRegisters> {
     let text = agent.run(&["lab-agent", "devmem", "read", &base, "0x30"])?;
     let words = text.lines().map(|hex| u32::from_str_radix(hex, 16));
     let words: Vec<u32> = words.collect::<Result<_, _>>().context("no hex words")?;
-    // NVMe Base Specification 2.0, 3.1.3: byte offsets of the properties.
     let word = |offset: usize| words.get(offset / 4).copied().context("too few words");
     Ok(NvmeRegisters {
+        vs: word(0x08)?,
+        intms: word(0x0c)?,
         cc: word(0x14)?,
         csts: word(0x1c)?,
         aqa: word(0x24)?,
