@@ -18,6 +18,7 @@ const CONTROL: &str = "/run/sublet/control.sock";
 const SIGTERM: i32 = 15;
 const END_TIMEOUT: Duration = Duration::from_secs(20);
 const LINK_TIMEOUT: Duration = Duration::from_secs(30);
+const VERB_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(200);
 
 /// A daemon on one host.
@@ -63,6 +64,19 @@ impl Daemon {
         let mut argv = vec![self.program.as_str()];
         argv.extend(words);
         self.agent.try_run(&argv, &[], timeout)
+    }
+
+    /// Runs a verb that must be refused with this code; the words of the refusal.
+    pub fn refusal(&self, code: &str, words: &[&str]) -> Result<String> {
+        let mut argv = vec!["--json"];
+        argv.extend(words);
+        let output = self.try_verb(&argv, VERB_TIMEOUT)?;
+        let answer: Value = serde_json::from_str(&output.stdout)
+            .with_context(|| format!("no JSON: {} {}", output.stdout, output.stderr))?;
+        let error = &answer["error"];
+        ensure!(error["code"] == code, "not refused as {code}: {answer}");
+        ensure!(output.code != Some(0), "refused, and yet with exit code 0");
+        Ok(error["text"].as_str().unwrap_or_default().to_owned())
     }
 
     /// What it says of itself, counters included.

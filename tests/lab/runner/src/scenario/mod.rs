@@ -1,10 +1,12 @@
 //! The scenarios, one file each.
 
+mod flap;
 mod hosts;
 mod isolation;
 mod ntb_drivers;
 mod nvme;
 mod reboot;
+mod refusals;
 mod steps;
 
 use crate::check::Checks;
@@ -34,4 +36,7 @@ pub const ALL: &[Scenario] = &[
     nvme::MAPPED,
     isolation::SCENARIO,
     reboot::SCENARIO,
+    flap::SCENARIO,
+    refusals::SCENARIO,
+    nvme::OTHER_NTB,
 ];

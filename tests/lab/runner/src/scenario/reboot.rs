@@ -1,7 +1,7 @@
 //! Scenario `reboot`: a function that comes to the next guest session bears no trace of the last.
 
 use super::Scenario;
-use super::steps::{self, ATTACH_CHECKS, DETACH_CHECKS, SOCKET};
+use super::steps::{self, ATTACH_CHECKS, DETACH_CHECKS, SOCKET, Setup};
 use crate::agent::Agent;
 use crate::check::Checks;
 use crate::guest::{Guest, GuestSpec, Machine};
@@ -15,7 +15,7 @@ use std::time::Duration;
 pub const SCENARIO: Scenario = Scenario {
     name: "reboot",
     checks: ATTACH_CHECKS + 6 + DETACH_CHECKS,
-    gate: false,
+    gate: true,
     deadline: Duration::from_secs(420),
     run,
 };
@@ -41,7 +41,7 @@ fn spec(name: &str, lab: &Lab) -> Result<GuestSpec> {
 }
 
 fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
-    let mut attached = steps::attach(lab, checks, &[], spec("g", lab)?)?;
+    let mut attached = steps::attach(lab, checks, &Setup::default(), spec("g", lab)?)?;
     let host_a = attached.pair.a.agent.clone();
     checks.check("a controller left running is seen by host a", || {
         leave_running(&attached.guest, &host_a)

@@ -42,14 +42,23 @@ pub struct Attached {
     pub pair: Pair,
 }
 
+/// What scenarios do differently on their way to an attached guest.
+#[derive(Default)]
+pub struct Setup<'a> {
+    /// Options of the NTB model.
+    pub model: &'a [&'a str],
+    /// Flags of `sublet borrow`.
+    pub borrow: &'a [&'a str],
+}
+
 /// Goes all the way to a guest whose driver has found its namespace.
 pub fn attach(
     lab: &Lab,
     checks: &mut Checks,
-    borrow_flags: &[&str],
+    setup: &Setup<'_>,
     spec: GuestSpec,
 ) -> Result<Attached> {
-    let ntb = lab.ntb(&[])?;
+    let ntb = lab.ntb(setup.model)?;
     let mut pair = None;
     checks.must("both hosts boot", || {
         pair = Some(lab.boot_pair(Some(ntb))?);
@@ -71,13 +80,11 @@ pub fn attach(
     })?;
     let idle = pair.snapshot()?;
     checks.must("host b borrows it", || {
-        lending.borrow(&fdid, SOCKET, borrow_flags)
+        lending.borrow(&fdid, SOCKET, setup.borrow)
     })?;
     let mut guest = None;
     checks.must("a guest with the stock driver finds its namespace", || {
-        let booted = lab.boot_guest(&spec.device(SOCKET), &pair.b)?;
-        wait_namespace(&booted.agent)?;
-        guest = Some(booted);
+        guest = Some(boot(lab, &pair, spec)?);
         Ok("")
     })?;
     Ok(Attached {
@@ -137,4 +144,11 @@ pub fn write_and_read_back(agent: &Agent, bytes: u64) -> Result<String> {
     let read = dio(agent, "read", bytes, None)?;
     ensure!(written == read, "wrote {written}, read {read}");
     Ok(written)
+}
+
+/// A guest on the borrowed function: boots, finds its namespace.
+pub fn boot(lab: &Lab, pair: &Pair, spec: GuestSpec) -> Result<Guest> {
+    let guest = lab.boot_guest(&spec.device(SOCKET), &pair.b)?;
+    wait_namespace(&guest.agent)?;
+    Ok(guest)
 }
