@@ -146,7 +146,12 @@ impl Guest {
             agent: host.agent.beyond(&paths.agent),
             pid,
             host: host.agent.clone(),
-            sockets: vec![paths.agent, paths.control],
+            // cloud-hypervisor leaves the lock of its control socket behind.
+            sockets: vec![
+                paths.agent,
+                format!("{}.lock", paths.control),
+                paths.control,
+            ],
             dir: host.dir.clone(),
         })
     }
@@ -173,9 +178,11 @@ impl Guest {
         }
     }
 
-    /// The guest's kernel log.
-    pub fn dmesg(&self) -> Result<String> {
-        self.agent.run(&["dmesg"])
+    /// Lines of the guest's kernel log that match an extended expression, in either case. A serial
+    /// line takes half a minute for all of the log.
+    pub fn dmesg(&self, expression: &str) -> Result<String> {
+        let filtered = format!("dmesg | grep -iE '{expression}' || true");
+        self.agent.sh(&filtered)
     }
 
     /// Powers it off and waits for the VMM's end.
