@@ -127,8 +127,13 @@ impl Built {
 fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     let built = Built::find(&lab.cache)?;
     for (index, variation) in VARIATIONS.iter().enumerate() {
-        println!("device: {}", variation.name);
         let ntb = lab.ntb(variation.options)?;
+        let device = if ntb.is_model() {
+            variation.name
+        } else {
+            "a foreign NTB, as it is"
+        };
+        println!("device: {device}");
         let a = built.host("a", &lab.cache)?.ntb(&ntb.socket_a);
         let b = built.host("b", &lab.cache)?.ntb(&ntb.socket_b);
         let mut pair = None;
