@@ -155,7 +155,11 @@ pub(super) fn store_before_a_bell_is_there_when_the_bell_is_taken<P: NtbPort>(po
     ports.1.doorbell_unmask_only(1);
     ports.1.doorbell_take();
     for round in 1..=1000 {
-        store(&*ports.0.window(0), 0, round);
+        let window = ports.0.window(0);
+        store(&*window, 0, round);
+        if !ports.0.info().doorbell_ordered {
+            load(&*window, 0);
+        }
         ports.0.peer_doorbell_ring(1);
         assert_eq!(ports.1.doorbell_take(), 1);
         assert_eq!(load(&ram.memory, 0), round);

@@ -3,17 +3,25 @@
 //! ```text
 //! SoftFunction -> SoftSpace -> outbound window == SoftLink == inbound window -> SoftSpace -> memfd
 //! ```
-//! It keeps the promises of Intel's gen4 parts (NTB.md): all ones and dropped stores while the
-//! link is down or past a limit, bells behind stores, a bell that finds its bit set is silent.
+//! A [`FaultPlan`] makes it break, on purpose and again in the same way; without one it
+//! keeps the promises of Intel's gen4 parts (NTB.md): all ones and dropped stores while the link
+//! is down or past a limit, bells behind stores, a bell that finds its bit set is silent.
 
+mod armed;
+mod egress;
+mod fault;
 mod function;
+mod host;
 mod link;
 mod port;
 mod registers;
 mod space;
+mod window;
 
+pub use fault::{CHANCE_ONE, Fault, FaultDice, FaultPlan, Operation};
 pub use function::SoftFunction;
-pub use link::{SoftLink, SoftPortConfig};
+pub use host::SoftHost;
+pub use link::{SoftLink, SoftPortConfig, StoresAreOrdered};
 pub use port::SoftPort;
 pub use registers::{
     COMPLETED, DESTINATION, DOORBELL, IDENT, IDENT_VALUE, LENGTH, SCRATCH, SOURCE, STATUS,
@@ -21,5 +29,7 @@ pub use registers::{
 };
 pub use space::{FAULTS_MAX, SoftFault, SoftSpace};
 
+#[cfg(test)]
+mod fault_tests;
 #[cfg(test)]
 mod tests;

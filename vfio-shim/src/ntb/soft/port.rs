@@ -1,7 +1,8 @@
 //! A soft port: one end of a soft link as the rest of this crate sees an NTB.
 
 use super::SoftSpace;
-use super::link::{DOORBELLS, Fabric, Half, LINK_BIT, SPADS, Window};
+use super::link::{DOORBELLS, Fabric, Half, LINK_BIT, SPADS};
+use super::window::Window;
 use crate::model::{AddressSpace, Aperture, PortIova};
 use crate::ntb::{NtbPort, PortError, PortInfo};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -23,7 +24,7 @@ impl SoftPort {
             window_bytes: fabric.window_bytes[side],
             doorbell_count: DOORBELLS,
             spad_count: SPADS as u32,
-            doorbell_ordered: true,
+            doorbell_ordered: fabric.doorbell_ordered,
         };
         Self { fabric, side, info }
     }
@@ -41,6 +42,7 @@ impl SoftPort {
     }
 
     fn half<T>(&self, act: impl FnOnce(&mut Half) -> T) -> T {
+        self.fabric.tick(self.side);
         self.fabric.with_half(self.side, act)
     }
 }
@@ -55,6 +57,7 @@ impl NtbPort for SoftPort {
     }
 
     fn link_is_up(&self) -> bool {
+        self.fabric.tick(self.side);
         self.fabric.is_up()
     }
 
@@ -80,11 +83,7 @@ impl NtbPort for SoftPort {
     }
 
     fn window(&self, index: usize) -> Arc<dyn Aperture> {
-        Arc::new(Window {
-            fabric: Arc::clone(&self.fabric),
-            side: self.side,
-            index: index.min(1),
-        })
+        Arc::new(Window::new(Arc::clone(&self.fabric), self.side, index))
     }
 
     fn spad_read(&self, index: u32) -> u32 {
@@ -97,9 +96,9 @@ impl NtbPort for SoftPort {
     }
 
     fn peer_spad_write(&self, index: u32, value: u32) {
-        let side = self.side;
+        self.fabric.tick(self.side);
         self.fabric
-            .with_far_half(side, |half| write_spad(half, index, value));
+            .with_far_half(self.side, |half| write_spad(half, index, value));
     }
 
     fn doorbell_unmask_only(&self, bits: u64) {
@@ -107,9 +106,8 @@ impl NtbPort for SoftPort {
     }
 
     fn peer_doorbell_ring(&self, bits: u64) {
-        let bits = bits & (LINK_BIT - 1);
-        self.fabric
-            .with_far_half(self.side, |half| half.pending |= bits);
+        self.fabric.tick(self.side);
+        self.fabric.ring(self.side, bits & (LINK_BIT - 1));
     }
 
     fn doorbell_take(&self) -> u64 {
@@ -121,6 +119,7 @@ impl NtbPort for SoftPort {
     }
 
     fn address_space(&self) -> &dyn AddressSpace {
+        self.fabric.hosts[self.side].act();
         &*self.fabric.spaces[self.side]
     }
 

@@ -1,8 +1,11 @@
 //! A soft IOMMU: translates, checks permissions, and records each access that it refuses.
 
+use super::armed::Armed;
+use super::fault::{Fault, FaultPlan, Operation};
 use crate::model::{Access, AddressSpace, Aperture, DmaMap, MapError, Memory, Span};
 use crate::vfio::MappedAperture;
 use rustix::io::Errno;
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -16,6 +19,32 @@ const PAGE: u64 = 4096;
 const MSI_START: u64 = 0xfee0_0000;
 const MSI_END: u64 = 0xfef0_0000;
 const ADDRESS_END: u64 = 1 << 48;
+
+thread_local! {
+    /// How many accesses of devices this thread is inside of.
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Whether this thread is inside a device's access. Only devices go through a soft IOMMU, so all
+/// that happens beneath one is hardware, which goes on when a host's software stands still.
+pub(super) fn in_hardware() -> bool {
+    DEPTH.get() != 0
+}
+
+struct InHardware;
+
+impl InHardware {
+    fn enter() -> Self {
+        DEPTH.set(DEPTH.get() + 1);
+        Self
+    }
+}
+
+impl Drop for InHardware {
+    fn drop(&mut self) {
+        DEPTH.set(DEPTH.get() - 1);
+    }
+}
 
 /// An access that was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,12 +70,34 @@ pub struct SoftSpace {
     table: RwLock<BTreeMap<u64, Entry>>,
     faults: Mutex<VecDeque<SoftFault>>,
     fault_count: AtomicU64,
+    planned: Armed,
 }
 
 impl SoftSpace {
     /// Nothing is mapped.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// From now on these maps and unmaps fail, counted from 1.
+    pub fn arm(&self, plan: FaultPlan) {
+        self.planned.arm(plan);
+    }
+
+    /// Which faults of the plan have struck, and how often.
+    pub fn struck(&self) -> BTreeMap<Fault, u64> {
+        self.planned.struck()
+    }
+
+    fn planned(&self, act: &'static str, span: Span, operation: Operation) -> Result<(), MapError> {
+        match self.planned.roll(operation) {
+            None => Ok(()),
+            Some(_) => Err(MapError::Kernel {
+                act,
+                span,
+                source: Errno::IO.into(),
+            }),
+        }
     }
 
     /// A device's read. False when a part of it was refused; that part reads as ones.
@@ -99,6 +150,7 @@ impl SoftSpace {
         write: bool,
         mut access: impl FnMut(&Entry, u64, std::ops::Range<usize>),
     ) -> bool {
+        let _hardware = InHardware::enter();
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         let mut whole = true;
         let mut done = 0;
@@ -173,6 +225,8 @@ impl AddressSpace for SoftSpace {
     }
 
     fn map(&self, maps: &[DmaMap<'_>]) -> Result<(), MapError> {
+        let first = maps.first().map_or(Span::EMPTY, |map| map.span);
+        self.planned("map", first, Operation::Map)?;
         let usable = self.usable();
         let mut entries: Vec<Entry> = Vec::with_capacity(maps.len());
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
@@ -201,6 +255,7 @@ impl AddressSpace for SoftSpace {
     }
 
     fn unmap(&self, span: Span) -> Result<u64, MapError> {
+        self.planned("unmap", span, Operation::Unmap)?;
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let touched: Vec<Span> = table
             .range(..span.end())
