@@ -4,14 +4,14 @@ use anyhow::{Context, Result, bail};
 use lab::check::Checks;
 use lab::lab::{Lab, Options};
 use lab::log::{self, NESTED_FAULT};
-use lab::scenario::{self, Scenario};
+use lab::scenario::{self, Scenario, When};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::time::Instant;
 use std::{fs, process, thread};
 
-const USAGE: &str = "usage: lab list [gate]
+const USAGE: &str = "usage: lab list [gate|full]
        lab SCENARIO [--ntb-sockets A,B] [--vmm CLOUD-HYPERVISOR] [--keep]";
 
 const TRIES_MAX: usize = 2;
@@ -31,10 +31,14 @@ fn main() -> ExitCode {
 fn run(args: &[String]) -> Result<bool> {
     let (name, rest) = args.split_first().context(USAGE)?;
     if name == "list" {
-        let gate_only = rest.iter().any(|word| word == "gate");
+        let listed = |when| match rest.first().map(String::as_str) {
+            Some("gate") => when == When::Gate,
+            Some("full") => when != When::Asked,
+            _ => true,
+        };
         for scenario in scenario::ALL
             .iter()
-            .filter(|scenario| scenario.gate || !gate_only)
+            .filter(|scenario| listed(scenario.when))
         {
             println!("{}", scenario.name);
         }

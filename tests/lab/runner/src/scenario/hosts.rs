@@ -1,6 +1,6 @@
 //! Scenario `hosts`: both hosts boot, have what the other scenarios need, and carry a guest.
 
-use super::Scenario;
+use super::{Scenario, When};
 use crate::check::Checks;
 use crate::guest::GuestSpec;
 use crate::host::{NTB_BDF, VF_BDF};
@@ -13,7 +13,7 @@ use std::time::Duration;
 pub const SCENARIO: Scenario = Scenario {
     name: "hosts",
     checks: 9,
-    gate: true,
+    when: When::Gate,
     deadline: Duration::from_secs(240),
     run,
 };

@@ -1,7 +1,7 @@
 //! Scenario `isolation`: a guest that drives the VF itself reaches its own memory and nothing else.
 
-use super::Scenario;
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, Setup};
+use super::{Scenario, When};
 use crate::check::Checks;
 use crate::guest::GuestSpec;
 use crate::host::{NTB_BDF, VF_BDF};
@@ -16,7 +16,7 @@ use std::time::Duration;
 pub const SCENARIO: Scenario = Scenario {
     name: "isolation",
     checks: ATTACH_CHECKS + 9 + DETACH_CHECKS,
-    gate: true,
+    when: When::Gate,
     deadline: Duration::from_secs(420),
     run,
 };

@@ -20,12 +20,23 @@ pub struct Scenario {
     pub name: &'static str,
     /// Fewer are a failure.
     pub checks: usize,
-    /// Whether `tests/run` without arguments has it.
-    pub gate: bool,
+    /// Which of `tests/run`'s modes have it.
+    pub when: When,
     /// After this it is ended from outside.
     pub deadline: Duration,
     /// Makes the checks.
     pub run: fn(&Lab, &mut Checks) -> Result<()>,
+}
+
+/// Which runs have a scenario.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// All.
+    Gate,
+    /// `tests/run full`.
+    Full,
+    /// Only when it is named.
+    Asked,
 }
 
 /// In the order in which the gate runs them.

@@ -4,7 +4,7 @@
 //! `ntb_perf` and `ntb_tool` (the memory windows) know nothing of this project. Each variation of the
 //! device is run.
 
-use super::Scenario;
+use super::{Scenario, When};
 use crate::agent::Agent;
 use crate::cache::{Cache, Kernel};
 use crate::check::Checks;
@@ -20,7 +20,7 @@ use std::time::Duration;
 pub const SCENARIO: Scenario = Scenario {
     name: "ntb-drivers",
     checks: 7 * VARIATIONS.len() + 3,
-    gate: true,
+    when: When::Gate,
     deadline: Duration::from_secs(360),
     run,
 };

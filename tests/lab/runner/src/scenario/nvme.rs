@@ -1,7 +1,7 @@
 //! Scenarios `nvme` and `nvme-mapped`: a guest on host B uses a VF of host A with its stock driver.
 
-use super::Scenario;
 use super::steps::{self, Attached, Setup, dio};
+use super::{Scenario, When};
 use crate::check::Checks;
 use crate::guest::GuestSpec;
 use crate::host::VF_BDF;
@@ -14,7 +14,7 @@ use std::time::Duration;
 pub const TRAPPED: Scenario = Scenario {
     name: "nvme",
     checks: 12,
-    gate: true,
+    when: When::Gate,
     deadline: Duration::from_secs(300),
     run: |lab, checks| run(lab, checks, &[], &["--bars", "trapped"], Trapped::All),
 };
@@ -23,7 +23,7 @@ pub const TRAPPED: Scenario = Scenario {
 pub const MAPPED: Scenario = Scenario {
     name: "nvme-mapped",
     checks: 12,
-    gate: true,
+    when: When::Gate,
     deadline: Duration::from_secs(300),
     run: |lab, checks| run(lab, checks, &[], MAPPED_FLAGS, Trapped::None),
 };
@@ -32,7 +32,7 @@ pub const MAPPED: Scenario = Scenario {
 pub const OTHER_NTB: Scenario = Scenario {
     name: "nvme-0db4",
     checks: 12,
-    gate: false,
+    when: When::Full,
     deadline: Duration::from_secs(300),
     run: |lab, checks| run(lab, checks, OTHER_MODEL, MAPPED_FLAGS, Trapped::None),
 };

@@ -1,7 +1,7 @@
 //! Scenario `reboot`: a function that comes to the next guest session bears no trace of the last.
 
-use super::Scenario;
 use super::steps::{self, ATTACH_CHECKS, DETACH_CHECKS, SOCKET, Setup};
+use super::{Scenario, When};
 use crate::agent::Agent;
 use crate::check::Checks;
 use crate::guest::{Guest, GuestSpec, Machine};
@@ -15,7 +15,7 @@ use std::time::Duration;
 pub const SCENARIO: Scenario = Scenario {
     name: "reboot",
     checks: ATTACH_CHECKS + 6 + DETACH_CHECKS,
-    gate: true,
+    when: When::Gate,
     deadline: Duration::from_secs(420),
     run,
 };

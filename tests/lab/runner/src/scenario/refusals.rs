@@ -1,7 +1,7 @@
 //! Scenario `refusals`: what cannot be done is refused in words, and nothing is left behind.
 
-use super::Scenario;
 use super::steps::SOCKET;
+use super::{Scenario, When};
 use crate::check::Checks;
 use crate::guest::{Guest, GuestSpec, Memory, Vmm};
 use crate::host::{NTB_BDF, PF_BDF};
@@ -15,7 +15,7 @@ use std::time::Duration;
 pub const SCENARIO: Scenario = Scenario {
     name: "refusals",
     checks: 13,
-    gate: false,
+    when: When::Full,
     deadline: Duration::from_secs(300),
     run,
 };
