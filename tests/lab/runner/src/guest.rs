@@ -239,7 +239,7 @@ fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
         -serial file:{console}
         -kernel {kernel}
         -initrd {initramfs}
-        -append console=ttyS0 {QUICK} {cmdline}
+        -append console=ttyS0 quiet {QUICK} {cmdline}
         -device virtio-serial-pci
         -chardev socket,id=agent,path={agent},server=on,wait=off
         -device virtserialport,chardev=agent,name={PORT_NAME}
@@ -276,7 +276,7 @@ fn cloud_hypervisor(spec: &GuestSpec, paths: &Paths, program: &str) -> Vec<Strin
     argv.extend(arguments(&format!(
         "--kernel {kernel}
         --initramfs {initramfs}
-        --cmdline console=hvc0 {QUICK} {cmdline}
+        --cmdline console=hvc0 quiet {QUICK} {cmdline}
         --cpus boot=1
         --memory size={mib}M,{memory}
         --serial socket={agent}

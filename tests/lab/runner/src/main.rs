@@ -48,19 +48,19 @@ fn run(args: &[String]) -> Result<bool> {
     let scenario =
         scenario.with_context(|| format!("no scenario {name}; lab list names them all"))?;
     let options = options(rest)?;
+    let mut retried = 0;
     for attempt in 1..=TRIES_MAX {
-        let (passed, failed, nested_fault) = attempt_once(scenario, &options)?;
-        if failed > 0 && nested_fault && attempt < TRIES_MAX {
+        let tried = attempt_once(scenario, &options)?;
+        let (passed, failed) = tried.counts;
+        retried += tried.boots_again;
+        if failed > 0 && tried.nested_fault && attempt < TRIES_MAX {
             println!(
                 "retry {attempt} of {name}: the log has `{}`",
                 NESTED_FAULT[0]
             );
             continue;
         }
-        println!(
-            "scenario {name}: {passed} passed, {failed} failed, {} retried",
-            attempt - 1
-        );
+        println!("scenario {name}: {passed} passed, {failed} failed, {retried} retried");
         return Ok(failed == 0);
     }
     Ok(false)
@@ -88,8 +88,17 @@ fn options(words: &[String]) -> Result<Options> {
     Ok(options)
 }
 
-/// Gives back what passed, what failed, and whether the one known fault of others was seen.
-fn attempt_once(scenario: &Scenario, options: &Options) -> Result<(usize, usize, bool)> {
+/// What came of one try.
+struct Try {
+    /// Passed and failed.
+    counts: (usize, usize),
+    /// Whether the one known fault of others was seen.
+    nested_fault: bool,
+    /// How often hosts were booted once more.
+    boots_again: usize,
+}
+
+fn attempt_once(scenario: &Scenario, options: &Options) -> Result<Try> {
     let lab = Lab::new(options.clone(), scenario.name)?;
     let since = Instant::now();
     let ended = watch(scenario, &lab.dir);
@@ -116,7 +125,11 @@ fn attempt_once(scenario: &Scenario, options: &Options) -> Result<(usize, usize,
         since.elapsed().as_secs_f64()
     );
     clean_up(&lab.dir, failed > 0, options.keep);
-    Ok((passed, failed, nested_fault))
+    Ok(Try {
+        counts: (passed, failed),
+        nested_fault,
+        boots_again: lab.boots_again.get(),
+    })
 }
 
 /// Ends the whole runner when a scenario overruns: its programs die with it.
