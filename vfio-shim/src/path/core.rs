@@ -373,6 +373,11 @@ impl PortCore {
     /// slices are free again: the next session's handshake says that the peer maps none of them.
     fn finish_undo(&mut self, now_ms: u64, out: &mut Vec<Action>) {
         if self.undoing && self.lender.is_undone() && self.borrower.is_undone() {
+            if self.borrower.has_left() {
+                let text = "guest memory could not be unpinned, see the log: restart the daemon";
+                self.over_reason = Some(text.to_owned());
+                return;
+            }
             self.undoing = false;
             self.pool = SlicePool::closed();
             let nonce = (self.entropy)();
@@ -450,13 +455,8 @@ impl PortCore {
                 self.send(Message::Reply(op, code, Ok(reply)), now_ms, out);
             }
             Message::Request(op, Request::Revoked { lease, text }) => {
-                let actions = self.borrower.revoked(lease, text);
+                let actions = self.borrower.revoked(op, lease, text, &mut self.pool);
                 self.borrower_actions(actions, now_ms, out);
-                self.send(
-                    Message::Reply(op, Request::REVOKED, Ok(Reply::Done)),
-                    now_ms,
-                    out,
-                );
             }
             Message::Request(op, request) => {
                 let secret = self.fresh_secret();
@@ -506,7 +506,12 @@ impl PortCore {
                 let actions = self.borrower.reply(step, result, &mut self.pool);
                 self.borrower_actions(actions, now_ms, out);
             }
-            Waiting::Revoked(lease) => self.lender.revoke_confirmed(lease, &mut self.pool),
+            // Not confirmed, or not even sent: the slices stay in quarantine.
+            Waiting::Revoked(lease) => {
+                if result.is_ok() {
+                    self.lender.revoke_confirmed(lease, &mut self.pool);
+                }
+            }
         }
     }
 
@@ -559,6 +564,13 @@ impl PortCore {
                     out.push(Action::Scan(lease, first, count));
                 }
                 BorrowerAction::ScanEnd(lease) => out.push(Action::ScanEnd(lease)),
+                BorrowerAction::Confirm(op, result) => {
+                    let failed = |error: CallError| {
+                        Refusal::new(RefusalCode::Kernel, 0, super::words(&error))
+                    };
+                    let result = result.map(|()| Reply::Done).map_err(failed);
+                    self.send(Message::Reply(op, Request::REVOKED, result), now_ms, out);
+                }
                 BorrowerAction::Answer(token, result) => out.push(Action::Answer(token, result)),
                 BorrowerAction::Lost(lease, why) => out.push(Action::Lost(lease, why)),
             }

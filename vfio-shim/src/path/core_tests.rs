@@ -3,7 +3,7 @@
 use super::borrower::{Answer, Call, CallError, GuestMap, Token};
 use super::core::{Action, CoreConfig, Event, Inbox, PortCore};
 use super::lender::OfferState;
-use super::message::{LeaseId, PoolEntry, PoolState, Request};
+use super::message::{LeaseId, PoolEntry, PoolState, Refusal, RefusalCode, Request};
 use super::wire::{SLOT_BYTES, STATUS_BYTES, ScratchpadSet};
 use super::work::{FunctionWork, WorkOutcome};
 use crate::model::{
@@ -12,6 +12,8 @@ use crate::model::{
 use proptest::prelude::*;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+
+mod quarantine;
 
 const WINDOW: u64 = 64 << 20;
 
@@ -31,6 +33,11 @@ struct Host {
     lost: Vec<LeaseId>,
     executed: Vec<FunctionWork>,
     session: Option<u64>,
+    /// So many more maps are made, and then one is refused.
+    maps_left: Option<u32>,
+    /// What an executor does is refused.
+    works: bool,
+    unpins: bool,
 }
 
 fn function_info() -> FunctionInfo {
@@ -99,6 +106,9 @@ impl Host {
             lost: Vec::new(),
             executed: Vec::new(),
             session: None,
+            maps_left: None,
+            works: true,
+            unpins: true,
         }
     }
 
@@ -109,18 +119,27 @@ impl Host {
         }
     }
 
-    fn work(&mut self, work: FunctionWork) -> WorkOutcome {
+    fn work(&mut self, work: FunctionWork) -> Result<WorkOutcome, Refusal> {
         self.executed.push(work.clone());
+        let refused = Err(Refusal::new(RefusalCode::Kernel, 0, "no"));
+        if !self.works {
+            return refused;
+        }
         match work {
+            FunctionWork::Map(_) if self.maps_left == Some(0) => {
+                self.maps_left = None;
+                return refused;
+            }
             FunctionWork::Open(_) => {
                 self.path_open = true;
-                return WorkOutcome::Opened { config_len: 4096 };
+                return Ok(WorkOutcome::Opened { config_len: 4096 });
             }
             FunctionWork::Close => {
                 self.path_open = false;
                 self.behind.clear();
             }
             FunctionWork::Map(ranges) => {
+                self.maps_left = self.maps_left.map(|left| left - 1);
                 for range in ranges {
                     let old = self
                         .behind
@@ -133,10 +152,12 @@ impl Host {
                     self.behind.remove(&span.start());
                 }
             }
-            FunctionWork::Config { len, .. } => return WorkOutcome::Bytes(vec![0; len.into()]),
+            FunctionWork::Config { len, .. } => {
+                return Ok(WorkOutcome::Bytes(vec![0; len.into()]));
+            }
             _ => {}
         }
-        WorkOutcome::Done
+        Ok(WorkOutcome::Done)
     }
 }
 
@@ -189,9 +210,7 @@ impl Pair {
             Action::SessionOver => self.hosts[at].session = None,
             Action::Work(_, job, work) => {
                 let outcome = self.hosts[at].work(work);
-                self.hosts[at]
-                    .todo
-                    .push_back(Event::Worked(job, Ok(outcome)));
+                self.hosts[at].todo.push_back(Event::Worked(job, outcome));
             }
             Action::Pin(step, pins) => {
                 for pin in pins {
@@ -201,6 +220,10 @@ impl Pair {
                     assert!(old.is_none(), "pinned twice");
                 }
                 self.hosts[at].todo.push_back(Event::Pinned(step, Ok(())));
+            }
+            Action::Unpin(step, _) if !self.hosts[at].unpins => {
+                let failed = Err(CallError::Pin("no".into()));
+                self.hosts[at].todo.push_back(Event::Pinned(step, failed));
             }
             Action::Unpin(step, spans) => {
                 for (offset, _) in spans {

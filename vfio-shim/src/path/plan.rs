@@ -156,6 +156,8 @@ pub struct Rows {
 impl Rows {
     /// The first word of a run of `count`.
     pub fn allocate(&mut self, lease: LeaseId, count: u32) -> Result<u32, Refusal> {
+        // A function without vectors has a word all the same: a run of none would lie over others.
+        let count = count.max(1);
         let mut first = 0u32;
         for (&start, &(len, _)) in &self.runs {
             if start - first >= count {
@@ -175,7 +177,7 @@ impl Rows {
                 text,
             });
         }
-        self.runs.insert(first, (count.max(1), lease));
+        self.runs.insert(first, (count, lease));
         Ok(first)
     }
 
@@ -237,6 +239,15 @@ mod tests {
         (sizes[0], sizes[2]) = (0x4000, 1 << 30);
         assert!(pool.allocate_bars(LEASE, &sizes).is_err());
         assert_eq!(pool.free_bytes(), free);
+    }
+
+    #[test]
+    fn function_without_vectors_takes_no_word_of_another() {
+        let mut rows = Rows::default();
+        assert_eq!(rows.allocate(LeaseId(1), 9), Ok(0));
+        assert_eq!(rows.allocate(LeaseId(2), 0), Ok(9));
+        rows.free(LeaseId(2));
+        assert_eq!(rows.allocate(LeaseId(3), 9), Ok(9));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What workers and verbs ask of the borrower's end, what they are answered, and what the driver has to do.
 
 use crate::model::{Access, Bdf, Span, WindowOffset};
-use crate::path::message::{LeaseId, PoolEntry, Refusal, RemoteFunction, Request};
+use crate::path::message::{LeaseId, OpId, PoolEntry, Refusal, RemoteFunction, Request};
 use std::{os::fd::OwnedFd, sync::Arc};
 
 /// Names a call.
@@ -111,6 +111,8 @@ pub enum BorrowerAction {
     Scan(LeaseId, u32, u32),
     /// Scan them no more.
     ScanEnd(LeaseId),
+    /// Answer the lender's `revoked`: nothing of the lease is pinned, or unpinning failed.
+    Confirm(OpId, Result<(), CallError>),
     /// Answer a call.
     Answer(Token, Result<Answer, CallError>),
     /// The lease is over: its worker reads ones from now on.

@@ -1,6 +1,6 @@
 //! One lease that is held: its mappings of guest RAM, and what the lender has not been told yet.
 
-use super::{CallError, GuestMap, MAPS_MAX, Slice, Token};
+use super::{CallError, GuestMap, MAPS_MAX, Slice, Token, limit};
 use crate::model::{Access, Bdf, Span, WindowOffset};
 use crate::path::message::{LeaseId, Secret};
 use crate::path::plan::{Owner, SlicePool};
@@ -24,8 +24,14 @@ pub(super) struct Lease {
     pub(super) untold: VecDeque<Taken>,
     pub(super) telling: bool,
     /// Maps that are pinned and wait for that, so that the lender hears all in order.
-    pub(super) pinned: VecDeque<(Option<Token>, Vec<u64>)>,
+    pub(super) pinned: VecDeque<(Option<Token>, Vec<Place>)>,
+    /// The slices of the lender's window that its BARs are reached through.
+    pub(super) bars: Vec<Span>,
 }
+
+/// One mapping and no later one at the same address: its guest-physical address and its slice,
+/// which is not given out again before the lender has confirmed that nothing maps it.
+pub(super) type Place = (u64, WindowOffset);
 
 /// A mapping that was taken out: its guest-physical addresses and its slice.
 pub(super) type Taken = (Span, Slice);
@@ -41,13 +47,14 @@ impl Lease {
             untold: VecDeque::new(),
             telling: false,
             pinned: VecDeque::new(),
+            bars: Vec::new(),
         }
     }
 
     pub(super) fn check_new(&self, maps: &[GuestMap]) -> Result<(), CallError> {
         if self.maps.len() + maps.len() > MAPS_MAX {
             let text = format!("a guest has at most {MAPS_MAX} mappings: give it larger pages");
-            return Err(CallError::Gone(text));
+            return Err(limit(MAPS_MAX, text));
         }
         for map in maps {
             let before = self.maps.range(..map.span.end()).next_back();
@@ -58,17 +65,28 @@ impl Lease {
         Ok(())
     }
 
-    pub(super) fn forget(&mut self, starts: &[u64], lease: LeaseId, pool: &mut SlicePool) {
-        for start in starts {
-            if let Some(map) = self.maps.remove(start) {
-                pool.free(Owner::Borrowed(lease), map.offset);
-            }
-        }
+    pub(super) fn at(&self, (start, offset): Place) -> Option<&Mapped> {
+        self.maps.get(&start).filter(|map| map.offset == offset)
     }
 
-    pub(super) fn offsets_of(&self, starts: &[u64]) -> Vec<Slice> {
-        let maps = starts.iter().filter_map(|start| self.maps.get(start));
-        maps.map(|map| (map.offset, map.len)).collect()
+    /// Takes out those of the places that are still there.
+    pub(super) fn take_places(&mut self, places: &[Place]) -> Vec<Taken> {
+        let mut taken = Vec::with_capacity(places.len());
+        for &place in places {
+            let Some(len) = self.at(place).map(|map| map.len) else {
+                continue;
+            };
+            self.maps.remove(&place.0);
+            taken.extend(Span::new(place.0, len).map(|span| (span, (place.1, len))));
+        }
+        taken
+    }
+
+    /// Takes them out where nobody but this side ever knew of them.
+    pub(super) fn forget(&mut self, places: &[Place], lease: LeaseId, pool: &mut SlicePool) {
+        for (_, (offset, _)) in self.take_places(places) {
+            pool.free(Owner::Borrowed(lease), offset);
+        }
     }
 
     /// Takes all mappings that lie whole within `span`; a cut one is an error and nothing is taken.

@@ -1,11 +1,11 @@
 //! The steps of mapping and unmapping guest RAM, and in what order the lender is told.
 
-use super::lease::Mapped;
+use super::lease::{Mapped, Place};
 use super::{
     Actions, Answer, Borrower, BorrowerAction, CallError, GuestMap, Op, Pin, Slice, Token, answer,
 };
 use crate::model::Span;
-use crate::path::message::{LeaseId, MapRange, RANGES_MAX, Refusal, Reply, Request};
+use crate::path::message::{LeaseId, MapRange, RANGES_MAX, Refusal, RefusalCode, Reply, Request};
 use crate::path::plan::{Owner, SlicePool};
 use std::collections::VecDeque;
 
@@ -20,7 +20,7 @@ impl Borrower {
         let held = self.held(lease)?;
         held.check_new(&maps)?;
         let mut pins = Vec::with_capacity(maps.len());
-        let mut starts = Vec::with_capacity(maps.len());
+        let mut places = Vec::with_capacity(maps.len());
         // The large ones first: they have the most to gain from an offset that agrees with the
         // guest-physical address modulo 1 GiB.
         let mut order: Vec<GuestMap> = maps;
@@ -30,7 +30,7 @@ impl Borrower {
             let offset = match pool.allocate_ram(Owner::Borrowed(lease), map.span) {
                 Ok(offset) => offset,
                 Err(refusal) => {
-                    held.forget(&starts, lease, pool);
+                    held.forget(&places, lease, pool);
                     return Err(refusal.into());
                 }
             };
@@ -43,10 +43,10 @@ impl Borrower {
                     live: false,
                 },
             );
-            starts.push(start);
+            places.push((start, offset));
             pins.push(Pin { offset, map });
         }
-        let step = self.step(Some(token), Op::MapPin { lease, starts });
+        let step = self.step(Some(token), Op::MapPin { lease, places });
         Ok(vec![BorrowerAction::Pin(step, pins)])
     }
 
@@ -76,7 +76,7 @@ impl Borrower {
         }
         if held.untold.is_empty() {
             let pinned = std::mem::take(&mut held.pinned);
-            let tell = |(token, starts)| self.tell_map(token, lease, starts);
+            let tell = |(token, places)| self.tell_map(token, lease, places);
             return pinned.into_iter().flat_map(tell).collect();
         }
         held.telling = true;
@@ -89,48 +89,52 @@ impl Borrower {
         )
     }
 
+    /// The lender has answered an unmap. Where it refused, the function may still reach the slices:
+    /// they stay in quarantine until the lease or the session is over.
     pub(super) fn unmap_told(
         &mut self,
         lease: LeaseId,
         freed: Vec<Slice>,
+        result: Result<Reply, Refusal>,
         pool: &mut SlicePool,
     ) -> Actions {
-        for (offset, _) in freed {
-            pool.free(Owner::Borrowed(lease), offset);
+        for slice in freed {
+            if result.is_ok() && !self.is_left(slice) {
+                pool.free(Owner::Borrowed(lease), slice.0);
+            }
         }
         if let Some(held) = self.leases.get_mut(&lease) {
             held.telling = false;
         }
-        self.tell_next(lease)
+        // A lender that takes no more now is told the rest behind the next map or unmap.
+        match result {
+            Err(refusal) if refusal.code == RefusalCode::Limit => Vec::new(),
+            _ => self.tell_next(lease),
+        }
     }
 
     pub(super) fn tell(
         &mut self,
         token: Option<Token>,
         lease: LeaseId,
-        starts: Vec<u64>,
+        places: Vec<Place>,
     ) -> Actions {
         match self.leases.get_mut(&lease) {
-            Some(held) => held.pinned.push_back((token, starts)),
+            Some(held) => held.pinned.push_back((token, places)),
             None => return answer(token, Err(CallError::Gone("the lease is over".into()))),
         }
         self.tell_next(lease)
     }
 
-    pub(super) fn tell_map(
-        &mut self,
-        token: Option<Token>,
-        lease: LeaseId,
-        starts: Vec<u64>,
-    ) -> Actions {
+    fn tell_map(&mut self, token: Option<Token>, lease: LeaseId, places: Vec<Place>) -> Actions {
         let Some(held) = self.leases.get_mut(&lease) else {
             return answer(token, Err(CallError::Gone("the lease is over".into())));
         };
-        let mut sorted = starts.clone();
+        let mut sorted = places.clone();
         sorted.sort_unstable();
-        let range = |start: &u64| {
-            let map = held.maps.get(start)?;
-            let span = Span::new(*start, map.len)?;
+        let range = |place: &Place| {
+            let map = held.at(*place)?;
+            let span = Span::new(place.0, map.len)?;
             Some(MapRange {
                 span,
                 offset: map.offset,
@@ -138,19 +142,26 @@ impl Borrower {
             })
         };
         let ranges: Vec<MapRange> = sorted.iter().filter_map(range).collect();
-        let mut rest: VecDeque<Vec<MapRange>> = ranges
+        let rest = ranges
             .chunks(RANGES_MAX)
             .map(<[MapRange]>::to_vec)
             .collect();
+        self.tell_ranges(token, lease, (places, rest))
+    }
+
+    fn tell_ranges(
+        &mut self,
+        token: Option<Token>,
+        lease: LeaseId,
+        (places, mut rest): (Vec<Place>, VecDeque<Vec<MapRange>>),
+    ) -> Actions {
         let Some(ranges) = rest.pop_front() else {
             return answer(token, Ok(Answer::Done));
         };
-        let told = ranges.iter().map(|range| range.span).collect();
         let op = Op::MapTell {
             lease,
-            starts,
+            places,
             rest,
-            told,
         };
         self.send(token, op, Request::Map { lease, ranges })
     }
@@ -159,67 +170,39 @@ impl Borrower {
         &mut self,
         token: Option<Token>,
         lease: LeaseId,
-        (starts, mut rest, mut told): (Vec<u64>, VecDeque<Vec<MapRange>>, Vec<Span>),
+        (places, mut rest): (Vec<Place>, VecDeque<Vec<MapRange>>),
         result: Result<Reply, Refusal>,
     ) -> Actions {
         let Some(held) = self.leases.get_mut(&lease) else {
             return answer(token, Err(CallError::Gone("the lease is over".into())));
         };
+        if let Err(refusal) = result {
+            // The lender has some of it mapped, or none: it is told to unmap all, as of any unmap,
+            // and only when it has confirmed that are the slices free.
+            let taken = held.take_places(&places);
+            let slices = taken.iter().map(|(_, slice)| *slice).collect();
+            let cause = CallError::Refused(refusal);
+            let op = Op::MapUndo {
+                lease,
+                taken,
+                cause,
+            };
+            return vec![BorrowerAction::Unpin(self.step(token, op), slices)];
+        }
         // What was unmapped meanwhile must not be told any more: its slice may be given anew.
         for ranges in &mut rest {
-            let still = |range: &MapRange| {
-                held.maps
-                    .get(&range.span.start())
-                    .is_some_and(|map| map.offset == range.offset)
-            };
-            ranges.retain(still);
+            ranges.retain(|range| held.at((range.span.start(), range.offset)).is_some());
         }
         rest.retain(|ranges| !ranges.is_empty());
-        match result {
-            Ok(_) => match rest.pop_front() {
-                None => {
-                    for start in &starts {
-                        if let Some(map) = held.maps.get_mut(start) {
-                            map.live = true;
-                        }
-                    }
-                    answer(token, Ok(Answer::Done))
+        if rest.is_empty() {
+            for place in &places {
+                if held.at(*place).is_some()
+                    && let Some(map) = held.maps.get_mut(&place.0)
+                {
+                    map.live = true;
                 }
-                Some(ranges) => {
-                    told.extend(ranges.iter().map(|range| range.span));
-                    let op = Op::MapTell {
-                        lease,
-                        starts,
-                        rest,
-                        told,
-                    };
-                    self.send(token, op, Request::Map { lease, ranges })
-                }
-            },
-            Err(refusal) => {
-                let last = RANGES_MAX.min(told.len());
-                told.truncate(told.len() - last);
-                let offsets = held.offsets_of(&starts);
-                let cause = CallError::Refused(refusal);
-                let mut actions = Vec::new();
-                for spans in told.chunks(RANGES_MAX) {
-                    let request = Request::Unmap {
-                        lease,
-                        spans: spans.to_vec(),
-                    };
-                    actions.extend(self.send(None, Op::Forward, request));
-                }
-                let step = self.step(
-                    token,
-                    Op::MapUndo {
-                        lease,
-                        starts,
-                        cause,
-                    },
-                );
-                actions.push(BorrowerAction::Unpin(step, offsets));
-                actions
             }
         }
+        self.tell_ranges(token, lease, (places, rest))
     }
 }

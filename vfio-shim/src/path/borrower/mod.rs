@@ -5,6 +5,7 @@
 //! (that makes the memory safe) -> tell the lender -> free the slices.
 
 mod calls;
+mod check;
 mod lease;
 mod maps;
 
@@ -12,10 +13,14 @@ pub use calls::{
     Answer, BorrowerAction, Call, CallError, GuestMap, OpenedPath, Pin, Slice, Step, Token,
 };
 
-use super::message::{ENTRIES_MAX, LeaseId, MapRange, PoolEntry, Refusal, Reply, Request, Secret};
+use super::message::{
+    ENTRIES_MAX, LeaseId, MapRange, OpId, PoolEntry, Refusal, RefusalCode, RemoteFunction, Reply,
+    Request, Secret,
+};
 use super::plan::{Owner, Rows, SlicePool};
-use crate::model::{Bdf, Span};
-use lease::{Lease, Taken};
+use super::wire::IRQ_WORDS_MAX;
+use crate::model::Bdf;
+use lease::{Lease, Place, Taken};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 /// How many functions one port borrows at most.
@@ -46,20 +51,20 @@ enum Op {
     },
     ReturnUnpin {
         lease: LeaseId,
+        slices: Vec<Slice>,
     },
     MapPin {
         lease: LeaseId,
-        starts: Vec<u64>,
+        places: Vec<Place>,
     },
     MapTell {
         lease: LeaseId,
-        starts: Vec<u64>,
+        places: Vec<Place>,
         rest: VecDeque<Vec<MapRange>>,
-        told: Vec<Span>,
     },
     MapUndo {
         lease: LeaseId,
-        starts: Vec<u64>,
+        taken: Vec<Taken>,
         cause: CallError,
     },
     Unpin {
@@ -73,8 +78,12 @@ enum Op {
     Forward,
     RevokedUnpin {
         lease: LeaseId,
+        slices: Vec<Slice>,
+        op: OpId,
     },
-    SessionUnpin,
+    SessionUnpin {
+        slices: Vec<Slice>,
+    },
 }
 
 /// The borrower's end of all paths of a port.
@@ -84,6 +93,9 @@ pub struct Borrower {
     steps: HashMap<Step, (Option<Token>, Op)>,
     step_last: u64,
     rows: Rows,
+    /// What the mapper could not unpin: it is tried again at the session's end, and nobody gets
+    /// these slices before.
+    left: Vec<(LeaseId, Slice)>,
 }
 
 /// What `status` tells of one lease.
@@ -108,6 +120,11 @@ fn answer(token: Option<Token>, result: Result<Answer, CallError>) -> Actions {
         .collect()
 }
 
+/// This side's own limit.
+fn limit(most: usize, text: String) -> CallError {
+    CallError::Refused(Refusal::new(RefusalCode::Limit, most as u64, text))
+}
+
 impl Borrower {
     /// What `status` tells.
     pub fn status(&self) -> Vec<LeaseStatus> {
@@ -127,9 +144,11 @@ impl Borrower {
 
     /// A call of a worker or a verb, while a link session is open.
     pub fn call(&mut self, token: Token, call: Call, pool: &mut SlicePool) -> Actions {
-        if self.steps.len() >= CALLS_MAX {
+        // What takes something away is never refused: the caller could only believe it gone.
+        let takes_away = matches!(call, Call::Unmap(..) | Call::Return(_));
+        if self.steps.len() >= CALLS_MAX && !takes_away {
             let text = format!("{CALLS_MAX} calls are under way: wait for one to end");
-            return answer(Some(token), Err(CallError::Gone(text)));
+            return answer(Some(token), Err(limit(CALLS_MAX, text)));
         }
         let begun = match call {
             Call::List => {
@@ -174,7 +193,7 @@ impl Borrower {
     fn borrow(&mut self, token: Token, bdf: Bdf, ram: Option<u64>) -> Result<Actions, CallError> {
         if self.leases.len() >= LEASES_MAX {
             let text = format!("a port borrows at most {LEASES_MAX} functions: return one first");
-            return Err(CallError::Gone(text));
+            return Err(limit(LEASES_MAX, text));
         }
         Ok(self.send(Some(token), Op::Borrow { ram }, Request::Borrow { bdf }))
     }
@@ -199,9 +218,15 @@ impl Borrower {
         let held = self.held(lease)?;
         // From here on the lease takes no call; a map under way finds its entry gone.
         held.closing = true;
-        let taken = held.take_all();
-        let step = self.step(Some(token), Op::ReturnUnpin { lease });
-        Ok(vec![BorrowerAction::Unpin(step, taken)])
+        let slices = held.take_all();
+        let op = Op::ReturnUnpin {
+            lease,
+            slices: slices.clone(),
+        };
+        Ok(vec![BorrowerAction::Unpin(
+            self.step(Some(token), op),
+            slices,
+        )])
     }
 
     /// The mapper has pinned or unpinned.
@@ -214,45 +239,74 @@ impl Borrower {
         let Some((token, op)) = self.steps.remove(&step) else {
             return Vec::new();
         };
+        if let (Err(_), Some((lease, slices))) = (&result, op.unpinning()) {
+            self.left
+                .extend(slices.into_iter().map(|slice| (lease, slice)));
+        }
         match (op, result) {
-            (Op::MapPin { lease, starts }, Ok(())) => self.tell(token, lease, starts),
-            (Op::MapPin { lease, starts }, Err(error)) => {
+            (Op::MapPin { lease, places }, Ok(())) => self.tell(token, lease, places),
+            (Op::MapPin { lease, places }, Err(error)) => {
                 if let Some(held) = self.leases.get_mut(&lease) {
-                    held.forget(&starts, lease, pool);
+                    held.forget(&places, lease, pool);
                 }
                 answer(token, Err(error))
             }
             (
                 Op::MapUndo {
                     lease,
-                    starts,
+                    taken,
                     cause,
                 },
                 _,
-            ) => {
-                if let Some(held) = self.leases.get_mut(&lease) {
-                    held.forget(&starts, lease, pool);
-                }
-                answer(token, Err(cause))
-            }
+            ) => self.unpinned(token, lease, taken, Err(cause)),
             (Op::Unpin { lease, taken }, result) => {
                 let bytes = taken.iter().map(|(span, _)| span.len()).sum();
-                let mut actions = answer(token, result.map(|()| Answer::Unmapped(bytes)));
-                if let Some(held) = self.leases.get_mut(&lease) {
-                    held.untold.extend(taken);
-                }
-                actions.extend(self.tell_next(lease));
-                actions
+                let result = result.map(|()| Answer::Unmapped(bytes));
+                self.unpinned(token, lease, taken, result)
             }
-            (Op::ReturnUnpin { lease }, _) => {
+            (Op::ReturnUnpin { lease, .. }, _) => {
                 self.send(token, Op::Return { lease }, Request::Return { lease })
             }
-            (Op::RevokedUnpin { lease }, _) => {
+            (Op::RevokedUnpin { lease, op, .. }, result) => {
                 // The lender had unmapped all before it told us.
-                pool.free_all(Owner::Borrowed(lease));
-                Vec::new()
+                self.release(lease, pool);
+                vec![BorrowerAction::Confirm(op, result)]
             }
             (_, result) => answer(token, result.map(|()| Answer::Done)),
+        }
+    }
+
+    /// The answer first: what was unpinned is safe already. Then the lender is told.
+    fn unpinned(
+        &mut self,
+        token: Option<Token>,
+        lease: LeaseId,
+        taken: Vec<Taken>,
+        result: Result<Answer, CallError>,
+    ) -> Actions {
+        let mut actions = answer(token, result);
+        if let Some(held) = self.leases.get_mut(&lease) {
+            held.untold.extend(taken);
+        }
+        actions.extend(self.tell_next(lease));
+        actions
+    }
+
+    fn is_left(&self, slice: Slice) -> bool {
+        self.left.iter().any(|(_, left)| *left == slice)
+    }
+
+    /// Whether guest memory of an ended lease is still pinned, as the mapper failed: then no new
+    /// session may open, for its handshake says the opposite.
+    pub fn has_left(&self) -> bool {
+        !self.left.is_empty()
+    }
+
+    /// Nothing of the lease is mapped at the lender any more.
+    fn release(&mut self, lease: LeaseId, pool: &mut SlicePool) {
+        self.rows.free(lease);
+        if !self.left.iter().any(|(holder, _)| *holder == lease) {
+            pool.free_all(Owner::Borrowed(lease));
         }
     }
 
@@ -283,11 +337,7 @@ impl Borrower {
                 }),
             ) => self.borrowed(token, ram, (lease, secret, entry), pool),
             (Op::Open { lease }, Ok(Reply::Opened(function))) => {
-                let opened = Box::new(OpenedPath {
-                    function,
-                    config: Vec::new(),
-                });
-                self.fetch(token, lease, opened)
+                self.opened(token, lease, function, pool)
             }
             (Op::Open { lease }, Err(refusal)) => {
                 self.rows.free(lease);
@@ -297,19 +347,19 @@ impl Borrower {
             }
             (Op::Config { lease, mut opened }, Ok(Reply::Bytes(bytes))) if !bytes.is_empty() => {
                 opened.config.extend(bytes);
+                opened.config.truncate(opened.function.config_len.into());
                 self.fetch(token, lease, opened)
             }
             (Op::Return { lease }, result) => self.returned(token, lease, result, pool),
             (
                 Op::MapTell {
                     lease,
-                    starts,
+                    places,
                     rest,
-                    told,
                 },
                 result,
-            ) => self.map_told(token, lease, (starts, rest, told), result),
-            (Op::UnmapTell { lease, freed }, Ok(_)) => self.unmap_told(lease, freed, pool),
+            ) => self.map_told(token, lease, (places, rest), result),
+            (Op::UnmapTell { lease, freed }, result) => self.unmap_told(lease, freed, result, pool),
             (Op::Forward, Ok(Reply::Bytes(bytes))) => answer(token, Ok(Answer::Bytes(bytes))),
             (Op::Forward, Ok(Reply::Done)) => answer(token, Ok(Answer::Done)),
             (_, Err(refusal)) => answer(token, Err(refusal.into())),
@@ -343,10 +393,17 @@ impl Borrower {
         (lease, secret, entry): (LeaseId, Secret, PoolEntry),
         pool: &mut SlicePool,
     ) -> Actions {
+        if self.leases.contains_key(&lease) {
+            // It is another tenant's: nothing is done to it.
+            let text = format!("the lender gave lease {lease} out twice: restart its daemon");
+            let refusal = Refusal::new(RefusalCode::WrongState, 0, text);
+            return answer(token, Err(refusal.into()));
+        }
         let held = Lease::new(entry.bdf, secret, entry.irq_count);
         self.leases.insert(lease, held);
-        let reserved = ram.map_or(Ok(()), |bytes| pool.reserve(Owner::Borrowed(lease), bytes));
-        match reserved {
+        let reserve = |bytes| pool.reserve(Owner::Borrowed(lease), bytes);
+        let fits = check::vectors(entry.irq_count, IRQ_WORDS_MAX);
+        match fits.and_then(|()| ram.map_or(Ok(()), reserve)) {
             Ok(()) => answer(token, Ok(Answer::Borrowed(lease, entry))),
             Err(refusal) => {
                 // Nothing is left behind: the lease goes back before the refusal is told.
@@ -355,6 +412,31 @@ impl Borrower {
                 actions.extend(answer(token, Err(refusal.into())));
                 actions
             }
+        }
+    }
+
+    fn opened(
+        &mut self,
+        token: Option<Token>,
+        lease: LeaseId,
+        function: RemoteFunction,
+        pool: &SlicePool,
+    ) -> Actions {
+        let irq_count = match self.held(lease) {
+            Ok(held) => held.irq_count,
+            Err(gone) => return answer(token, Err(gone)),
+        };
+        let others = self.leases.values().flat_map(|held| &held.bars);
+        match check::function(&function, irq_count, pool, others) {
+            Ok(bars) => {
+                if let Ok(held) = self.held(lease) {
+                    held.bars = bars;
+                }
+                let config = Vec::new();
+                self.fetch(token, lease, Box::new(OpenedPath { function, config }))
+            }
+            // The caller gives the lease back; until then nothing of it is reached.
+            Err(refusal) => answer(token, Err(refusal.into())),
         }
     }
 
@@ -381,27 +463,41 @@ impl Borrower {
         pool: &mut SlicePool,
     ) -> Actions {
         self.leases.remove(&lease);
-        self.rows.free(lease);
-        pool.free_all(Owner::Borrowed(lease));
+        // A lender that refuses may still have it all mapped, as while it revokes: slices and
+        // words then stay in quarantine until it says `revoked`, or the session is over.
+        let over = |refusal: &Refusal| refusal.code == RefusalCode::NoLease;
+        if result.as_ref().err().is_none_or(over) {
+            self.release(lease, pool);
+        }
         let mut actions = vec![BorrowerAction::ScanEnd(lease)];
         let result = result.map(|_| Answer::Done).map_err(CallError::from);
         actions.extend(answer(token, result));
         actions
     }
 
-    /// The lender has revoked a lease. Answered to the peer by the driver when the returned
-    /// actions' unpin is done.
-    pub fn revoked(&mut self, lease: LeaseId, why: String) -> Actions {
+    /// The lender has revoked a lease. `Confirm` comes when nothing of it is pinned any more.
+    pub fn revoked(
+        &mut self,
+        op: OpId,
+        lease: LeaseId,
+        why: String,
+        pool: &mut SlicePool,
+    ) -> Actions {
         let Some(mut held) = self.leases.remove(&lease) else {
-            return Vec::new();
+            // Returned meanwhile, and so unpinned.
+            self.release(lease, pool);
+            return vec![BorrowerAction::Confirm(op, Ok(()))];
         };
-        self.rows.free(lease);
-        let live = held.take_all();
-        let step = self.step(None, Op::RevokedUnpin { lease });
+        let slices = held.take_all();
+        let unpin = Op::RevokedUnpin {
+            lease,
+            slices: slices.clone(),
+            op,
+        };
         vec![
             BorrowerAction::ScanEnd(lease),
             BorrowerAction::Lost(lease, why),
-            BorrowerAction::Unpin(step, live),
+            BorrowerAction::Unpin(self.step(None, unpin), slices),
         ]
     }
 
@@ -413,7 +509,8 @@ impl Borrower {
             actions.extend(answer(token, Err(CallError::Gone(why.to_owned()))));
             // The mapper's answer is still to come; nothing is reused before.
             if op.is_at_mapper() {
-                pins_under_way.insert(step, (None, Op::SessionUnpin));
+                let slices = op.unpinning().map_or(Vec::new(), |(_, slices)| slices);
+                pins_under_way.insert(step, (None, Op::SessionUnpin { slices }));
             }
         }
         self.steps = pins_under_way;
@@ -421,11 +518,21 @@ impl Borrower {
         for (lease, mut held) in leases {
             actions.push(BorrowerAction::ScanEnd(lease));
             actions.push(BorrowerAction::Lost(lease, why.to_owned()));
-            let step = self.step(None, Op::SessionUnpin);
-            actions.push(BorrowerAction::Unpin(step, held.take_all()));
+            actions.extend(self.session_unpin(held.take_all()));
+        }
+        let left: Vec<Slice> = self.left.drain(..).map(|(_, slice)| slice).collect();
+        if !left.is_empty() {
+            actions.extend(self.session_unpin(left));
         }
         self.rows = Rows::default();
         actions
+    }
+
+    fn session_unpin(&mut self, slices: Vec<Slice>) -> Actions {
+        let op = Op::SessionUnpin {
+            slices: slices.clone(),
+        };
+        vec![BorrowerAction::Unpin(self.step(None, op), slices)]
     }
 
     /// Whether nothing of an ended session is under way.
@@ -436,14 +543,20 @@ impl Borrower {
 
 impl Op {
     fn is_at_mapper(&self) -> bool {
-        matches!(
-            self,
-            Self::MapPin { .. }
-                | Self::MapUndo { .. }
-                | Self::Unpin { .. }
-                | Self::ReturnUnpin { .. }
-                | Self::RevokedUnpin { .. }
-                | Self::SessionUnpin
-        )
+        matches!(self, Self::MapPin { .. }) || self.unpinning().is_some()
+    }
+
+    /// What the mapper is asked to unpin, and of which lease (0 = of an ended session's).
+    fn unpinning(&self) -> Option<(LeaseId, Vec<Slice>)> {
+        match self {
+            Self::MapUndo { lease, taken, .. } | Self::Unpin { lease, taken } => {
+                Some((*lease, taken.iter().map(|(_, slice)| *slice).collect()))
+            }
+            Self::ReturnUnpin { lease, slices } | Self::RevokedUnpin { lease, slices, .. } => {
+                Some((*lease, slices.clone()))
+            }
+            Self::SessionUnpin { slices } => Some((LeaseId(0), slices.clone())),
+            _ => None,
+        }
     }
 }

@@ -51,10 +51,15 @@ impl Mapper {
         self.port.address_space().map(&maps)
     }
 
+    /// Every span is tried, also behind one that failed; the first failure is told.
     fn unpin(&self, spans: &[Span]) -> Result<(), MapError> {
+        let mut first = Ok(());
         for span in spans {
-            self.port.address_space().unmap(*span)?;
+            if let Err(error) = self.port.address_space().unmap(*span) {
+                tracing::error!(%span, %error, "guest memory stays pinned in the port's container");
+                first = first.and(Err(error));
+            }
         }
-        Ok(())
+        first
     }
 }
