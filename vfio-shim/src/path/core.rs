@@ -6,7 +6,7 @@
 use super::borrower::{Borrower, BorrowerAction, Call, CallError, Pin, Step, Token};
 use super::lender::{JobId, Lender, LenderAction};
 use super::link::{Link, LinkAction, LinkEvent};
-use super::mailbox::{Mailbox, MailboxAction};
+use super::mailbox::{Mailbox, MailboxAction, MailboxError};
 use super::message::{LeaseId, Message, OpId, Refusal, RefusalCode, Reply, Request, Secret};
 use super::plan::SlicePool;
 use super::wire::{SLOT_BYTES, STATUS_BYTES, ScratchpadSet};
@@ -409,9 +409,14 @@ impl PortCore {
         let Some(session) = &mut self.session else {
             return;
         };
-        match session.mailbox.send(&message) {
-            Ok(actions) => self.mailbox_actions(actions, now_ms, out),
-            Err(error) => self.violation(super::words(&error), now_ms, out),
+        match (session.mailbox.send(&message), message) {
+            (Ok(actions), _) => self.mailbox_actions(actions, now_ms, out),
+            // One function's answer that has no form on the wire is no other tenant's fault.
+            (Err(error @ MailboxError::Encode(_)), Message::Reply(op, code, Ok(_))) => {
+                let refusal = Refusal::new(RefusalCode::Limit, 0, super::words(&error));
+                self.send(Message::Reply(op, code, Err(refusal)), now_ms, out);
+            }
+            (Err(error), _) => self.violation(super::words(&error), now_ms, out),
         }
     }
 
@@ -519,7 +524,9 @@ impl PortCore {
         let Some(session) = &mut self.session else {
             return;
         };
-        if session.info.peer_node.replace(node).is_none() {
+        // The first word counts: verbs go by the node, and slices by the size.
+        if session.info.peer_node.is_none() {
+            session.info.peer_node = Some(node);
             self.pool = SlicePool::open(self.config.window_bytes.min(window_bytes));
         }
     }

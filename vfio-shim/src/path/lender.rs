@@ -450,9 +450,10 @@ impl Lender {
         let mut actions = Vec::new();
         if let Some(lease) = lease {
             self.leases.remove(&lease);
-            // Asked for by the borrower, nothing of it maps the slices any more; ended by us, they
-            // stay in quarantine until it has said so, or a new session began.
-            if answer.is_some() {
+            // Asked for by the borrower, nothing of it maps the slices any more; ended by us, or
+            // where a step of undoing failed, they stay in quarantine until it has said so, or a
+            // new session began.
+            if answer.is_some() && result.is_ok() {
                 pool.free_all(Owner::Lent(lease));
             }
             if let Some(why) = revoke {

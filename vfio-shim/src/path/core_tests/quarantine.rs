@@ -205,6 +205,52 @@ fn function_whose_figures_cannot_be_is_refused_at_open() {
     }
 }
 
+#[test]
+fn close_that_failed_keeps_the_bar_slices_and_the_function() {
+    let mut pair = ready();
+    let before = free(&pair, 0);
+    let lease = pair.borrow_open();
+    pair.hosts[0].works = false;
+    pair.ask(Call::Return(lease)).unwrap_err();
+    assert_eq!(free(&pair, 0), before - 0x4000);
+    let state = &pair.hosts[0].core.lender.status()[0].state;
+    assert!(matches!(state, OfferState::Quarantine(_)));
+}
+
+#[test]
+fn answer_without_a_form_on_the_wire_is_one_tenants_refusal_and_no_sessions_end() {
+    let mut pair = Pair::new(7);
+    let mut info = function_info();
+    info.regions[0].size = 64 << 12;
+    let areas = (0..20).map(|at| Span::new(at << 13, 1 << 12).unwrap());
+    info.regions[0].areas = areas.collect();
+    pair.hosts[0].core.lender.offer(entry(), info).unwrap();
+    pair.wait_session();
+    let session = pair.hosts[1].session;
+    let Ok(Answer::Borrowed(lease, _)) = pair.ask(Call::Borrow(bdf(), None)) else {
+        panic!("borrow was refused")
+    };
+    let refused = pair.ask(Call::Open(lease)).unwrap_err();
+    assert!(matches!(refused, CallError::Refused(_)), "{refused}");
+    assert_eq!(pair.hosts[1].session, session);
+    pair.ask(Call::Return(lease)).unwrap();
+}
+
+#[test]
+fn second_hello_changes_neither_the_peers_node_nor_the_window() {
+    let mut pair = ready();
+    let lease = pair.borrow_open();
+    let node = |pair: &Pair| pair.hosts[0].core.session().unwrap().peer_node;
+    let before = (node(&pair), pair.hosts[0].core.pool().usable_bytes());
+    let request = Request::Hello {
+        node: 99,
+        window_bytes: 0x20000,
+    };
+    let _ = pair.ask(Call::Forward(lease, request));
+    let after = (node(&pair), pair.hosts[0].core.pool().usable_bytes());
+    assert_eq!(before, after);
+}
+
 /// A borrower alone, and what its lender answers.
 struct Alone {
     borrower: Borrower,

@@ -52,11 +52,18 @@ struct SliceAperture {
 }
 
 impl SliceAperture {
-    fn is_open(&self, offset: u64, len: usize) -> bool {
+    /// An access within the slice, while the lease is held: it cannot be lost in between, as its
+    /// slice may then be another tenant's.
+    fn within(&self, offset: u64, len: usize, access: impl FnOnce()) -> bool {
         let inside = offset
             .checked_add(len as u64)
             .is_some_and(|end| end <= self.len);
-        inside && lock(&self.state.lost).is_none()
+        let lost = lock(&self.state.lost);
+        let open = inside && lost.is_none();
+        if open {
+            access();
+        }
+        open
     }
 }
 
@@ -66,17 +73,14 @@ impl Aperture for SliceAperture {
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) {
-        if self.is_open(offset, data.len()) {
-            self.window.read(self.base + offset, data);
-        } else {
-            data.fill(0xff);
-        }
+        let len = data.len();
+        data.fill(0xff);
+        self.within(offset, len, || self.window.read(self.base + offset, data));
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if self.is_open(offset, data.len()) {
-            self.window.write(self.base + offset, data);
-        }
+        let write = || self.window.write(self.base + offset, data);
+        self.within(offset, data.len(), write);
     }
 
     fn mapping(&self) -> Option<&dyn Mapping> {
@@ -292,6 +296,21 @@ impl BorrowedFunction {
         Ok(())
     }
 
+    /// So that both ends agree again, also where this one has forgotten its masks.
+    fn unmask_all(&self, index: IrqIndex) -> Result<(), FunctionError> {
+        let request = Request::Mask {
+            lease: self.lease,
+            index,
+            start: 0,
+            count: self.info.irqs[index as usize].count,
+            masked: false,
+        };
+        match self.forward("unmask interrupts", request, MAP_WAIT_MS) {
+            Ok(_) | Err(FunctionError::Gone(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     fn vectors(
         &self,
         index: IrqIndex,
@@ -330,6 +349,10 @@ const EMPTY: Span = match Span::new(0, 0) {
     Some(span) => span,
     None => panic!("an empty span fits"),
 };
+
+fn is_message(index: IrqIndex) -> bool {
+    matches!(index, IrqIndex::Msi | IrqIndex::Msix)
+}
 
 fn vector_count(info: &FunctionInfo) -> u32 {
     info.irqs[IrqIndex::Msi as usize]
@@ -413,9 +436,13 @@ impl Function for BorrowedFunction {
         triggers: Vec<Option<OwnedFd>>,
     ) -> Result<(), FunctionError> {
         let range = self.vectors(index, start, triggers.len())?;
-        if matches!(index, IrqIndex::Err | IrqIndex::Req) {
-            let at = usize::from(index == IrqIndex::Req);
-            lock(&self.triggers).special[at] = triggers.into_iter().next().flatten();
+        if !is_message(index) {
+            let special = triggers.into_iter().next().flatten();
+            match index {
+                IrqIndex::Err => lock(&self.triggers).special[0] = special,
+                IrqIndex::Req => lock(&self.triggers).special[1] = special,
+                _ => {}
+            }
             return Ok(());
         }
         let any = triggers.iter().any(Option::is_some);
@@ -439,10 +466,15 @@ impl Function for BorrowedFunction {
             IrqIndex::Err => held.special[0] = None,
             IrqIndex::Req => held.special[1] = None,
             _ if held.armed == Some(index) => {
+                let masked = held.vectors.iter().any(|vector| vector.masked);
                 for vector in &mut held.vectors {
                     vector.fd = None;
                     vector.masked = false;
                     vector.held = false;
+                }
+                drop(held);
+                if masked {
+                    return self.unmask_all(index);
                 }
             }
             _ => {}
@@ -458,6 +490,10 @@ impl Function for BorrowedFunction {
         masked: bool,
     ) -> Result<(), FunctionError> {
         let range = self.vectors(index, start, count as usize)?;
+        if !is_message(index) {
+            // Errors and requests have no mask; there is nothing to tell the lender.
+            return Ok(());
+        }
         for vector in &mut lock(&self.triggers).vectors[range] {
             vector.masked = masked;
         }
@@ -475,7 +511,8 @@ impl Function for BorrowedFunction {
     }
 
     fn raise_irqs(&self, index: IrqIndex, start: u32, count: u32) -> Result<(), FunctionError> {
-        for vector in self.vectors(index, start, count as usize)? {
+        let range = self.vectors(index, start, count as usize)?;
+        for vector in range.filter(|_| is_message(index)) {
             self.state.signals.raise(vector as u32);
         }
         Ok(())
@@ -487,6 +524,10 @@ impl Function for BorrowedFunction {
         lock(&self.shadow).reset();
         let again = {
             let mut held = lock(&self.triggers);
+            // The masks went with the reset, here as at the lender.
+            held.vectors
+                .iter_mut()
+                .for_each(|vector| vector.masked = false);
             let again = held.armed.take();
             again.filter(|_| held.vectors.iter().any(|vector| vector.fd.is_some()))
         };
@@ -634,4 +675,61 @@ fn signal(fd: BorrowedFd<'_>) -> bool {
         }),
     );
     ready.is_ok_and(|count| count == 1) && rustix::io::write(fd, &1u64.to_ne_bytes()).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::path::engine::Signals;
+    use std::sync::mpsc;
+
+    /// A window whose stores arrive when they are let through.
+    struct Slow {
+        entered: mpsc::Sender<()>,
+        go: Mutex<mpsc::Receiver<()>>,
+    }
+
+    impl Aperture for Slow {
+        fn len(&self) -> u64 {
+            4096
+        }
+
+        fn read(&self, _offset: u64, data: &mut [u8]) {
+            data.fill(0);
+        }
+
+        fn write(&self, _offset: u64, _data: &[u8]) {
+            self.entered.send(()).unwrap();
+            lock(&self.go).recv().unwrap();
+        }
+
+        fn mapping(&self) -> Option<&dyn Mapping> {
+            None
+        }
+    }
+
+    #[test]
+    fn lease_is_not_lost_before_a_store_under_way_has_left() {
+        let (entered, store_began) = mpsc::channel();
+        let (let_go, go) = mpsc::channel();
+        let state = Arc::new(LeaseShared {
+            signals: Arc::new(Signals::new(1).unwrap()),
+            lost: Mutex::new(None),
+        });
+        let bar = SliceAperture {
+            window: Arc::new(Slow {
+                entered,
+                go: Mutex::new(go),
+            }),
+            base: 0,
+            len: 4096,
+            state: Arc::clone(&state),
+        };
+        let store = std::thread::spawn(move || bar.write(0, &[1]));
+        store_began.recv().unwrap();
+        assert!(state.lost.try_lock().is_err(), "losing it waits");
+        let_go.send(()).unwrap();
+        store.join().unwrap();
+        state.lose("over".into());
+    }
 }

@@ -3,10 +3,10 @@
 use super::executor::{Executor, ExecutorShared};
 use super::irq::{IrqCommand, IrqHandle, IrqThread, VectorCounters};
 use super::mapper::{Mapper, MapperJob};
-use super::{EngineConfig, EngineError, LeaseShared, Shared, lock};
+use super::{CallReply, EngineConfig, EngineError, LeaseShared, Shared, lock};
 use crate::model::{Access, Aperture, Bdf, DmaMap, Function, Memory, Span, WindowOffset};
 use crate::ntb::NtbPort;
-use crate::path::borrower::{Call, LeaseStatus, Token};
+use crate::path::borrower::{Answer, Call, LeaseStatus, Token};
 use crate::path::core::{Action, CoreConfig, Event, Inbox, PortCore, SessionInfo};
 use crate::path::lender::{JobId, OfferState, OfferStatus};
 use crate::path::mailbox::MailboxCounters;
@@ -155,7 +155,7 @@ fn entropy() -> u64 {
 }
 
 /// The mailbox's memory: a memfd of its own, in no tenant's reach.
-fn mailbox_memory() -> Result<(OwnedFd, Arc<dyn Aperture>), EngineError> {
+pub(super) fn mailbox_memory() -> Result<(OwnedFd, Arc<dyn Aperture>), EngineError> {
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
     let failed = |act| move |source| EngineError::Mailbox { act, source };
     let fd = memfd_create("sublet-mailbox", MemfdFlags::CLOEXEC)
@@ -252,6 +252,17 @@ impl Control {
 
     fn input(&mut self, input: Input) {
         let now = self.shared.now_ms();
+        let told = &self.irq.told;
+        let looked = match &input {
+            Input::Beat => Some(&told.beat),
+            Input::Bell => Some(&told.bell),
+            Input::LinkChange => Some(&told.link_change),
+            _ => None,
+        };
+        if let Some(told) = looked {
+            // A swap, as the looks below must not overtake it.
+            told.swap(false, Ordering::SeqCst);
+        }
         let event = match input {
             Input::Beat if self.stopping => return,
             Input::Beat => Event::Beat {
@@ -360,17 +371,24 @@ impl Control {
                 }
             }
             Action::ScanEnd(lease) => self.irq.send(IrqCommand::ScanEnd(lease)),
-            Action::Answer(token, result) => {
-                if let Some(reply) = lock(&self.shared.calls).remove(&token) {
-                    let _ = reply.send(result);
-                }
-            }
+            Action::Answer(token, result) => self.answer(token, result),
             Action::Lost(lease, why) => {
-                if let Some(state) = self.borrowed(lease) {
-                    *lock(&state.lost) = Some(why);
-                    state.signals.wake();
+                if let Some(state) = lock(&self.shared.borrowed).remove(&lease) {
+                    state.lose(why);
                 }
             }
+        }
+    }
+
+    /// A lease that comes when nobody waits for it any more goes back.
+    fn answer(&self, token: Token, result: CallReply) {
+        let unwanted = match lock(&self.shared.calls).remove(&token) {
+            Some(reply) => reply.send(result).err().map(|unsent| unsent.0),
+            None => Some(result),
+        };
+        if let Some(Ok(Answer::Borrowed(lease, _))) = unwanted {
+            let token = self.shared.token();
+            let _ = self.inbox.send(Input::Call(token, Call::Return(lease)));
         }
     }
 

@@ -11,13 +11,13 @@
 use super::control::Input;
 use super::irq::{IrqCommand, IrqHandle, Relay, VectorCounters};
 use crate::model::{
-    Access, BAR_COUNT, DmaMap, Function, FunctionError, IrqIndex, MapError, Memory, PortIova,
-    RegionIndex, Span, WindowOffset,
+    Access, AddressSpace, BAR_COUNT, DmaMap, Function, FunctionError, IrqIndex, MapError, Memory,
+    PortIova, RegionIndex, Span, WindowOffset,
 };
 use crate::ntb::NtbPort;
 use crate::path::core::Event;
 use crate::path::lender::JobId;
-use crate::path::message::{MapRange, Refusal};
+use crate::path::message::{MapRange, Refusal, RefusalCode};
 use crate::path::work::{FunctionWork, OpenPlan, WorkOutcome};
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::OwnedFd;
@@ -69,7 +69,7 @@ impl Executor {
         }
     }
 
-    fn work(&mut self, work: FunctionWork) -> Done {
+    pub(super) fn work(&mut self, work: FunctionWork) -> Done {
         match work {
             FunctionWork::Open(plan) => self.open(plan),
             FunctionWork::Close => self.close().map(|()| WorkOutcome::Done),
@@ -109,6 +109,12 @@ impl Executor {
                 offset,
                 data,
             } => {
+                // Config space is the lender's: a peer that turned decoding off, or the power,
+                // would have every access to the mapped BARs end in an error on this host.
+                if region.bar().is_none() {
+                    let text = format!("region {} is not written for a borrower", region.0);
+                    return Err(Refusal::new(RefusalCode::NotAllowed, 0, text));
+                }
                 self.function.region_write(region, offset, &data)?;
                 Ok(WorkOutcome::Done)
             }
@@ -136,6 +142,8 @@ impl Executor {
     }
 
     fn open(&mut self, plan: OpenPlan) -> Done {
+        // What a failed undoing has left is in the way of the next tenant.
+        self.close()?;
         let counters = (0..plan.irq_count)
             .map(|_| VectorCounters::default())
             .collect();
@@ -172,11 +180,16 @@ impl Executor {
             let Some(slice) = plan.slices[bar] else {
                 continue;
             };
-            let Some(aperture) = self.function.bar(RegionIndex(bar as u32)) else {
+            let areas = &self.function.info().regions[bar].areas;
+            if areas.is_empty() {
                 continue;
-            };
+            }
+            let aperture = self.function.bar(RegionIndex(bar as u32)).ok_or_else(|| {
+                let text = format!("BAR {bar} cannot be mapped: see the lender's log");
+                Refusal::new(RefusalCode::Kernel, 0, text)
+            })?;
             let mut maps = Vec::new();
-            for area in &self.function.info().regions[bar].areas {
+            for area in areas {
                 maps.push(DmaMap {
                     span: self.port_span(slice, area.start(), area.len())?,
                     access: Access::READ_WRITE,
@@ -205,11 +218,7 @@ impl Executor {
         let Some(path) = &mut self.path else {
             return Ok(());
         };
-        while let Some(span) = path.slices.last() {
-            self.port.address_space().unmap(*span)?;
-            path.slices.pop();
-        }
-        Ok(())
+        unmap_each(self.port.address_space(), &mut path.slices)
     }
 
     fn map(&mut self, ranges: &[MapRange]) -> Done {
@@ -230,11 +239,16 @@ impl Executor {
     }
 
     fn unmap(&mut self, spans: &[Span]) -> Done {
+        self.path()?;
+        let mut first = Ok(());
         for span in spans {
-            self.function.address_space().unmap(*span)?;
-            self.path()?.maps.retain(|held| !span.contains(*held));
+            match self.function.address_space().unmap(*span) {
+                Ok(_) => self.path()?.maps.retain(|held| !span.contains(*held)),
+                Err(error) => first = first.and(Err(error)),
+            }
         }
         self.tell_maps();
+        first?;
         Ok(WorkOutcome::Done)
     }
 
@@ -271,8 +285,10 @@ impl Executor {
             return Ok(());
         };
         if let Some(index) = path.armed {
-            self.function.disable_irqs(index)?;
+            let disabled = self.function.disable_irqs(index);
+            // Also where that failed: a relay that went on would ring in words of the next tenant.
             self.irq.disarm(path.plan.lease);
+            disabled?;
             path.armed = None;
         }
         Ok(())
@@ -301,7 +317,9 @@ impl Executor {
         let slices = self.unmap_slices().map_err(Refusal::from);
         let reset = self.function.reset().map_err(Refusal::from);
         let maps = self.unmap_all().map_err(Refusal::from);
-        self.path = None;
+        // What is still mapped is tried again before anybody else gets the function.
+        self.path
+            .take_if(|path| path.slices.is_empty() && path.maps.is_empty());
         self.tell_maps();
         irqs.and(bus_master).and(slices).and(reset).and(maps)
     }
@@ -317,13 +335,24 @@ impl Executor {
         let Some(path) = &mut self.path else {
             return Ok(());
         };
-        let mut first = Ok(());
-        for span in path.maps.drain(..) {
-            let done = self.function.address_space().unmap(span);
-            first = first.and(done.map(|_| ()));
-        }
-        first
+        unmap_each(self.function.address_space(), &mut path.maps)
     }
+}
+
+/// Every span is tried; what could not be unmapped stays in the list, and the first failure is told.
+fn unmap_each(space: &dyn AddressSpace, spans: &mut Vec<Span>) -> Result<(), MapError> {
+    let mut first = Ok(());
+    spans.retain(|span| match space.unmap(*span) {
+        Ok(_) => false,
+        Err(error) => {
+            tracing::error!(%span, %error, "a mapping of an ended path stays");
+            if first.is_ok() {
+                first = Err(error);
+            }
+            true
+        }
+    });
+    first
 }
 
 fn kernel(act: &'static str, source: std::io::Error) -> FunctionError {

@@ -83,6 +83,7 @@ pub(super) struct IrqHandle {
     commands: mpsc::Sender<IrqCommand>,
     wake: Arc<OwnedFd>,
     pub(super) bells: Arc<BellCounters>,
+    pub(super) told: Arc<Told>,
 }
 
 impl IrqHandle {
@@ -128,6 +129,16 @@ pub(super) struct IrqThread {
     index_last: u64,
     scans: HashMap<LeaseId, Scanned>,
     bells: Arc<BellCounters>,
+    told: Arc<Told>,
+}
+
+/// What control has been told and has not looked at yet: a peer that rings without end fills no
+/// memory.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    pub(super) bell: AtomicBool,
+    pub(super) link_change: AtomicBool,
+    pub(super) beat: AtomicBool,
 }
 
 fn made<T>(what: &'static str, result: rustix::io::Result<T>) -> Result<T, EngineError> {
@@ -150,6 +161,7 @@ impl IrqThread {
         let timer = made("timer", heartbeat_timer(heartbeat_ms))?;
         let (sender, commands) = mpsc::channel();
         let bells = Arc::<BellCounters>::default();
+        let told = Arc::<Told>::default();
         let watched: [(BorrowedFd<'_>, u64); 3] = [
             (port.event(), KEY_PORT),
             (wake.as_fd(), KEY_COMMAND),
@@ -177,6 +189,7 @@ impl IrqThread {
             index_last: 0,
             scans: HashMap::new(),
             bells: Arc::clone(&bells),
+            told: Arc::clone(&told),
         };
         Ok((
             thread,
@@ -184,6 +197,7 @@ impl IrqThread {
                 commands: sender,
                 wake,
                 bells,
+                told,
             },
         ))
     }
@@ -228,10 +242,10 @@ impl IrqThread {
             }
             self.bells.taken.fetch_add(1, Ordering::Relaxed);
             if bits >> self.port.info().doorbell_count != 0 {
-                self.tell(Input::LinkChange);
+                self.tell(&self.told.link_change, Input::LinkChange);
             }
             if bits & BELL_MAILBOX != 0 {
-                self.tell(Input::Bell);
+                self.tell(&self.told.bell, Input::Bell);
             }
             if bits & BELL_IRQ != 0 {
                 self.scan_all();
@@ -239,13 +253,16 @@ impl IrqThread {
         }
     }
 
-    fn tell(&self, input: Input) {
-        let _ = self.inbox.send(input);
+    fn tell(&self, told: &AtomicBool, input: Input) {
+        // Control clears it before it looks, so that what came after its look is told again.
+        if !told.swap(true, Ordering::SeqCst) {
+            let _ = self.inbox.send(input);
+        }
     }
 
     fn beat(&mut self) {
         drain(self.timer.as_fd());
-        self.tell(Input::Beat);
+        self.tell(&self.told.beat, Input::Beat);
         // A lost bell is late, never lost.
         self.scan_all();
     }
@@ -417,7 +434,7 @@ impl IrqThread {
         let RelayStep::Store(word) = relay.on_fence(read, peer_nonce, session) else {
             tracing::warn!(%lease, vector, "a fence read {read:#x}: the path is suspect");
             // Control looks at link, scratchpads and mailbox: one of them tells why.
-            self.tell(Input::Beat);
+            self.tell(&self.told.beat, Input::Beat);
             return;
         };
         let offset = word_offset(armed.first, vector);

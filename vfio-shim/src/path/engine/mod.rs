@@ -18,6 +18,8 @@ mod mapper;
 mod signals;
 #[cfg(test)]
 mod soft_tests;
+#[cfg(test)]
+mod undo_tests;
 
 pub use borrowed::BorrowedFunction;
 pub use control::{BellStatus, LentStatus, PortStatus, SessionStatus, VectorStatus};
@@ -99,6 +101,14 @@ pub(crate) struct LeaseShared {
     pub(crate) lost: Mutex<Option<String>>,
 }
 
+impl LeaseShared {
+    /// When it returns, no load or store of the lease is under way and none begins.
+    pub(crate) fn lose(&self, why: String) {
+        lock(&self.lost).get_or_insert(why);
+        self.signals.wake();
+    }
+}
+
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // A poisoned lock means that another thread of ours panicked; the data is still whole, since
     // no critical section leaves it half changed.
@@ -106,6 +116,10 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
+    pub(crate) fn token(&self) -> Token {
+        Token(self.token_last.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
     pub(crate) fn now_ms(&self) -> u64 {
         self.start.elapsed().as_millis() as u64
     }
@@ -234,9 +248,11 @@ impl Engine {
 
     /// Ends a lease. The guest session must have ended.
     pub fn give_back(&self, lease: LeaseId) -> Result<(), CallError> {
-        let result = self.call(Call::Return(lease), RESET_WAIT_MS).map(|_| ());
-        lock(&self.shared.borrowed).remove(&lease);
-        result
+        // Whoever still has its BARs reads ones before the lender gives the slices to another.
+        if let Some(state) = lock(&self.shared.borrowed).remove(&lease) {
+            state.lose("the lease was given back".into());
+        }
+        self.call(Call::Return(lease), RESET_WAIT_MS).map(|_| ())
     }
 
     /// The port that the engine drives.
@@ -245,7 +261,7 @@ impl Engine {
     }
 
     pub(crate) fn call(&self, call: Call, wait_ms: u64) -> CallReply {
-        let token = Token(self.shared.token_last.fetch_add(1, Ordering::Relaxed) + 1);
+        let token = self.shared.token();
         let (reply, answer) = mpsc::channel();
         lock(&self.shared.calls).insert(token, reply);
         let sent = self.inbox.send(Input::Call(token, call)).is_ok();
@@ -255,6 +271,8 @@ impl Engine {
             None
         };
         lock(&self.shared.calls).remove(&token);
+        // Control answers under that lock: what came just too late is there now, or never.
+        let result = result.or_else(|| answer.try_recv().ok());
         match result {
             Some(result) => result,
             None if sent => Err(CallError::Timeout(wait_ms)),

@@ -289,3 +289,46 @@ fn cable_out_and_in_again_at_once_still_ends_the_session() {
     drop(guest);
     rig.wait_for_pool();
 }
+
+#[test]
+fn bars_of_a_lease_given_back_read_ones_and_reach_no_slice() {
+    let rig = Rig::new();
+    let guest = rig.guest();
+    rig.engines[1].give_back(guest.lease).unwrap();
+    assert_eq!(guest.register(IDENT), u32::MAX);
+    guest.store(SCRATCH, &[1; 8]);
+    assert_eq!(rig.link.port(0).space().fault_count(), 0);
+}
+
+#[test]
+fn lease_that_comes_when_its_caller_has_gone_goes_back() {
+    let rig = Rig::new();
+    let call = rig.engines[1].call(Call::Borrow(bdf(), None), 0);
+    assert!(matches!(call, Err(CallError::Timeout(0))));
+    until("the lease is given back", || {
+        let lent = rig.engines[0].status()?.lent;
+        (lent[0].offer.last_end.as_deref() == Some("returned")).then_some(())
+    });
+    rig.wait_for_pool();
+}
+
+#[test]
+fn masks_end_with_a_reset_and_with_the_vectors_at_both_ends() {
+    let rig = Rig::new();
+    let guest = rig.guest();
+    let mask = || {
+        let function = &guest.function;
+        function.mask_irqs(IrqIndex::Msix, VECTOR_USED, 1, true)
+    };
+    mask().unwrap();
+    guest.function.reset().unwrap();
+    guest.drive();
+    guest.copy(0, PAGE, 8);
+    assert!(guest.interrupted(), "after a reset");
+    mask().unwrap();
+    guest.function.disable_irqs(IrqIndex::Msix).unwrap();
+    guest.drive();
+    guest.copy(0, PAGE, 8);
+    assert!(guest.interrupted(), "after the vectors were disabled");
+    rig.engines[1].give_back(guest.lease).unwrap();
+}

@@ -1,0 +1,300 @@
+//! Undoing whose steps fail, and peers that ring or write more than they may: what an executor and the irq thread make of it.
+
+use super::control::Input;
+use super::executor::{Executor, ExecutorShared};
+use super::irq::{IrqHandle, IrqThread};
+use crate::model::{
+    Access, AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds,
+    FunctionInfo, IrqIndex, MapError, PortIova, RegionIndex, Span, WindowOffset,
+};
+use crate::ntb::NtbPort;
+use crate::ntb::soft::{SoftFunction, SoftLink, SoftPort, SoftPortConfig};
+use crate::path::message::{LeaseId, MapRange};
+use crate::path::wire::BELL_MAILBOX;
+use crate::path::work::{FunctionWork, OpenPlan, WorkOutcome};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+const PAGE: u64 = 4096;
+const BASE: PortIova = PortIova(1 << 32);
+const LEASE: LeaseId = LeaseId(1);
+
+/// A function whose kernel refuses to take anything away.
+struct Stubborn {
+    soft: SoftFunction,
+    refuses: AtomicBool,
+    has_bar: AtomicBool,
+}
+
+impl Stubborn {
+    fn refuses(&self) -> bool {
+        self.refuses.load(Ordering::SeqCst)
+    }
+}
+
+fn no() -> std::io::Error {
+    std::io::Error::from_raw_os_error(5)
+}
+
+impl AddressSpace for Stubborn {
+    fn usable(&self) -> Vec<Span> {
+        self.soft.space().usable()
+    }
+
+    fn available(&self) -> u32 {
+        self.soft.space().available()
+    }
+
+    fn map(&self, maps: &[DmaMap<'_>]) -> Result<(), MapError> {
+        self.soft.space().map(maps)
+    }
+
+    /// Only what begins at 0 is refused.
+    fn unmap(&self, span: Span) -> Result<u64, MapError> {
+        let act = "unmap";
+        let source = no();
+        match self.refuses() && span.start() == 0 {
+            true => Err(MapError::Kernel { act, span, source }),
+            false => self.soft.space().unmap(span),
+        }
+    }
+}
+
+impl Function for Stubborn {
+    fn info(&self) -> &FunctionInfo {
+        self.soft.info()
+    }
+
+    fn region_read(&self, at: RegionIndex, from: u64, to: &mut [u8]) -> Result<(), FunctionError> {
+        self.soft.region_read(at, from, to)
+    }
+
+    fn region_write(&self, at: RegionIndex, from: u64, data: &[u8]) -> Result<(), FunctionError> {
+        self.soft.region_write(at, from, data)
+    }
+
+    fn bar(&self, region: RegionIndex) -> Option<Arc<dyn Aperture>> {
+        let has = self.has_bar.load(Ordering::SeqCst);
+        self.soft.bar(region).filter(|_| has)
+    }
+
+    fn mmap_fd(&self, _region: RegionIndex) -> Option<(BorrowedFd<'_>, u64)> {
+        None
+    }
+
+    fn set_irqs(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        triggers: Vec<Option<OwnedFd>>,
+    ) -> Result<(), FunctionError> {
+        self.soft.set_irqs(index, start, triggers)
+    }
+
+    fn disable_irqs(&self, index: IrqIndex) -> Result<(), FunctionError> {
+        let act = "disable the interrupts";
+        let source = no();
+        match self.refuses() {
+            true => Err(FunctionError::Kernel { act, source }),
+            false => self.soft.disable_irqs(index),
+        }
+    }
+
+    fn mask_irqs(
+        &self,
+        i: IrqIndex,
+        start: u32,
+        count: u32,
+        on: bool,
+    ) -> Result<(), FunctionError> {
+        self.soft.mask_irqs(i, start, count, on)
+    }
+
+    fn raise_irqs(&self, i: IrqIndex, start: u32, count: u32) -> Result<(), FunctionError> {
+        self.soft.raise_irqs(i, start, count)
+    }
+
+    fn reset(&self) -> Result<(), FunctionError> {
+        self.soft.reset()
+    }
+
+    fn address_space(&self) -> &dyn AddressSpace {
+        self
+    }
+}
+
+/// An executor with its irq thread and nothing else.
+struct Rig {
+    executor: Executor,
+    function: Arc<Stubborn>,
+    port: Arc<SoftPort>,
+    far: Arc<SoftPort>,
+    irq: IrqHandle,
+    told: mpsc::Receiver<Input>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let config = SoftPortConfig {
+            window_bytes: [64 << 20; 2],
+        };
+        let link = SoftLink::new([config; 2]).unwrap();
+        let (port, far) = (link.port(0), link.port(1));
+        let (inbox, told) = mpsc::channel();
+        let (_, mailbox) = super::control::mailbox_memory().unwrap();
+        let shared_port: Arc<dyn NtbPort> = port.clone();
+        let (thread, irq) =
+            IrqThread::new(Arc::clone(&shared_port), mailbox, 60_000, inbox.clone()).unwrap();
+        port.doorbell_unmask_only(BELL_MAILBOX);
+        for side in [&port, &far] {
+            side.link_enable(true);
+        }
+        let function = Arc::new(Stubborn {
+            soft: SoftFunction::new(FunctionIds::default(), 4),
+            refuses: AtomicBool::new(false),
+            has_bar: AtomicBool::new(true),
+        });
+        let executor = Executor {
+            function: function.clone(),
+            port: shared_port,
+            base: BASE,
+            irq: irq.clone(),
+            inbox,
+            shared: Arc::new(ExecutorShared::default()),
+            path: None,
+        };
+        Self {
+            executor,
+            function,
+            port,
+            far,
+            irq,
+            told,
+            thread: Some(std::thread::spawn(move || thread.run())),
+        }
+    }
+
+    fn refuse(&self, refuses: bool) {
+        self.function.refuses.store(refuses, Ordering::SeqCst);
+    }
+
+    fn open(&mut self) -> Result<WorkOutcome, crate::path::Refusal> {
+        let mut slices = [None; BAR_COUNT];
+        slices[0] = Some(WindowOffset(0x10000));
+        self.executor.work(FunctionWork::Open(OpenPlan {
+            lease: LEASE,
+            slices,
+            irq_first: 0,
+            irq_count: 4,
+        }))
+    }
+
+    fn map(&mut self, starts: &[u64]) {
+        let range = |start: &u64| MapRange {
+            span: Span::new(*start, PAGE).unwrap(),
+            offset: WindowOffset(0x10_0000 + *start),
+            access: Access::READ_WRITE,
+        };
+        let ranges = starts.iter().map(range).collect();
+        self.executor.work(FunctionWork::Map(ranges)).unwrap();
+    }
+
+    /// Returns when the irq thread has handled all that was ready before.
+    fn irq_is_quiet(&self) {
+        // The first wakes it with what was ready, the second when it is through with that.
+        self.irq.disarm(LeaseId(77));
+        self.irq.disarm(LeaseId(77));
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.irq.send(super::irq::IrqCommand::Stop);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+#[test]
+fn mapping_that_cannot_be_taken_away_is_kept_in_mind_and_tried_again_before_the_next_tenant() {
+    let mut rig = Rig::new();
+    rig.open().unwrap();
+    rig.map(&[0, PAGE, 2 * PAGE]);
+    rig.refuse(true);
+    rig.executor.work(FunctionWork::Close).unwrap_err();
+    assert_eq!(rig.function.soft.space().maps().len(), 1, "all others went");
+    rig.open().unwrap_err();
+    rig.refuse(false);
+    rig.open().unwrap();
+    assert!(rig.function.soft.space().maps().is_empty());
+    rig.executor.work(FunctionWork::Close).unwrap();
+    assert!(rig.port.space().maps().is_empty());
+}
+
+#[test]
+fn unmap_of_several_goes_on_behind_one_that_fails() {
+    let mut rig = Rig::new();
+    rig.open().unwrap();
+    rig.map(&[0, PAGE]);
+    rig.refuse(true);
+    let spans = [0, PAGE].map(|start| Span::new(start, PAGE).unwrap());
+    let unmap = FunctionWork::Unmap(spans.to_vec());
+    rig.executor.work(unmap).unwrap_err();
+    assert_eq!(rig.function.soft.space().maps().len(), 1);
+}
+
+#[test]
+fn relay_is_quiet_after_a_close_whose_vectors_could_not_be_disabled() {
+    let mut rig = Rig::new();
+    rig.open().unwrap();
+    let on = FunctionWork::Irqs(IrqIndex::Msix, true);
+    rig.executor.work(on).unwrap();
+    rig.refuse(true);
+    rig.executor.work(FunctionWork::Close).unwrap_err();
+    rig.function.raise_irqs(IrqIndex::Msix, 0, 1).unwrap();
+    rig.irq_is_quiet();
+    let counters = Arc::clone(&super::lock(&rig.executor.shared.counters));
+    assert_eq!(counters[0].raised.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn config_space_is_not_written_for_a_peer() {
+    let mut rig = Rig::new();
+    rig.open().unwrap();
+    let write = FunctionWork::Write {
+        region: RegionIndex::CONFIG,
+        offset: 4,
+        data: vec![0, 0],
+    };
+    let refused = rig.executor.work(write).unwrap_err();
+    assert!(refused.text.contains("is not written"), "{refused}");
+    let mut command = [0; 2];
+    rig.function
+        .region_read(RegionIndex::CONFIG, 4, &mut command)
+        .unwrap();
+    assert_eq!(command[0] & 2, 2, "memory decoding is on");
+}
+
+#[test]
+fn bar_that_cannot_be_mapped_is_no_open_path() {
+    let mut rig = Rig::new();
+    rig.function.has_bar.store(false, Ordering::SeqCst);
+    let refused = rig.open().unwrap_err();
+    assert!(refused.text.contains("BAR 0 cannot be mapped"), "{refused}");
+}
+
+#[test]
+fn peer_that_rings_without_end_fills_no_queue() {
+    let rig = Rig::new();
+    for ring in 1..=50 {
+        rig.far.peer_doorbell_ring(BELL_MAILBOX);
+        while rig.irq.bells.taken.load(Ordering::SeqCst) < ring {
+            std::thread::yield_now();
+        }
+    }
+    rig.irq_is_quiet();
+    let bells = |input: &Input| matches!(input, Input::Bell);
+    assert_eq!(rig.told.try_iter().filter(bells).count(), 1);
+}
