@@ -10,7 +10,9 @@ use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_TYPE, vfio_device_info, vfio_group_status, vfio_iommu_type1_dma_map,
     vfio_iommu_type1_dma_unmap, vfio_iommu_type1_info, vfio_irq_info, vfio_region_info,
 };
-use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_val};
+use vmm_sys_util::ioctl::{
+    ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_val,
+};
 use vmm_sys_util::ioctl_io_nr;
 
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE.into(), VFIO_BASE);
@@ -120,7 +122,7 @@ fn info_with_caps(fd: BorrowedFd<'_>, request: c_ulong, header: &[u32]) -> io::R
             head[0] = bytes as u32;
         }
         // SAFETY: the kernel writes at most argsz bytes, and `words` has that many.
-        check(unsafe { ioctl_with_mut_ref(&fd, request, &mut words[0]) })?;
+        check(unsafe { ioctl_with_mut_ptr(&fd, request, words.as_mut_ptr()) })?;
         let wanted = as_u32_mut(&mut words)[0] as usize;
         if wanted <= bytes {
             let mut out: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();

@@ -33,7 +33,7 @@ pub enum IrqError {
         fds: usize,
     },
     /// Another kind of fd would block or misuse who signals it.
-    #[error("SET_IRQS carries a file descriptor that is no eventfd but {0}")]
+    #[error("SET_IRQS carries a file descriptor that is no eventfd but {0:?}")]
     NotEventfd(String),
     /// Not refused by the protocol, but by the function.
     #[error("SET_IRQS is refused")]

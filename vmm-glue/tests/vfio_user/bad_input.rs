@@ -317,15 +317,15 @@ fn malformed_set_irqs_are_refused() {
         1,
         &[],
         &[null.as_fd()],
-        "SET_IRQS carries a file descriptor that is no eventfd but /dev/null",
+        "SET_IRQS carries a file descriptor that is no eventfd but \"/dev/null\"",
     );
-    let ram = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+    let ram = memfd_create("ram\u{1b}[2J", MemfdFlags::CLOEXEC).unwrap();
     set(
         36,
         1,
         &[],
         &[ram.as_fd()],
-        "SET_IRQS carries a file descriptor that is no eventfd but /memfd:ram (deleted)",
+        "SET_IRQS carries a file descriptor that is no eventfd but \"/memfd:ram\\u{1b}[2J (deleted)\"",
     );
     // As many as anybody can name, and none of them there.
     let rig = Rig::new();

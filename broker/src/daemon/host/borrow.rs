@@ -26,6 +26,25 @@ pub(super) struct Wish {
     pub(super) trust_domain: Option<String>,
 }
 
+/// What trust is judged by.
+pub(super) struct Trust {
+    adapter: usize,
+    bars: BarMode,
+    domain: String,
+}
+
+/// A lease that is being made; forgotten on drop.
+struct Wished<'a> {
+    host: &'a LocalHost,
+    fdid: Fdid,
+}
+
+impl Drop for Wished<'_> {
+    fn drop(&mut self) {
+        self.host.state().wished.remove(&self.fdid);
+    }
+}
+
 /// A borrowed function and its worker.
 pub(super) struct Borrowed {
     pub(super) lease: LeaseId,
@@ -116,7 +135,12 @@ impl LocalHost {
         let bars = wish.bars.unwrap_or(self.config.policy.bars);
         let domain = wish.trust_domain.clone();
         let domain = domain.unwrap_or_else(|| port.trust_domain.clone());
-        self.check_trust(adapter, bars, wish.trust_vmm, &domain)?;
+        let trust = Trust {
+            adapter,
+            bars,
+            domain: domain.clone(),
+        };
+        let _wished = self.wished(fdid, trust, wish.trust_vmm)?;
         let path = self.config.socket_path(&wish.socket);
         let endpoint = Endpoint::bind(&path)
             .map_err(|error| refuse(ErrorCode::Socket, vfio_shim::path::words(&error)))?;
@@ -165,20 +189,25 @@ impl LocalHost {
         Ok(())
     }
 
-    fn check_trust(
-        &self,
-        adapter: usize,
-        bars: BarMode,
-        trust_vmm: bool,
-        domain: &str,
-    ) -> Result<(), VerbError> {
-        let state = self.state();
-        let others = state
-            .borrowed
-            .iter()
-            .filter(|(_, held)| held.adapter == adapter);
-        let others = others.map(|(fdid, held)| (*fdid, held.bars, held.trust_domain.as_str()));
-        trust(&self.ports[adapter], others, bars, trust_vmm, domain)
+    /// Refused where trust domains would meet. What it returns stands for the lease until that is
+    /// there: of two verbs at once, the second sees the first.
+    fn wished(&self, fdid: Fdid, wish: Trust, trust_vmm: bool) -> Result<Wished<'_>, VerbError> {
+        let mut state = self.state();
+        let borrowed = state.borrowed.iter();
+        let borrowed = borrowed.map(|(fdid, held)| {
+            let domain = held.trust_domain.as_str();
+            (*fdid, held.adapter, held.bars, domain)
+        });
+        let wished = state.wished.iter();
+        let wished = wished.map(|(fdid, w)| (*fdid, w.adapter, w.bars, w.domain.as_str()));
+        let others = borrowed
+            .chain(wished)
+            .filter(|(_, adapter, ..)| *adapter == wish.adapter)
+            .map(|(fdid, _, bars, domain)| (fdid, bars, domain));
+        let port = &self.ports[wish.adapter];
+        trust(port, others, wish.bars, trust_vmm, &wish.domain)?;
+        state.wished.insert(fdid, wish);
+        Ok(Wished { host: self, fdid })
     }
 
     fn serve(
@@ -312,5 +341,68 @@ fn told(fdid: Fdid, held: &Borrowed) -> Told {
         lease: Hex64(held.lease.0),
         socket: held.socket.clone(),
         bars: held.bars,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use std::path::Path;
+    use vfio_shim::model::PortIova;
+    use vfio_shim::ntb::NtbPort;
+    use vfio_shim::ntb::soft::{SoftLink, SoftPortConfig};
+    use vfio_shim::path::EngineConfig;
+
+    fn host() -> LocalHost {
+        let window_bytes = 64 << 20;
+        let config = SoftPortConfig {
+            window_bytes: [window_bytes; 2],
+        };
+        let port: Arc<dyn NtbPort> = SoftLink::new([config; 2]).unwrap().port(0);
+        let config = EngineConfig {
+            name: "soft".into(),
+            node: 4,
+            window_base: PortIova(1 << 32),
+            window_bytes,
+            heartbeat_ms: 250,
+            lost_after_ms: 1500,
+        };
+        let open = OpenPort {
+            name: "soft".into(),
+            bdf: "01:00.0".parse().unwrap(),
+            trust_vmm: true,
+            trust_domain: "a".into(),
+            engine: Engine::start(Arc::clone(&port), config).unwrap(),
+            port,
+            window_bytes,
+        };
+        let text = "[node]\nid = 4\nname = \"a\"\n\n[[port]]\nname = \"soft\"\nbdf = \"01:00.0\"\n\
+                    peers = \"cable\"\ntrust_domain = \"a\"\n";
+        LocalHost {
+            config: Config::parse(Path::new("test.toml"), text).unwrap(),
+            sysfs: vfio_shim::sysfs::Sysfs::new("/sys"),
+            started: std::time::Instant::now(),
+            state: std::sync::Mutex::default(),
+            unclaimed: std::sync::Condvar::new(),
+            ports: vec![open],
+        }
+    }
+
+    #[test]
+    fn two_borrows_at_once_do_not_bring_trust_domains_together() {
+        let host = host();
+        let fdids = ["80101", "80102"].map(|text| text.parse().unwrap());
+        let wish = |bars, domain: &str| Trust {
+            adapter: 0,
+            bars,
+            domain: domain.into(),
+        };
+        let mapped = host.wished(fdids[0], wish(BarMode::Mapped, "a"), true);
+        let other = || host.wished(fdids[1], wish(BarMode::Trapped, "b"), false);
+        let refused = other().map(drop).unwrap_err();
+        assert!(refused.to_string().contains("trust domain"), "{refused}");
+        drop(mapped);
+        assert!(other().is_ok());
     }
 }

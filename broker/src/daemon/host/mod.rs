@@ -9,7 +9,7 @@ mod report;
 use super::Host;
 use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
 use crate::config::{Config, PortConfig};
-use borrow::Borrowed;
+use borrow::{Borrowed, Trust};
 use claim::Claims;
 use lend::Lent;
 use port::OpenPort;
@@ -53,6 +53,8 @@ struct State {
     borrowed: BTreeMap<Fdid, Borrowed>,
     lent: BTreeMap<Bdf, Lent>,
     claims: Claims,
+    /// What is being borrowed: trust is judged with it before it is there.
+    wished: BTreeMap<Fdid, Trust>,
 }
 
 struct LocalHost {
