@@ -7,6 +7,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("broker", &["vfio-shim", "vmm-glue"]),
     ("vmm-glue", &["vfio-shim"]),
     ("vfio-shim", &[]),
+    ("tests/kvm", &["vfio-shim", "vmm-glue"]),
     ("tests/repo", &[]),
     ("tests/lab/model", &[]),
     ("tests/lab/agent", &[]),
