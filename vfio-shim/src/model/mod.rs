@@ -3,6 +3,8 @@
 mod addr;
 mod bdf;
 mod config_space;
+#[cfg(test)]
+pub(crate) mod contract;
 mod function;
 mod irq;
 mod region;

@@ -17,6 +17,8 @@ pub enum Operation {
     Config,
     /// A store through an outbound window.
     Store,
+    /// Such a store of a device.
+    Dma,
     /// A ring of the peer's doorbell.
     Bell,
 }
@@ -40,9 +42,12 @@ pub enum Fault {
     /// A bell arrives so many operations later.
     BellLate(u32),
     /// A store stays behind for so many operations, or until its host loads through a window.
-    /// Bells overtake it, and so do stores of other requesters: another handle of a window is
-    /// another requester, and only the stores of one requester keep their order.
+    /// Bells overtake it, and so do stores of other requesters: a host's processors are one, each
+    /// of its devices is another, and only the stores of one requester keep their order.
     StoreHeld(u32),
+    /// A device's store stays behind in the same way, while those of the processors and bells keep
+    /// their order: all that a port promises whose bells stay behind stores.
+    DmaHeld(u32),
     /// The link goes down at a store, which is lost with all that is under way, and comes back
     /// so many operations later.
     FlapAtStore(u32),
@@ -61,6 +66,7 @@ impl Fault {
             Self::ConfigFails => Operation::Config,
             Self::BellLost | Self::BellLate(_) | Self::FlapAtBell(_) => Operation::Bell,
             Self::StoreHeld(_) | Self::FlapAtStore(_) => Operation::Store,
+            Self::DmaHeld(_) => Operation::Dma,
         }
     }
 }
@@ -105,9 +111,14 @@ impl FaultPlan {
         self.faults().next().is_none()
     }
 
-    /// Whether it may hold a store back, so that a bell overtakes it.
+    /// Whether it may hold any store back, so that a bell overtakes it.
     pub fn holds_stores(&self) -> bool {
         self.faults().any(|f| matches!(f, Fault::StoreHeld(_)))
+    }
+
+    /// Whether it may hold back stores of devices.
+    pub fn holds_dma(&self) -> bool {
+        self.faults().any(|f| matches!(f, Fault::DmaHeld(_))) || self.holds_stores()
     }
 
     fn faults(&self) -> impl Iterator<Item = Fault> {

@@ -1,19 +1,23 @@
 //! Planned faults of the soft fabric: each can be seen, and what the relay does against them is needed.
 
+use super::function_tests::{ARC, memirq_taken};
 use super::*;
 use crate::model::{
-    Access, AddressSpace, Aperture, DmaMap, Function, FunctionIds, MapError, Memory, PortIova, Span,
+    Access, AddressSpace, Aperture, DmaMap, Function, FunctionIds, IrqIndex, MapError, Memory,
+    PortIova, RegionIndex, Span,
 };
 use crate::ntb::{NtbPort, contract};
 use crate::path::relay::{RelayStep, Scan, VectorRelay};
 use crate::path::wire::session_id;
 use crate::vfio::MappedAperture;
+use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 const PAGE: u64 = 4096;
+const RAM_BYTES: u64 = 128 * PAGE;
 const BASE: u64 = 1 << 32;
 const CONFIG: SoftPortConfig = SoftPortConfig {
     window_bytes: [1 << 20; 2],
@@ -27,7 +31,7 @@ fn holding() -> FaultPlan {
     FaultPlan::seeded(1).chance(Fault::StoreHeld(1000), CHANCE_ONE / 2)
 }
 
-/// A link that is up, whose side 0 reaches a page of side 1's memory.
+/// A link that is up, whose side 0 reaches some memory of side 1.
 struct Rig {
     link: SoftLink,
     ram: MappedAperture,
@@ -39,14 +43,14 @@ impl Rig {
         let link = SoftLink::faulty([CONFIG; 2], plan).unwrap();
         let ports = [0, 1].map(|side| link.port(side));
         let fd = memfd_create("faults", MemfdFlags::CLOEXEC).unwrap();
-        ftruncate(&fd, PAGE).unwrap();
+        ftruncate(&fd, RAM_BYTES).unwrap();
         let map = DmaMap {
-            span: Span::new(BASE, PAGE).unwrap(),
+            span: Span::new(BASE, RAM_BYTES).unwrap(),
             access: Access::READ_WRITE,
             memory: Memory::Fd(fd.as_fd(), 0),
         };
         ports[1].address_space().map(&[map]).unwrap();
-        ports[1].window_open(0, PortIova(BASE), PAGE).unwrap();
+        ports[1].window_open(0, PortIova(BASE), RAM_BYTES).unwrap();
         for port in &ports {
             port.link_enable(true);
             port.doorbell_unmask_only(0b11);
@@ -54,7 +58,7 @@ impl Rig {
         for port in &ports {
             port.doorbell_take();
         }
-        let ram = MappedAperture::memory(fd.as_fd(), 0, PAGE).unwrap();
+        let ram = MappedAperture::memory(fd.as_fd(), 0, RAM_BYTES).unwrap();
         Self { link, ram, ports }
     }
 }
@@ -82,7 +86,8 @@ fn bell_overtakes_a_held_store_and_a_load_of_any_requester_pushes_it() {
         [0, 0],
         "the second stays behind the first"
     );
-    near.window(0).write_u64(16, 3);
+    let (device, _) = lent_arc(&rig);
+    assert!(device.space().write(16, &3u64.to_le_bytes()));
     assert_eq!(
         [seen(0), seen(16)],
         [0, 3],
@@ -142,25 +147,49 @@ fn flap_at_a_store_loses_it_and_tells_both_ends() {
     }
 }
 
-/// How often, of 1000 interrupts, a scan saw the word before the data, and how often the bell
-/// came before the word.
+/// A function of the Arc's shape whose DMA goes through side 0's window, and its MSI's eventfd.
+fn lent_arc(rig: &Rig) -> (SoftFunction, OwnedFd) {
+    let function = SoftFunction::arc_pro(1 << 20).unwrap();
+    let map = DmaMap {
+        span: Span::new(0, RAM_BYTES).unwrap(),
+        access: Access::READ_WRITE,
+        memory: Memory::Aperture(rig.ports[0].window(0), 0),
+    };
+    function.address_space().map(&[map]).unwrap();
+    let command = 6u16.to_le_bytes();
+    function
+        .region_write(RegionIndex::CONFIG, 4, &command)
+        .unwrap();
+    let event = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+    let trigger = vec![Some(event.try_clone().unwrap())];
+    function.set_irqs(IrqIndex::Msi, 0, trigger).unwrap();
+    (ARC.prepare)(&rig.ram);
+    (function, event)
+}
+
+/// Memirq by way of the relay, 1000 times: how often a scan saw the interrupt's word before the
+/// status that the function had written, and how often the bell came before the word.
 fn relayed(fence: bool, read_back: bool) -> (usize, usize) {
     const NONCE: u64 = 0xaaaa_bbbb_cccc_dddd;
     const WORD: u64 = 64;
     let rig = Rig::new(holding());
     let [near, far] = &rig.ports;
+    let (function, event) = lent_arc(&rig);
     rig.ram.write_u64(0, NONCE);
     let session = session_id(NONCE, 7);
-    let (dma, window) = (near.window(0), near.window(0));
+    let window = near.window(0);
     let (mut relay, mut scan) = (VectorRelay::default(), Scan::new(1));
     let (mut early, mut missed) = (0, 0);
-    for round in 1..=1000u64 {
-        dma.write_u64(128, round);
+    for _ in 0..1000 {
+        for (register, value) in (ARC.copy)(PAGE, 2 * PAGE, 8) {
+            let written = function.region_write(RegionIndex(0), register, &value);
+            written.unwrap();
+        }
+        rustix::io::read(&event, &mut [0; 8]).unwrap();
         assert_eq!(relay.on_raise(1), RelayStep::Fence);
-        let read = if fence {
-            window.read_u32(0)
-        } else {
-            NONCE as u32
+        let read = match fence {
+            true => window.read_u32(0),
+            false => NONCE as u32,
         };
         let RelayStep::Store(word) = relay.on_fence(read, NONCE, session) else {
             panic!("no store");
@@ -168,7 +197,7 @@ fn relayed(fence: bool, read_back: bool) -> (usize, usize) {
         window.write_u64(WORD, word);
         // A heartbeat's scan may come at any time, so also now.
         let mut raised = scan.scan(|_| rig.ram.read_u64(WORD), session);
-        early += usize::from(!raised.is_empty() && rig.ram.read_u64(128) != round);
+        early += usize::from(!raised.is_empty() && !memirq_taken(&rig.ram));
         if read_back {
             window.read_u64(WORD);
         }
@@ -179,12 +208,13 @@ fn relayed(fence: bool, read_back: bool) -> (usize, usize) {
         // What is late arrives before the next round.
         rig.link.settle();
         scan.scan(|_| rig.ram.read_u64(WORD), session);
+        memirq_taken(&rig.ram);
     }
     (early, missed)
 }
 
 #[test]
-fn relay_with_fence_and_read_back_has_the_data_before_the_interrupt_and_the_word_before_the_bell() {
+fn relay_with_fence_and_read_back_has_memirq_before_the_interrupt_and_the_word_before_the_bell() {
     assert_eq!(relayed(true, true), (0, 0));
 }
 
@@ -195,7 +225,7 @@ fn relay_without_the_read_back_is_seen_to_ring_before_its_word() {
 }
 
 #[test]
-fn relay_without_the_fence_is_seen_to_interrupt_before_the_data() {
+fn relay_without_the_fence_is_seen_to_interrupt_before_memirq() {
     let (early, missed) = relayed(false, true);
     assert!(early > 100 && missed == 0, "{early} {missed}");
 }

@@ -3,7 +3,7 @@
 use super::armed::Armed;
 use super::egress::{Egress, Store};
 use super::fault::{Fault, FaultPlan, Operation};
-use super::space::in_hardware;
+use super::space::{PROCESSORS, in_hardware};
 use super::{SoftHost, SoftPort, SoftSpace};
 use crate::model::PortIova;
 use rustix::event::{EventfdFlags, eventfd};
@@ -56,9 +56,10 @@ pub(super) struct Fabric {
     delivered: Condvar,
     faults: Armed,
     pub(super) doorbell_ordered: bool,
+    /// Whether stores can be held at all.
+    holding: bool,
     /// Operations of both ports so far, counted while faults are planned.
     clock: AtomicU64,
-    requesters: AtomicU64,
     pub(super) hosts: [Arc<SoftHost>; 2],
     pub(super) events: [OwnedFd; 2],
     pub(super) spaces: [Arc<SoftSpace>; 2],
@@ -163,12 +164,17 @@ impl Fabric {
     /// A store through a window of `side`.
     pub(super) fn store(&self, side: usize, store: &Store<'_>) {
         let now = self.clock.load(Ordering::Acquire);
-        let late = match self.faults.roll(Operation::Store) {
+        let device = store.requester != PROCESSORS;
+        let mut fault = self.faults.roll(Operation::Store);
+        if fault.is_none() && device {
+            fault = self.faults.roll(Operation::Dma);
+        }
+        let late = match fault {
             Some(Fault::FlapAtStore(away)) => return self.flap(away),
-            Some(Fault::StoreHeld(late)) => Some(u64::from(late)),
+            Some(Fault::StoreHeld(late) | Fault::DmaHeld(late)) => Some(u64::from(late)),
             _ => None,
         };
-        if self.doorbell_ordered || !self.hold(side, store, late, now) {
+        if !self.holding || !self.hold(side, store, late, now) {
             self.arrive(side, store);
         }
     }
@@ -190,7 +196,7 @@ impl Fabric {
 
     /// What a load does to the stores of its side: it pushes all of them before it.
     pub(super) fn flush(&self, side: usize) {
-        if !self.doorbell_ordered {
+        if self.holding {
             self.deliver(side, None);
         }
     }
@@ -269,10 +275,6 @@ impl Fabric {
         let inside = end <= limit && end <= self.window_bytes[side][index];
         (state.up && inside).then_some(base.0 + offset)
     }
-
-    pub(super) fn requester(&self) -> u64 {
-        self.requesters.fetch_add(1, Ordering::Relaxed)
-    }
 }
 
 fn deliver_bells(state: &mut State, now: Option<u64>) {
@@ -283,7 +285,7 @@ fn deliver_bells(state: &mut State, now: Option<u64>) {
     state.bells.retain(|bell| !arrived(bell));
 }
 
-/// The plan would hold stores on a link whose ports promised that no bell overtakes one.
+/// The plan would hold stores of a kind that the link's own plan never held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a plan that holds stores back needs a link that was made with such a plan")]
 pub struct StoresAreOrdered;
@@ -318,9 +320,9 @@ impl SoftLink {
             egress: array::from_fn(|_| Mutex::default()),
             delivered: Condvar::new(),
             doorbell_ordered: !plan.holds_stores(),
+            holding: plan.holds_dma(),
             faults: Armed::new(plan),
             clock: AtomicU64::new(0),
-            requesters: AtomicU64::new(0),
             hosts,
             events: [eventfd(0, flags)?, eventfd(0, flags)?],
             spaces: array::from_fn(|_| Arc::new(SoftSpace::new())),
@@ -345,7 +347,8 @@ impl SoftLink {
 
     /// Replaces the plan; its operations are counted from now on. What is under way arrives.
     pub fn arm(&self, plan: FaultPlan) -> Result<(), StoresAreOrdered> {
-        if plan.holds_stores() && self.fabric.doorbell_ordered {
+        let unfit = plan.holds_stores() && self.fabric.doorbell_ordered;
+        if unfit || plan.holds_dma() && !self.fabric.holding {
             return Err(StoresAreOrdered);
         }
         self.settle();

@@ -14,22 +14,26 @@ mod function;
 mod host;
 mod link;
 mod port;
-mod registers;
 mod space;
 mod window;
 
 pub use fault::{CHANCE_ONE, Fault, FaultDice, FaultPlan, Operation};
-pub use function::SoftFunction;
+pub use function::{
+    ARC_BAR0_BYTES, ARC_COMPLETED, ARC_DESTINATION, ARC_DOORBELL, ARC_FLAGS, ARC_FROM_VRAM,
+    ARC_GGTT, ARC_IDENT, ARC_IDENT_VALUE, ARC_IDS, ARC_LENGTH, ARC_MEMIRQ, ARC_MEMIRQ_ENABLE,
+    ARC_MEMIRQ_SOURCE, ARC_MEMIRQ_STATUS, ARC_MEMIRQ_UNIT, ARC_SCRATCH, ARC_SOURCE, ARC_STATUS,
+    ARC_TO_VRAM, CHECKSUM, COMPLETED, DESTINATION, DOORBELL, IDENT, IDENT_VALUE, LENGTH, OPERATION,
+    OPERATION_CHECKSUM, OPERATION_COPY, SCRATCH, SOURCE, STATUS, STATUS_DONE, STATUS_FAILED,
+    STATUS_IDLE, SoftFunction, SoftPf, SriovError, TRANSFER_BYTES_MAX, VECTOR, VFS_MAX, VfShape,
+};
 pub use host::SoftHost;
 pub use link::{SoftLink, SoftPortConfig, StoresAreOrdered};
 pub use port::SoftPort;
-pub use registers::{
-    COMPLETED, DESTINATION, DOORBELL, IDENT, IDENT_VALUE, LENGTH, SCRATCH, SOURCE, STATUS,
-    STATUS_DONE, STATUS_FAILED, STATUS_IDLE, TRANSFER_BYTES_MAX, VECTOR,
-};
 pub use space::{FAULTS_MAX, SoftFault, SoftSpace};
 
 #[cfg(test)]
 mod fault_tests;
+#[cfg(test)]
+pub(crate) mod function_tests;
 #[cfg(test)]
 mod tests;

@@ -21,28 +21,41 @@ const MSI_END: u64 = 0xfef0_0000;
 const ADDRESS_END: u64 = 1 << 48;
 
 thread_local! {
-    /// How many accesses of devices this thread is inside of.
-    static DEPTH: Cell<u32> = const { Cell::new(0) };
+    /// The device whose access this thread is inside of; 0 = it is none, but software.
+    static REQUESTER: Cell<u64> = const { Cell::new(PROCESSORS) };
+}
+
+/// The requester that all software of a host is: its processors keep the order of their stores.
+pub(super) const PROCESSORS: u64 = 0;
+
+/// Who accesses what this thread accesses now: a device, which is known by its soft IOMMU, or
+/// the processors.
+pub(super) fn requester() -> u64 {
+    REQUESTER.get()
 }
 
 /// Whether this thread is inside a device's access. Only devices go through a soft IOMMU, so all
 /// that happens beneath one is hardware, which goes on when a host's software stands still.
 pub(super) fn in_hardware() -> bool {
-    DEPTH.get() != 0
+    requester() != PROCESSORS
 }
 
-struct InHardware;
+struct InHardware {
+    outer: u64,
+}
 
 impl InHardware {
-    fn enter() -> Self {
-        DEPTH.set(DEPTH.get() + 1);
-        Self
+    fn enter(space: &SoftSpace) -> Self {
+        let id = std::ptr::from_ref(space).addr() as u64;
+        Self {
+            outer: REQUESTER.replace(id),
+        }
     }
 }
 
 impl Drop for InHardware {
     fn drop(&mut self) {
-        DEPTH.set(DEPTH.get() - 1);
+        REQUESTER.set(self.outer);
     }
 }
 
@@ -150,7 +163,7 @@ impl SoftSpace {
         write: bool,
         mut access: impl FnMut(&Entry, u64, std::ops::Range<usize>),
     ) -> bool {
-        let _hardware = InHardware::enter();
+        let _hardware = InHardware::enter(self);
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         let mut whole = true;
         let mut done = 0;

@@ -1,22 +1,21 @@
-//! An outbound window of a soft port, as one requester of the fabric.
+//! An outbound window of a soft port, for the host's software and its devices alike.
 
 use super::egress::Store;
 use super::link::Fabric;
+use super::space::requester;
 use crate::model::{Aperture, Mapping};
 use std::sync::Arc;
 
-/// A handle of a window; each handle is a requester of its own.
+/// A handle of a window.
 pub(super) struct Window {
     fabric: Arc<Fabric>,
     side: usize,
     index: usize,
-    requester: u64,
 }
 
 impl Window {
     pub(super) fn new(fabric: Arc<Fabric>, side: usize, index: usize) -> Self {
         Self {
-            requester: fabric.requester(),
             fabric,
             side,
             index: index.min(1),
@@ -38,7 +37,7 @@ impl Aperture for Window {
     fn write(&self, offset: u64, data: &[u8]) {
         self.fabric.tick(self.side);
         let store = Store {
-            requester: self.requester,
+            requester: requester(),
             window: self.index,
             offset,
             data,

@@ -17,6 +17,8 @@ mod irq;
 mod mapper;
 mod signals;
 #[cfg(test)]
+mod soft_fault_tests;
+#[cfg(test)]
 mod soft_tests;
 #[cfg(test)]
 mod undo_tests;

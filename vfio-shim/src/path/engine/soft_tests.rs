@@ -3,8 +3,8 @@
 use super::*;
 use crate::model::{Access, Aperture, DmaMap, FunctionIds, IrqIndex, Memory, RegionIndex, Span};
 use crate::ntb::soft::{
-    DESTINATION, DOORBELL, IDENT, IDENT_VALUE, LENGTH, SCRATCH, SOURCE, STATUS, STATUS_DONE,
-    SoftFault, SoftFunction, SoftLink, SoftPortConfig, SoftSpace, VECTOR,
+    DESTINATION, DOORBELL, FaultPlan, IDENT, IDENT_VALUE, LENGTH, SCRATCH, SOURCE, STATUS,
+    STATUS_DONE, SoftFault, SoftFunction, SoftLink, SoftPortConfig, SoftSpace, VECTOR,
 };
 use crate::path::message::PoolState;
 use crate::vfio::MappedAperture;
@@ -22,7 +22,7 @@ const VECTOR_USED: u32 = 2;
 const WAIT: Duration = Duration::from_secs(20);
 
 /// Looks until it is so.
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub(super) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + WAIT;
     loop {
         if let Some(seen) = look() {
@@ -33,23 +33,33 @@ fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-fn bdf() -> Bdf {
+pub(super) fn bdf() -> Bdf {
     "4a:00.1".parse().unwrap()
 }
 
 /// Host 0 lends to host 1.
-struct Rig {
-    engines: [Arc<Engine>; 2],
-    function: Arc<SoftFunction>,
-    link: SoftLink,
+pub(super) struct Rig {
+    pub(super) engines: [Arc<Engine>; 2],
+    pub(super) function: Arc<SoftFunction>,
+    pub(super) link: SoftLink,
 }
 
 impl Rig {
     fn new() -> Self {
+        let ids = FunctionIds {
+            vendor: 0x5b1e,
+            device: 1,
+            ..FunctionIds::default()
+        };
+        Self::with(SoftFunction::new(ids, 4), FaultPlan::default(), 10_000)
+    }
+
+    /// Lends this function over a fabric with these faults.
+    pub(super) fn with(function: SoftFunction, plan: FaultPlan, lost_after_ms: u64) -> Self {
         let config = SoftPortConfig {
             window_bytes: [WINDOW_BYTES; 2],
         };
-        let link = SoftLink::new([config; 2]).unwrap();
+        let link = SoftLink::faulty([config; 2], plan).unwrap();
         let engines = [0, 1].map(|side| {
             let config = EngineConfig {
                 name: format!("soft{side}"),
@@ -57,22 +67,18 @@ impl Rig {
                 window_base: WINDOW_BASE,
                 window_bytes: WINDOW_BYTES,
                 heartbeat_ms: 10,
-                lost_after_ms: 10_000,
+                lost_after_ms,
             };
             Engine::start(link.port(usize::from(side)), config).unwrap()
         });
-        let ids = FunctionIds {
-            vendor: 0x5b1e,
-            device: 1,
-            ..FunctionIds::default()
-        };
-        let function = Arc::new(SoftFunction::new(ids, 4));
+        let function = Arc::new(function);
+        let info = function.info();
         let entry = PoolEntry {
             bdf: bdf(),
-            ids,
+            ids: info.ids,
             state: PoolState::Available,
-            irq_count: 4,
-            bar_bytes: 2 * PAGE,
+            irq_count: info.irqs.iter().map(|irq| irq.count).max().unwrap_or(0),
+            bar_bytes: info.regions[..6].iter().map(|region| region.size).sum(),
             serial: 0,
         };
         engines[0]
@@ -87,7 +93,7 @@ impl Rig {
         rig
     }
 
-    fn wait_for_pool(&self) {
+    pub(super) fn wait_for_pool(&self) {
         until("the function shows in the borrower's list", || {
             let entries = self.engines[1].list().ok()?;
             (entries.first()?.state == PoolState::Available).then_some(())
@@ -103,7 +109,7 @@ impl Rig {
     }
 
     /// What is mapped at all: in a host without a path that is its mailbox.
-    fn maps(&self) -> [usize; 3] {
+    pub(super) fn maps(&self) -> [usize; 3] {
         self.spaces().map(|space| space.maps().len())
     }
 
