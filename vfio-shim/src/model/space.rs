@@ -154,6 +154,9 @@ pub enum MapError {
     /// The path to the function is gone.
     #[error("the path to the function has ended: {0}")]
     Gone(String),
+    /// This host's end of a path refused: its own window is full, or pinning failed.
+    #[error("{0}")]
+    Here(String),
     /// The other host refused.
     #[error("the other host refused to map {span}: {cause}")]
     Peer {

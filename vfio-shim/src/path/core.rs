@@ -291,10 +291,11 @@ impl PortCore {
             .as_ref()
             .is_some_and(|s| s.info.peer_node.is_some());
         if !ready {
-            let why = self
-                .over_reason
-                .as_deref()
-                .unwrap_or("the other host has not answered yet");
+            let why = match (self.link.state(), &self.over_reason) {
+                (state, _) if state.is_mismatch() => state.to_string(),
+                (_, Some(reason)) => reason.clone(),
+                (_, None) => "the other host has not answered yet".to_owned(),
+            };
             let text = format!(
                 "no link session is open ({why}): see `sublet status`, and check that the other \
                  host's daemon runs and the cable is in"

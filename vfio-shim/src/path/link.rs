@@ -149,6 +149,19 @@ pub enum LinkState {
     },
 }
 
+impl LinkState {
+    /// Whether no session can ever open with this peer.
+    pub fn is_mismatch(&self) -> bool {
+        matches!(
+            self,
+            Self::Handshake {
+                version_mismatch: Some(_),
+                ..
+            }
+        )
+    }
+}
+
 impl fmt::Display for LinkState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -161,8 +174,8 @@ impl fmt::Display for LinkState {
                 let VersionMismatch { own, peer } = mismatch;
                 write!(
                     f,
-                    "no session: the peer speaks protocol versions {}..={}, this host {}..={}; \
-                     upgrade the older one",
+                    "the peer speaks protocol versions {}..={}, this host {}..={}: upgrade the older \
+                     one",
                     peer.0, peer.1, own.0, own.1
                 )
             }
@@ -186,6 +199,7 @@ pub struct Link {
     link_up: bool,
     state: LinkState,
     last_nonce: u64,
+    peer_versions: Option<(u16, u16)>,
 }
 
 type Actions = Vec<LinkAction>;
@@ -210,12 +224,26 @@ impl Link {
             link_up: false,
             state: LinkState::Down,
             last_nonce: 0,
+            peer_versions: None,
         }
     }
 
     /// Where it stands.
     pub fn state(&self) -> &LinkState {
         &self.state
+    }
+
+    /// The own lowest and highest protocol version.
+    pub fn own_versions(&self) -> (u16, u16) {
+        (*self.versions.start(), *self.versions.end())
+    }
+
+    /// The peer's lowest and highest protocol version, as long as it is there to tell them.
+    pub fn peer_versions(&self) -> Option<(u16, u16)> {
+        match self.state {
+            LinkState::Handshake { .. } | LinkState::Open { .. } => self.peer_versions,
+            LinkState::Down | LinkState::Undoing => None,
+        }
     }
 
     /// One event, at `now` of a monotonic clock in milliseconds.
@@ -296,6 +324,7 @@ impl Link {
             .find(|nonce| !refused(*nonce))
             .unwrap_or(1);
         self.last_nonce = nonce;
+        self.peer_versions = None;
         self.state = LinkState::Handshake {
             nonce,
             peer: None,
@@ -361,6 +390,7 @@ impl Link {
             return actions;
         }
         let common = set.map(|set| self.common_version(&set));
+        self.peer_versions = set.map(|set| (set.lowest, set.highest));
         self.state = LinkState::Handshake {
             nonce,
             peer: set,
@@ -409,7 +439,7 @@ impl Link {
     }
 
     fn common_version(&self, peer: &ScratchpadSet) -> Result<u16, VersionMismatch> {
-        let own = (*self.versions.start(), *self.versions.end());
+        let own = self.own_versions();
         let (lowest, highest) = (own.0.max(peer.lowest), own.1.min(peer.highest));
         if lowest <= highest && peer.lowest <= peer.highest {
             return Ok(highest);

@@ -22,7 +22,7 @@ pub enum BindError {
     },
     /// Another driver has it.
     #[error(
-        "{bdf} is driven by {driver}: stop what uses it, then say `--unbind`, or by hand: echo {bdf} > /sys/bus/pci/drivers/{driver}/unbind"
+        "{bdf} is driven by {driver}: stop what uses it, then unbind it: echo {bdf} > /sys/bus/pci/drivers/{driver}/unbind"
     )]
     Driven {
         /// The function.

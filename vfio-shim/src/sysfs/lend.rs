@@ -25,7 +25,7 @@ pub enum LendError {
     },
     /// A driver of this host has it.
     #[error(
-        "{bdf} is driven by {driver} on this host: stop what uses it, then say `--unbind`, or by hand: echo {bdf} > /sys/bus/pci/drivers/{driver}/unbind"
+        "{bdf} is driven by {driver} on this host: stop what uses it, then unbind it: echo {bdf} > /sys/bus/pci/drivers/{driver}/unbind"
     )]
     Driven {
         /// The function.

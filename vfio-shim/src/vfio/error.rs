@@ -11,7 +11,7 @@ pub enum OpenError {
     Sysfs(Bdf, #[source] SysfsError),
     /// Another driver has it.
     #[error(
-        "{bdf} is bound to {driver}, not to vfio-pci: bind it first (`sublet available --unbind {bdf}`)"
+        "{bdf} is bound to {driver}, not to vfio-pci: stop what uses it, unbind it, and bind it: echo vfio-pci > /sys/bus/pci/devices/{bdf}/driver_override; echo {bdf} > /sys/bus/pci/drivers_probe"
     )]
     NotVfio {
         /// The function.

@@ -7,6 +7,7 @@ use crate::model::{
 };
 use crate::path::borrower::{Answer, Call, CallError, GuestMap, MAPS_MAX, OpenedPath};
 use crate::path::message::{LeaseId, Request};
+use crate::path::refusal::RefusalCode;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
@@ -595,6 +596,11 @@ fn map_error(span: Span, error: CallError) -> MapError {
         CallError::Gone(why) => MapError::Gone(why),
         CallError::Timeout(ms) => MapError::Timeout(span, ms),
         CallError::Overlap(span) => MapError::Overlap(span),
+        // Guest RAM lies behind the own window: only this host's end can run out of it.
+        CallError::Refused(refusal) if refusal.code == RefusalCode::WindowFull => {
+            MapError::Here(refusal.text)
+        }
+        CallError::Pin(_) => MapError::Here(error.to_string()),
         other => MapError::Peer {
             span,
             cause: other.to_string(),

@@ -94,6 +94,12 @@ pub struct PortStatus {
     pub link: String,
     /// The open session.
     pub session: Option<SessionStatus>,
+    /// The own lowest and highest protocol version.
+    pub own_versions: (u16, u16),
+    /// The peer's, as long as it is there to tell them.
+    pub peer_versions: Option<(u16, u16)>,
+    /// Whether no session can ever open with this peer.
+    pub version_mismatch: bool,
     /// Why the last session ended.
     pub over_reason: Option<String>,
     /// The usable window in bytes; 0 until the peer said hello.
@@ -520,6 +526,9 @@ impl Control {
             link_up: self.port.link_is_up(),
             link: self.core.link().state().to_string(),
             session,
+            own_versions: self.core.link().own_versions(),
+            peer_versions: self.core.link().peer_versions(),
+            version_mismatch: self.core.link().state().is_mismatch(),
             over_reason: self.core.over_reason().map(str::to_owned),
             window_usable: self.core.pool().usable_bytes(),
             window_free: self.core.pool().free_bytes(),

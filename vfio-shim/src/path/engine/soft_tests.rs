@@ -7,6 +7,7 @@ use crate::ntb::soft::{
     STATUS_DONE, SoftFault, SoftFunction, SoftLink, SoftPortConfig, SoftSpace, VECTOR,
 };
 use crate::path::message::PoolState;
+use crate::path::wire::ScratchpadSet;
 use crate::vfio::MappedAperture;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -37,6 +38,18 @@ pub(super) fn bdf() -> Bdf {
     "4a:00.1".parse().unwrap()
 }
 
+fn engine(link: &SoftLink, side: u8, lost_after_ms: u64) -> Arc<Engine> {
+    let config = EngineConfig {
+        name: format!("soft{side}"),
+        node: u16::from(side) + 1,
+        window_base: WINDOW_BASE,
+        window_bytes: WINDOW_BYTES,
+        heartbeat_ms: 10,
+        lost_after_ms,
+    };
+    Engine::start(link.port(usize::from(side)), config).unwrap()
+}
+
 /// Host 0 lends to host 1.
 pub(super) struct Rig {
     pub(super) engines: [Arc<Engine>; 2],
@@ -60,17 +73,7 @@ impl Rig {
             window_bytes: [WINDOW_BYTES; 2],
         };
         let link = SoftLink::faulty([config; 2], plan).unwrap();
-        let engines = [0, 1].map(|side| {
-            let config = EngineConfig {
-                name: format!("soft{side}"),
-                node: side + 1,
-                window_base: WINDOW_BASE,
-                window_bytes: WINDOW_BYTES,
-                heartbeat_ms: 10,
-                lost_after_ms,
-            };
-            Engine::start(link.port(usize::from(side)), config).unwrap()
-        });
+        let engines = [0, 1].map(|side| engine(&link, side, lost_after_ms));
         let function = Arc::new(function);
         let info = function.info();
         let entry = PoolEntry {
@@ -337,4 +340,55 @@ fn masks_end_with_a_reset_and_with_the_vectors_at_both_ends() {
     guest.copy(0, PAGE, 8);
     assert!(guest.interrupted(), "after the vectors were disabled");
     rig.engines[1].give_back(guest.lease).unwrap();
+}
+
+#[test]
+fn peer_with_another_protocol_version_is_told_in_words_with_both_ranges() {
+    let config = SoftPortConfig {
+        window_bytes: [WINDOW_BYTES; 2],
+    };
+    let link = SoftLink::new([config; 2]).unwrap();
+    let engine = engine(&link, 0, 10_000);
+    let peer = link.port(1);
+    peer.link_enable(true);
+    let foreign = ScratchpadSet {
+        nonce: 0x1234_5678,
+        echo: 0,
+        highest: 9,
+        lowest: 7,
+    };
+    let status = until("the mismatch is told", || {
+        for (index, word) in foreign.stores() {
+            peer.peer_spad_write(index, word);
+        }
+        let status = engine.status()?;
+        status.link.contains("versions").then_some(status)
+    });
+    assert_eq!(
+        status.link,
+        "the peer speaks protocol versions 7..=9, this host 1..=1: upgrade the older one"
+    );
+    assert_eq!(status.own_versions, (1, 1));
+    assert_eq!(status.peer_versions, Some((7, 9)));
+    assert!(status.session.is_none());
+    let refused = engine.borrow(bdf(), None).map(|_| ()).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "no link session is open (the peer speaks protocol versions 7..=9, this host 1..=1: \
+         upgrade the older one): see `sublet status`, and check that the other host's daemon runs \
+         and the cable is in"
+    );
+    // Only the mailbox, as ever; and a peer that goes away is no longer told of.
+    assert_eq!(link.port(0).space().maps().len(), 1);
+    link.cut();
+    until("the peer is gone", || {
+        (engine.status()?.peer_versions.is_none()).then_some(())
+    });
+}
+
+#[test]
+fn open_session_tells_both_ranges_of_versions() {
+    let rig = Rig::new();
+    let status = rig.engines[0].status().unwrap();
+    assert_eq!(status.peer_versions, Some(status.own_versions));
 }
