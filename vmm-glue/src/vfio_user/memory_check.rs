@@ -50,6 +50,11 @@ pub enum MemoryError {
         /// Part of the file.
         range: Span,
     },
+    /// The VMM is in a PID namespace that this process does not see.
+    #[error(
+        "the VMM runs in a PID namespace that this process does not see, so nothing tells whether the guest's memory is shared; run the VMM where `ps` here shows it, or set memory_check = \"off\""
+    )]
+    Unseen,
     /// The VMM's memory map cannot be read.
     #[error(
         "cannot read {path} to see whether the guest's memory is shared; let this process read it, or set memory_check = \"off\""
@@ -119,6 +124,9 @@ pub struct MemoryMap {
 impl MemoryMap {
     /// Reads it below `proc_root`.
     pub fn read(proc_root: &Path, pid: i32) -> Result<Self, MemoryError> {
+        if pid <= 0 {
+            return Err(MemoryError::Unseen);
+        }
         let path = proc_root.join(pid.to_string()).join("maps");
         let mut text = Vec::new();
         let read = File::open(&path).and_then(|file| {
@@ -267,6 +275,19 @@ mod tests {
         assert_eq!(
             words,
             "cannot read /proc-is-elsewhere/6/maps to see whether the guest's memory is shared; let this process read it, or set memory_check = \"off\""
+        );
+    }
+
+    #[test]
+    fn a_vmm_of_a_foreign_pid_namespace_is_refused_in_words() {
+        // Even where something answers to its number, which is then not the VMM.
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("0")).unwrap();
+        fs::write(dir.path().join("0/maps"), "0-2000 rw-s 0 00:01 1026 /x\n").unwrap();
+        let words = MemoryMap::read(dir.path(), 0).unwrap_err().to_string();
+        assert_eq!(
+            words,
+            "the VMM runs in a PID namespace that this process does not see, so nothing tells whether the guest's memory is shared; run the VMM where `ps` here shows it, or set memory_check = \"off\""
         );
     }
 

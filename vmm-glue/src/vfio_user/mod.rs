@@ -14,6 +14,7 @@ mod error;
 mod irqs;
 pub mod memory_check;
 mod options;
+mod peer;
 mod regions;
 mod session;
 mod shared;

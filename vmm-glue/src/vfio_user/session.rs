@@ -12,13 +12,14 @@ use super::{
     dispatch::Guest,
     error::{EndpointError, SessionError, words},
     options::Options,
+    peer::peer_pid,
     shared::{SessionShared, SessionState},
     socket::{Incoming, Receiver, Wake, send},
     wire::Reply,
 };
 use rustix::{
     io::Errno,
-    net::{Shutdown, shutdown, sockopt::socket_peercred},
+    net::{Shutdown, shutdown},
 };
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use vfio_shim::model::{Function, IrqIndex};
@@ -39,8 +40,7 @@ pub fn serve_connection(
     stop: BorrowedFd<'_>,
     shared: &SessionShared,
 ) -> Result<(), EndpointError> {
-    let peer = socket_peercred(&socket).map_err(|errno| EndpointError::Peer(errno.into()))?;
-    let pid = peer.pid.as_raw_pid();
+    let pid = peer_pid(socket.as_fd()).map_err(EndpointError::Peer)?;
     shared.counters.sessions.count();
     shared.enter(SessionState::Connected { pid });
     tracing::info!(pid, "a VMM connected");

@@ -15,7 +15,7 @@ pub enum SessionState {
     Waiting,
     /// A VMM is connected.
     Connected {
-        /// Its process.
+        /// Its process; 0 if that is in a PID namespace that this process does not see.
         pid: i32,
     },
     /// The VMM has gone, and what it had is being undone.

@@ -38,6 +38,7 @@ pub enum VersionError {
 /// What the client told of itself. Only checked for its shape: this server sends at most one fd
 /// per message, and never more data than was asked for.
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a JSON object")]
 struct Asked {
     #[expect(dead_code, reason = "parsed for its shape")]
     #[serde(default)]
@@ -45,6 +46,7 @@ struct Asked {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[serde(expecting = "an object of capabilities")]
 #[expect(dead_code, reason = "parsed for its shape")]
 struct AskedCapabilities {
     max_msg_fds: Option<u64>,

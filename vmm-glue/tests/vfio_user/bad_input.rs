@@ -202,6 +202,16 @@ fn version_comes_first_and_once_and_is_understood() {
         "the VMM's capabilities are not understood: EOF while parsing an object at line 1 column 1",
     );
     bad(
+        b"\0\0\0\x007\0",
+        0,
+        "the VMM's capabilities are not understood: invalid type: integer `7`, expected a JSON object at line 1 column 1",
+    );
+    bad(
+        b"\0\0\0\0{\"capabilities\": 7}\0",
+        0,
+        "the VMM's capabilities are not understood: invalid type: integer `7`, expected an object of capabilities at line 1 column 18",
+    );
+    bad(
         &words(&[0]),
         0x10,
         "the VMM wants no reply to its VERSION message",
