@@ -277,7 +277,7 @@ impl LocalHost {
 
 /// A VMM with mapped BARs is as powerful as the port: it must be trusted, and all that goes
 /// through the port must be of its domain, as long as it is there.
-fn trust<'a>(
+pub(super) fn trust<'a>(
     port: &OpenPort,
     mut others: impl Iterator<Item = (Fdid, BarMode, &'a str)>,
     bars: BarMode,

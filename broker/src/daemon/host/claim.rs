@@ -20,6 +20,13 @@ pub(super) struct Claims {
     closed: bool,
 }
 
+#[cfg(test)]
+impl Claims {
+    pub(super) fn is_empty(&self) -> bool {
+        self.held.is_empty()
+    }
+}
+
 /// A function that one verb has for itself; given back on drop.
 pub(super) struct Claim<'a> {
     host: &'a LocalHost,

@@ -105,17 +105,17 @@ impl LocalHost {
         self.sysfs
             .check_exists(bdf)
             .map_err(|error| from_sysfs(&error))?;
-        if !self.config.may_lend(bdf) {
-            let text = format!(
-                "policy.allow in the configuration does not name {bdf}: add it there, and restart \
-                 the daemon"
-            );
-            return Err(refuse(ErrorCode::NotAllowed, text));
-        }
         if let Some(port) = self.ports.iter().find(|port| port.bdf == bdf) {
             let text = format!(
                 "{bdf} is the NTB of port `{}`: it cannot be lent",
                 port.name
+            );
+            return Err(refuse(ErrorCode::NotAllowed, text));
+        }
+        if !self.config.may_lend(bdf) {
+            let text = format!(
+                "policy.allow in the configuration does not name {bdf}: add it there, and restart \
+                 the daemon"
             );
             return Err(refuse(ErrorCode::NotAllowed, text));
         }

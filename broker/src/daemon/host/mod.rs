@@ -5,6 +5,8 @@ mod claim;
 mod lend;
 mod port;
 mod report;
+#[cfg(test)]
+mod tests;
 
 use super::Host;
 use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
@@ -17,7 +19,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vfio_shim::model::{Bdf, Fdid};
-use vfio_shim::path::EngineError;
+use vfio_shim::path::{EngineError, PortStatus};
 use vfio_shim::sysfs::Sysfs;
 
 /// Why the host could not start.
@@ -98,28 +100,42 @@ impl LocalHost {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The ports that lead to a node.
+    /// The port that leads to a node.
     fn port_to(&self, node: u16) -> Result<(usize, &OpenPort), VerbError> {
         let leads = |port: &&OpenPort| port.peer_node() == Some(node);
         let found = self.ports.iter().enumerate().find(|(_, port)| leads(port));
         found.ok_or_else(|| {
-            let known: Vec<String> = self
-                .ports
-                .iter()
-                .map(|port| match port.peer_node() {
-                    Some(peer) => format!("{} leads to node {peer:x}", port.name),
-                    None => format!("{} has no open session", port.name),
-                })
-                .collect();
-            refuse(
-                ErrorCode::NoSession,
-                format!(
-                    "no port leads to node {node:x} ({}): check the fdid with `sublet list`, and \
-                     the link with `sublet status`",
-                    known.join(", ")
-                ),
-            )
+            let statuses: Vec<_> = self.ports.iter().map(|p| (p, p.engine.status())).collect();
+            let known = statuses.iter().map(|(port, status)| far_end(port, status));
+            let known: Vec<String> = known.collect();
+            let mismatch = |(_, status): &(_, Option<PortStatus>)| {
+                status
+                    .as_ref()
+                    .is_some_and(|status| status.version_mismatch)
+            };
+            let code = match statuses.iter().any(mismatch) {
+                true => ErrorCode::Version,
+                false => ErrorCode::NoSession,
+            };
+            let text = format!(
+                "no port leads to node {node:x} ({}): check the fdid with `sublet list`, and \
+                 the link with `sublet status`",
+                known.join(", ")
+            );
+            refuse(code, text)
         })
+    }
+}
+
+/// Who is at the far end of a port, or why nobody is.
+fn far_end(port: &OpenPort, status: &Option<PortStatus>) -> String {
+    let name = &port.name;
+    let Some(status) = status else {
+        return format!("{name} has stopped");
+    };
+    match status.session.as_ref().and_then(|s| s.info.peer_node) {
+        Some(peer) => format!("{name} leads to node {peer:x}"),
+        None => format!("{name} has no open session: {}", status.link),
     }
 }
 

@@ -177,7 +177,7 @@ impl LocalHost {
             .to_owned(),
             vmm_pid: match session {
                 SessionState::Connected { pid } | SessionState::Undoing { pid } => {
-                    u32::try_from(pid).ok()
+                    u32::try_from(pid).ok().filter(|pid| *pid != 0)
                 }
                 _ => None,
             },
@@ -249,8 +249,8 @@ fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus
             },
             id: session.map(|session| Hex64(session.info.session)),
             version: session.map(|session| session.info.version),
-            own_versions: None,
-            peer_versions: None,
+            own_versions: status.map(|status| status.own_versions.into()),
+            peer_versions: status.and_then(|status| Some(status.peer_versions?.into())),
             peer_node: port_peer(status),
             since_ms: session.map(|session| session.age_ms),
             over_reason: status.and_then(|status| status.over_reason.clone()),

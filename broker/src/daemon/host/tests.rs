@@ -1,0 +1,499 @@
+//! The verbs on two hosts of one process, joined by a soft NTB: every refusal in its words, and nothing left of it.
+
+use super::*;
+use crate::daemon::vocabulary::{BarMode, BdfText, FdidText};
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use vfio_shim::model::{Function, FunctionIds, PortIova};
+use vfio_shim::ntb::NtbPort;
+use vfio_shim::ntb::soft::{SoftFunction, SoftLink, SoftPort, SoftPortConfig};
+use vfio_shim::path::{Engine, EngineConfig, PoolEntry, PoolState};
+
+const WINDOW_BYTES: u64 = 64 << 20;
+const WINDOW_BASE: PortIova = PortIova(1 << 32);
+/// PROTOCOL.md, scratchpads: what a peer posts that speaks versions 7 to 9, in its order.
+const FOREIGN_POST: [(u32, u32); 7] = [
+    (5, 0),
+    (0, 0x1234_5678),
+    (1, 0),
+    (2, 0),
+    (3, 0),
+    (4, 9 << 16 | 7),
+    (5, !(9 << 16 | 7)),
+];
+const PATIENCE: Duration = Duration::from_secs(20);
+const VF: &str = "0000:01:00.1";
+const NTB: &str = "0000:02:00.0";
+
+fn bdf(text: &str) -> Bdf {
+    text.parse().unwrap()
+}
+
+fn fdid(text: &str) -> FdidText {
+    text.parse::<Fdid>().unwrap().into()
+}
+
+fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(seen) = look() {
+            return seen;
+        }
+        assert!(Instant::now() < deadline, "{what} did not come true");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Node 4 lends to node 8; sysfs is a directory of node 4's.
+struct Rig {
+    hosts: [LocalHost; 2],
+    link: SoftLink,
+    function: Arc<SoftFunction>,
+    dir: tempfile::TempDir,
+}
+
+fn config(node: u16, dir: &Path) -> Config {
+    let text = format!(
+        r#"
+        [node]
+        id = {node}
+        name = "n{node}"
+        [daemon]
+        control = "{dir}/control.sock"
+        sockets = "{dir}"
+        [[port]]
+        name = "ntb0"
+        bdf = "{NTB}"
+        peers = "cable"
+        trust_domain = "lab"
+        trust_vmm = {trust}
+        [policy]
+        allow = ["0000:01:00.*", "{NTB}"]
+        "#,
+        dir = dir.display(),
+        trust = node == 8,
+    );
+    Config::parse(Path::new("test.toml"), &text).unwrap()
+}
+
+fn host(config: Config, port: Arc<SoftPort>, sysfs: &Path) -> LocalHost {
+    let engine = EngineConfig {
+        name: format!("n{}", config.node_id),
+        node: config.node_id,
+        window_base: WINDOW_BASE,
+        window_bytes: WINDOW_BYTES,
+        heartbeat_ms: 10,
+        lost_after_ms: 10_000,
+    };
+    let (port, own): (Arc<dyn NtbPort>, _) = (port, &config.ports[0]);
+    let open = OpenPort {
+        name: own.name.clone(),
+        bdf: own.bdf,
+        trust_vmm: own.trust_vmm,
+        trust_domain: own.trust_domain.clone(),
+        engine: Engine::start(Arc::clone(&port), engine).unwrap(),
+        port,
+        window_bytes: WINDOW_BYTES,
+    };
+    LocalHost {
+        config,
+        sysfs: Sysfs::new(sysfs),
+        started: Instant::now(),
+        state: Mutex::default(),
+        unclaimed: Condvar::new(),
+        ports: vec![open],
+    }
+}
+
+impl Rig {
+    fn new() -> Self {
+        let rig = Self::apart();
+        let ids = FunctionIds {
+            vendor: 0x5b1e,
+            device: 1,
+            ..FunctionIds::default()
+        };
+        let entry = PoolEntry {
+            bdf: bdf(VF),
+            ids,
+            state: PoolState::Available,
+            irq_count: 4,
+            bar_bytes: 8192,
+            serial: 0,
+        };
+        let offered: Arc<dyn Function> = rig.function.clone();
+        rig.hosts[0].ports[0].engine.offer(entry, offered).unwrap();
+        until("a session", || {
+            rig.hosts
+                .iter()
+                .all(|h| h.ports[0].peer_node().is_some())
+                .then_some(())
+        });
+        rig
+    }
+
+    /// Both hosts, and nothing offered.
+    fn apart() -> Self {
+        let port = SoftPortConfig {
+            window_bytes: [WINDOW_BYTES; 2],
+        };
+        let link = SoftLink::new([port; 2]).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let sysfs = dir.path().join("sys");
+        let hosts = [(4, 0), (8, 1)]
+            .map(|(node, side)| host(config(node, dir.path()), link.port(side), &sysfs));
+        let function = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
+        Self {
+            hosts,
+            link,
+            function,
+            dir,
+        }
+    }
+
+    fn lends(&self, bdf: &str) -> VerbError {
+        let bdf = BdfText::from(super::tests::bdf(bdf));
+        let refusal = self.hosts[0].handle(Verb::Add { bdf }).unwrap_err();
+        assert!(self.hosts[0].state().lent.is_empty());
+        refusal
+    }
+
+    fn borrow(&self, change: impl FnOnce(&mut Borrow)) -> Result<Outcome, VerbError> {
+        let mut borrow = Borrow {
+            fdid: "40101".to_owned(),
+            ram: None,
+            bars: None,
+            trust_vmm: false,
+            trust_domain: None,
+        };
+        change(&mut borrow);
+        self.hosts[1].handle(Verb::Borrow {
+            fdid: fdid(&borrow.fdid),
+            socket: PathBuf::from("vf.sock"),
+            ram: borrow.ram,
+            bars: borrow.bars,
+            trust_vmm: borrow.trust_vmm,
+            trust_domain: borrow.trust_domain,
+        })
+    }
+
+    /// All that a refused verb must leave as it was.
+    fn left(&self) -> Left {
+        let status = |side: usize| self.hosts[side].ports[0].engine.status().unwrap();
+        let (held, claims) = {
+            let state = self.hosts[1].state();
+            (state.borrowed.len(), state.claims.is_empty())
+        };
+        Left {
+            maps: [
+                self.link.port(0).space().maps().len(),
+                self.link.port(1).space().maps().len(),
+                self.function.space().maps().len(),
+            ],
+            free: [0, 1].map(|side| status(side).window_free),
+            leases: held + status(1).borrowed.len(),
+            claims,
+            offers: status(0)
+                .lent
+                .iter()
+                .map(|l| l.offer.state.word())
+                .collect(),
+            triggers: self.function.triggers(),
+            files: files(self.dir.path()),
+        }
+    }
+
+    fn refused(&self, code: ErrorCode, text: &str, change: impl FnOnce(&mut Borrow)) {
+        let before = self.left();
+        let refusal = self.borrow(change).unwrap_err();
+        assert_eq!(refusal, VerbError::new(code, text));
+        assert_eq!(self.left(), before);
+    }
+
+    fn file(&self, bdf: &str, name: &str) -> PathBuf {
+        self.dir
+            .path()
+            .join("sys/bus/pci/devices")
+            .join(bdf)
+            .join(name)
+    }
+
+    fn function(&self, bdf: &str, group: u32, driver: Option<&str>) {
+        let sys = self.dir.path().join("sys");
+        let group = sys.join(format!("kernel/iommu_groups/{group}"));
+        fs::create_dir_all(group.join("devices").join(bdf)).unwrap();
+        fs::create_dir_all(self.file(bdf, "")).unwrap();
+        fs::write(self.file(bdf, "reset_method"), "flr\n").unwrap();
+        symlink(group, self.file(bdf, "iommu_group")).unwrap();
+        if let Some(driver) = driver {
+            let driver = sys.join("bus/pci/drivers").join(driver);
+            symlink(driver, self.file(bdf, "driver")).unwrap();
+        }
+    }
+}
+
+impl Drop for Rig {
+    /// As the daemon ends: else workers would outlive their hosts.
+    fn drop(&mut self) {
+        self.hosts[1].stop();
+        self.hosts[0].stop();
+    }
+}
+
+struct Borrow {
+    fdid: String,
+    ram: Option<u64>,
+    bars: Option<BarMode>,
+    trust_vmm: bool,
+    trust_domain: Option<String>,
+}
+
+#[derive(Debug, PartialEq)]
+struct Left {
+    maps: [usize; 3],
+    free: [u64; 2],
+    leases: usize,
+    claims: bool,
+    offers: Vec<&'static str>,
+    triggers: usize,
+    files: BTreeMap<PathBuf, Option<String>>,
+}
+
+/// Every file below a directory, and what it holds; links are not followed.
+fn files(dir: &Path) -> BTreeMap<PathBuf, Option<String>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() && !path.is_symlink() {
+            found.extend(files(&path));
+        }
+        let text = fs::read_to_string(&path).ok();
+        found.insert(path, text);
+    }
+    found
+}
+
+#[test]
+fn functions_that_cannot_be_lent_are_refused_in_words_and_left_alone() {
+    let rig = Rig::apart();
+    let refused = |bdf: &str, code: ErrorCode, text: &str| {
+        let before = rig.left();
+        assert_eq!(rig.lends(bdf), VerbError::new(code, text));
+        assert_eq!(rig.left(), before);
+    };
+    refused(
+        "0000:01:00.7",
+        ErrorCode::UnknownFunction,
+        "there is no PCI function 0000:01:00.7 on this host: look with lspci -D",
+    );
+    rig.function("0000:00:08.0", 1, None);
+    refused(
+        "0000:00:08.0",
+        ErrorCode::NotAllowed,
+        "policy.allow in the configuration does not name 0000:00:08.0: add it there, and restart \
+         the daemon",
+    );
+    rig.function(NTB, 2, Some("vfio-pci"));
+    refused(
+        NTB,
+        ErrorCode::NotAllowed,
+        "0000:02:00.0 is the NTB of port `ntb0`: it cannot be lent",
+    );
+    rig.function("0000:01:00.0", 3, Some("nvme"));
+    refused(
+        "0000:01:00.0",
+        ErrorCode::DriverBound,
+        "0000:01:00.0 is driven by nvme on this host: stop what uses it, then unbind it: echo \
+         0000:01:00.0 > /sys/bus/pci/drivers/nvme/unbind",
+    );
+    fs::write(rig.file("0000:01:00.0", "sriov_numvfs"), "2\n").unwrap();
+    refused(
+        "0000:01:00.0",
+        ErrorCode::SriovOn,
+        "0000:01:00.0 has SR-IOV on (2 virtual functions): lend those, or remove them first with \
+         echo 0 > /sys/bus/pci/devices/0000:01:00.0/sriov_numvfs",
+    );
+    rig.function("0000:01:00.2", 4, None);
+    rig.function("0000:01:00.3", 4, Some("nvme"));
+    refused(
+        "0000:01:00.2",
+        ErrorCode::GroupInUse,
+        "0000:01:00.2 shares IOMMU group 4 with devices that this host uses (0000:01:00.3 \
+         (nvme)): the IOMMU cannot tell them apart. Unbind those, or put the device into a slot \
+         with ACS",
+    );
+    rig.function(VF, 5, None);
+    fs::write(rig.file(VF, "reset_method"), "\n").unwrap();
+    refused(
+        VF,
+        ErrorCode::NoReset,
+        "0000:01:00.1 has no reset method, so one tenant's state would reach the next: it cannot \
+         be lent",
+    );
+}
+
+#[test]
+fn what_changed_since_it_was_added_is_refused_when_it_is_offered() {
+    let rig = Rig::apart();
+    let bdf = BdfText::from(bdf("0000:01:00.0"));
+    rig.function("0000:01:00.0", 3, None);
+    rig.hosts[0].handle(Verb::Add { bdf }).unwrap();
+    fs::write(rig.file("0000:01:00.0", "sriov_numvfs"), "1\n").unwrap();
+    let before = rig.left();
+    let refusal = rig.hosts[0].handle(Verb::Available { bdf }).unwrap_err();
+    assert_eq!(refusal.code, ErrorCode::SriovOn);
+    assert_eq!(rig.left(), before);
+}
+
+#[test]
+fn fdids_that_cannot_be_borrowed_are_refused_in_words() {
+    let rig = Rig::new();
+    rig.refused(
+        ErrorCode::UnknownFunction,
+        "0000:01:00.7 is not in this lender's pool: see `sublet list`",
+        |borrow| borrow.fdid = "40107".to_owned(),
+    );
+    rig.refused(
+        ErrorCode::NotAllowed,
+        "80100 is a function of this very host: give it to a VM by VFIO",
+        |borrow| borrow.fdid = "80100".to_owned(),
+    );
+    rig.refused(
+        ErrorCode::NoSession,
+        "no port leads to node 9 (ntb0 leads to node 4): check the fdid with `sublet list`, and \
+         the link with `sublet status`",
+        |borrow| borrow.fdid = "90100".to_owned(),
+    );
+    rig.borrow(|_| {}).unwrap();
+    let text = format!(
+        "40101 is borrowed here already, at {}/vf.sock: `sublet return 40101` first",
+        rig.dir.path().display()
+    );
+    rig.refused(ErrorCode::Taken, &text, |_| {});
+    let fdid = fdid("40101");
+    rig.hosts[1].handle(Verb::Return { fdid }).unwrap();
+    let refusal = rig.hosts[1].handle(Verb::Return { fdid }).unwrap_err();
+    assert_eq!(refusal.code, ErrorCode::NoLease);
+}
+
+#[test]
+fn function_that_somebody_else_has_is_taken_and_its_lease_goes_on() {
+    let rig = Rig::new();
+    let engine = &rig.hosts[1].ports[0].engine;
+    let (lease, _, other) = engine.borrow(bdf(VF), None).unwrap();
+    rig.refused(
+        ErrorCode::Taken,
+        "0000:01:00.1 is in use: return it where it is borrowed first",
+        |_| {},
+    );
+    assert_eq!(other.lost(), None);
+    engine.give_back(lease).unwrap();
+    rig.borrow(|_| {}).unwrap();
+}
+
+#[test]
+fn ram_that_the_window_does_not_hold_is_refused_with_the_figure_that_would_do() {
+    let rig = Rig::new();
+    let figure = |wanted: u64, free: u64, enough: u64| {
+        format!(
+            "the guest's RAM needs {wanted} bytes of the NTB window; {free} of {WINDOW_BYTES} are \
+             free: a window of {enough} bytes would do (set it in both hosts' firmware), or use \
+             less memory"
+        )
+    };
+    let free = WINDOW_BYTES - (64 << 10);
+    // The whole window, but for the mailbox; and far more than any window.
+    for (ram, enough) in [(WINDOW_BYTES, 128 << 20), (1 << 40, 1 << 41)] {
+        let text = figure(ram, free, enough);
+        rig.refused(ErrorCode::WindowFull, &text, |borrow| {
+            borrow.ram = Some(ram)
+        });
+    }
+    rig.borrow(|borrow| borrow.ram = Some(WINDOW_BYTES / 2))
+        .unwrap();
+}
+
+#[test]
+fn mapped_bars_without_trust_are_refused_in_words() {
+    let rig = Rig::new();
+    let mapped = |trust_vmm: bool, domain: Option<&str>| {
+        let domain = domain.map(str::to_owned);
+        move |borrow: &mut Borrow| {
+            borrow.bars = Some(BarMode::Mapped);
+            borrow.trust_vmm = trust_vmm;
+            borrow.trust_domain = domain;
+        }
+    };
+    rig.refused(
+        ErrorCode::Trust,
+        "mapped BARs make the VMM as powerful as port `ntb0`: say --trust-vmm if it is to be, or \
+         use --bars trapped",
+        mapped(false, None),
+    );
+    rig.refused(
+        ErrorCode::Trust,
+        "port `ntb0` is of trust domain `lab`, and a mapped lease of `other` could reach what is \
+         of `lab`: use --bars trapped",
+        mapped(true, Some("other")),
+    );
+    let port = &rig.hosts[1].ports[0];
+    let fdid = "40102".parse().unwrap();
+    let refuse = |others: &[(Fdid, BarMode, &str)], bars: BarMode, domain: &str| {
+        let others = others.iter().copied();
+        borrow::trust(port, others, bars, true, domain).map_err(|error| error.text)
+    };
+    let clash = |held: &str, wanted: &str| {
+        Err(format!(
+            "40102 is borrowed through port `ntb0` for trust domain `{held}`, and this lease is \
+             for `{wanted}`: with mapped BARs on a port all its leases are of one domain. Return \
+             40102 first, or use --bars trapped for both"
+        ))
+    };
+    let (all, trapped) = (BarMode::Mapped, BarMode::Trapped);
+    assert_eq!(
+        refuse(&[(fdid, trapped, "other")], all, "lab"),
+        clash("other", "lab")
+    );
+    assert_eq!(
+        refuse(&[(fdid, all, "lab")], trapped, "other"),
+        clash("lab", "other")
+    );
+    assert_eq!(refuse(&[(fdid, trapped, "lab")], trapped, "other"), Ok(()));
+    assert_eq!(refuse(&[(fdid, all, "lab")], all, "lab"), Ok(()));
+    // Host 4's configuration trusts no VMM with its port.
+    let port = &rig.hosts[0].ports[0];
+    let refusal = borrow::trust(port, [].into_iter(), all, true, "lab").unwrap_err();
+    assert_eq!(
+        refusal.text,
+        "the configuration lets no VMM have port `ntb0`'s window: set trust_vmm = true on the \
+         port, or use --bars trapped"
+    );
+}
+
+#[test]
+fn peer_with_another_protocol_version_is_told_by_status_and_by_borrow() {
+    let rig = Rig::apart();
+    let [lender, borrower] = &rig.hosts;
+    lender.ports[0].engine.stop();
+    let peer = rig.link.port(0);
+    peer.link_enable(true);
+    let status = until("the mismatch", || {
+        for (index, word) in FOREIGN_POST {
+            peer.peer_spad_write(index, word);
+        }
+        let status = borrower.report().ports.remove(0);
+        status.session.peer_versions.is_some().then_some(status)
+    });
+    let words = "the peer speaks protocol versions 7..=9, this host 1..=1: upgrade the older one";
+    assert_eq!(status.session.state, words);
+    assert_eq!(status.session.own_versions, Some([1, 1]));
+    assert_eq!(status.session.peer_versions, Some([7, 9]));
+    let refusal = rig.borrow(|_| {}).unwrap_err();
+    let text = format!(
+        "no port leads to node 4 (ntb0 has no open session: {words}): check the fdid with `sublet \
+         list`, and the link with `sublet status`"
+    );
+    assert_eq!(refusal, VerbError::new(ErrorCode::Version, text));
+}
