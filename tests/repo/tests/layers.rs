@@ -13,6 +13,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("tests/lab/agent", &[]),
     ("tests/lab/runner", &["lab-agent"]),
     ("tests/fuzz", &["vfio-shim", "vmm-glue"]),
+    ("tests/sim", &["vfio-shim", "vmm-glue"]),
 ];
 
 const DEPENDENCIES: [&str; 3] = ["dependencies", "dev-dependencies", "build-dependencies"];
