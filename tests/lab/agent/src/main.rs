@@ -9,6 +9,7 @@ mod process;
 mod relay;
 mod serve;
 mod snapshot;
+mod vfio_user;
 
 use anyhow::{Context, Result, bail};
 use nvme_user::Direction;
@@ -25,6 +26,8 @@ const USAGE: &str = "usage: lab-agent COMMAND
   dio write DEV OFFSET BYTES SEED   O_DIRECT, prints the SHA-256
   dio read DEV OFFSET BYTES
   interrupts BDF                    /proc/interrupts of one device, as JSON
+  vfio-user SOCKET CASE             a client without a VMM; cases: good, version, early, oversized,
+                                    private, became-private, file, short, read-only, reserved, window
   snapshot                          what a scenario may not leave behind, as JSON";
 
 fn main() -> ExitCode {
@@ -73,6 +76,7 @@ fn run(words: &[&str]) -> Result<()> {
         }
         ["dio", "read", dev, offset, bytes] => dio::read(dev, number(offset)?, number(bytes)?),
         ["interrupts", bdf] => interrupts::print(bdf),
+        ["vfio-user", socket, case] => vfio_user::run(socket, case),
         ["snapshot"] => snapshot::print(),
         _ => bail!("{USAGE}"),
     }

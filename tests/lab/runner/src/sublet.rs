@@ -21,6 +21,12 @@ const LINK_TIMEOUT: Duration = Duration::from_secs(30);
 const VERB_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(200);
 
+/// The text of a sample configuration.
+pub fn config(name: &str) -> Result<String> {
+    let from = Path::new(CONFIG_DIR).join(name);
+    fs::read_to_string(&from).with_context(|| format!("cannot read {}", from.display()))
+}
+
 /// A daemon on one host.
 pub struct Daemon {
     agent: Agent,
@@ -132,9 +138,7 @@ impl Lending {
     pub fn start(lab: &Lab, pair: &Pair, queues: u32, interrupts: u32) -> Result<Self> {
         let program = lab.share_binary("sublet")?;
         for name in CONFIGS {
-            let from = Path::new(CONFIG_DIR).join(name);
-            fs::copy(&from, lab.dir.join(name))
-                .with_context(|| format!("cannot copy {}", from.display()))?;
+            fs::write(lab.dir.join(name), config(name)?)?;
         }
         pci::make_vfs(&pair.a.agent, 1)?;
         pci::nvme_online(&pair.a.agent, 1, queues, interrupts)?;

@@ -1,5 +1,6 @@
 //! The scenarios, one file each.
 
+mod bad_input;
 mod flap;
 mod hosts;
 mod isolation;
@@ -50,4 +51,5 @@ pub const ALL: &[Scenario] = &[
     flap::SCENARIO,
     refusals::SCENARIO,
     nvme::OTHER_NTB,
+    bad_input::SCENARIO,
 ];
