@@ -6,4 +6,5 @@ mod rig;
 pub use mapped::MappedFunction;
 pub use rig::{
     BAR, CONFIG, DATA, Guest, RAM_BYTES, TABLE, WAIT, copy, enable, ids, program_vector, until, vm,
+    vms,
 };

@@ -28,18 +28,19 @@ const MEMORY_AND_MASTER: u64 = 6;
 
 /// A VM, or why there is none here, printed.
 pub fn vm() -> Option<Vm> {
-    match std::fs::File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-    {
-        // What fails behind an open door is a failure.
-        Ok(_) => Some(Vm::new().expect("a VM")),
-        Err(error) => {
-            eprintln!("skipped: /dev/kvm does not open: {error}");
-            None
-        }
+    let (vm, why) = Vm::new_or_stand_in().expect("a VM");
+    if let Some(why) = why {
+        let cause = std::error::Error::source(&why);
+        eprintln!("KVM is skipped: {why}: {cause:?}");
+        return None;
     }
+    Some(vm)
+}
+
+/// A stand-in, and a VM where there is KVM.
+pub fn vms() -> impl Iterator<Item = Vm> {
+    let stand_in = std::iter::once_with(Vm::stand_in);
+    stand_in.chain(std::iter::once_with(vm).flatten())
 }
 
 /// Looks until it is so.

@@ -2,9 +2,9 @@
 
 use super::interrupts::Interrupts;
 use super::ioeventfd::DoorbellFd;
-use super::{AttachError, DOORBELLS_MAX, Doorbell, IrqError, Ram, Slot, Vm};
+use super::{AttachError, DOORBELLS_MAX, Doorbell, IrqError, Msi, Ram, Slot, Vm};
 use kvm_ioctls::VmFd;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
@@ -39,7 +39,7 @@ struct Bar {
 /// An attached function. [`Attachment::detach`], or dropping it, undoes everything.
 pub struct Attachment {
     function: Arc<dyn Function>,
-    vm: Arc<VmFd>,
+    vm: Option<Arc<VmFd>>,
     config: Span,
     bars: Vec<Bar>,
     /// Held for reading over each access, so that none is under way when the function is reset.
@@ -87,7 +87,7 @@ impl Attachment {
         let interrupts = Interrupts::new(&*function, Arc::clone(vm.routes()));
         let this = Self {
             function,
-            vm: Arc::clone(vm.fd()),
+            vm: vm.fd().cloned(),
             config,
             bars,
             open: RwLock::new(true),
@@ -173,7 +173,7 @@ impl Attachment {
         if doorbells.len() >= DOORBELLS_MAX {
             return Err(AttachError::Doorbells(DOORBELLS_MAX));
         }
-        let bell = DoorbellFd::new(Arc::clone(&self.vm), bell, span.start())?;
+        let bell = DoorbellFd::new(self.vm.clone(), bell, span.start())?;
         doorbells.push(Arc::new(bell));
         Ok(())
     }
@@ -289,6 +289,34 @@ impl Attachment {
         }
     }
 
+    /// In a stand-in, a load from a memory slot; none where there is no slot.
+    pub(super) fn load(&self, address: u64, len: usize) -> Option<[u8; 8]> {
+        let mut word = [0; 8];
+        let load = |slot: &Slot| {
+            let offset = address.checked_sub(slot.span().start());
+            let data = &mut word[..len.min(8)];
+            offset.is_some_and(|offset| slot.memory().read(offset, data))
+        };
+        lock(&self.slots).iter().any(load).then_some(word)
+    }
+
+    /// In a stand-in, a store to a memory slot. False where there is none.
+    pub(super) fn store(&self, address: u64, data: &[u8]) -> bool {
+        lock(&self.slots).iter().any(|slot| {
+            let offset = address.checked_sub(slot.span().start());
+            offset.is_some_and(|offset| slot.memory().write(offset, data))
+        })
+    }
+
+    /// In a stand-in, the interrupts that are due; after at most `wait`, where that is given.
+    pub(super) fn take_due(&self, wait: Option<&Timespec>) -> Vec<Msi> {
+        let interrupts = lock(&self.interrupts);
+        if let Some(limit) = wait {
+            interrupts.vectors().wait_due(limit);
+        }
+        interrupts.vectors().take_due()
+    }
+
     /// Why the guest's interrupts could not be set up as it asked, if so; taken by asking.
     pub fn take_trouble(&self) -> Option<IrqError> {
         lock(&self.trouble).take()
@@ -296,7 +324,7 @@ impl Attachment {
 
     /// How many vectors raise interrupts in the guest at the moment.
     pub fn wired_vectors(&self) -> usize {
-        lock(&self.interrupts).wired()
+        lock(&self.interrupts).vectors().wired()
     }
 
     /// Ends everything, in this order: the guest's accesses and doorbells; its memory slots; DMA,

@@ -126,6 +126,9 @@ pub enum RunError {
     /// Guest memory.
     #[error("the guest's memory could not be made")]
     Slot(#[from] SlotError),
+    /// There is no KVM behind it.
+    #[error("a stand-in for a VM has no vCPU")]
+    StandIn,
     /// The program does not fit.
     #[error("a program of {steps} steps does not fit; {max} do")]
     Program {

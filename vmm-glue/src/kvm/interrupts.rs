@@ -155,9 +155,9 @@ impl Interrupts {
         }
     }
 
-    /// How many vectors raise interrupts at the moment.
-    pub fn wired(&self) -> usize {
-        self.vectors.wired()
+    /// The vectors.
+    pub fn vectors(&self) -> &Vectors {
+        &self.vectors
     }
 
     /// Whether the access belongs here and not to the function: the MSI-X table, its pending bits.

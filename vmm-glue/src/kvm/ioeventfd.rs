@@ -26,7 +26,7 @@ pub struct Doorbell {
 
 /// A doorbell that is listened to; on drop the guest's stores exit again.
 pub(super) struct DoorbellFd {
-    vm: Arc<VmFd>,
+    vm: Option<Arc<VmFd>>,
     bell: Doorbell,
     address: u64,
     event: Event,
@@ -35,7 +35,8 @@ pub(super) struct DoorbellFd {
 }
 
 impl DoorbellFd {
-    pub fn new(vm: Arc<VmFd>, bell: Doorbell, address: u64) -> Result<Self, AttachError> {
+    /// Without a VM, in a stand-in, every store comes as a trapped one anyway.
+    pub fn new(vm: Option<Arc<VmFd>>, bell: Doorbell, address: u64) -> Result<Self, AttachError> {
         let refused = |act| {
             move |source| AttachError::Doorbell {
                 act,
@@ -44,9 +45,10 @@ impl DoorbellFd {
             }
         };
         let event = Event::new().map_err(refused("make an eventfd for"))?;
-        event
-            .listen(&vm, address, bell.value)
-            .map_err(refused("listen to"))?;
+        if let Some(vm) = &vm {
+            let listened = event.listen(vm, address, bell.value);
+            listened.map_err(refused("listen to"))?;
+        }
         Ok(Self {
             vm,
             bell,
@@ -78,8 +80,8 @@ impl DoorbellFd {
 
 impl Drop for DoorbellFd {
     fn drop(&mut self) {
-        let gone = self.event.deafen(&self.vm, self.address, self.bell.value);
-        if let Err(error) = gone {
+        let Some(vm) = &self.vm else { return };
+        if let Err(error) = self.event.deafen(vm, self.address, self.bell.value) {
             tracing::error!(address = self.address, %error, "a doorbell is left until the VM ends");
         }
     }

@@ -2,6 +2,7 @@
 
 use super::event::Event;
 use super::{Gsi, IrqError, Msi, Routes};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -134,6 +135,30 @@ impl Vectors {
         self.vectors.iter().filter(|vector| vector.wired).count()
     }
 
+    /// The triggers of wired vectors with their messages.
+    fn wired_triggers(&self) -> impl Iterator<Item = (&Event, Msi)> {
+        let wired = self.vectors.iter().filter(|vector| vector.wired);
+        wired.filter_map(|vector| Some((vector.trigger.as_ref()?, vector.message?)))
+    }
+
+    /// In a stand-in, what KVM would raise: the messages that are due, each once.
+    pub(super) fn take_due(&self) -> Vec<Msi> {
+        let due = self
+            .wired_triggers()
+            .filter(|(trigger, _)| trigger.take() != 0);
+        due.map(|(_, message)| message).collect()
+    }
+
+    /// Waits until a message is due, at most so long.
+    pub(super) fn wait_due(&self, limit: &Timespec) {
+        let triggers = self.wired_triggers();
+        let mut fds: Vec<_> = triggers
+            .map(|(trigger, _)| PollFd::new(trigger, PollFlags::IN))
+            .collect();
+        // Whether it is due, the caller looks anyway.
+        let _ = poll(&mut fds, Some(limit));
+    }
+
     /// Takes every trigger, message and mask away. Fine where there are none.
     pub fn clear(&mut self) -> Result<(), IrqError> {
         for at in 0..self.vectors.len() {
@@ -151,9 +176,10 @@ impl Vectors {
             (Some(trigger), Some(gsi)) if wanted => {
                 if !vector.wired {
                     // The route stands, so what is pending finds its way.
-                    trigger
-                        .wire(self.routes.vm(), gsi.number())
-                        .map_err(refused("add an irqfd", at))?;
+                    if let Some(vm) = self.routes.vm() {
+                        let wired = trigger.wire(vm, gsi.number());
+                        wired.map_err(refused("add an irqfd", at))?;
+                    }
                     vector.wired = true;
                 }
                 Ok(())
@@ -165,9 +191,10 @@ impl Vectors {
     fn unwire(&mut self, at: usize) -> Result<(), IrqError> {
         let vector = &mut self.vectors[at];
         if let (true, Some(trigger), Some(gsi)) = (vector.wired, &vector.trigger, &vector.gsi) {
-            trigger
-                .unwire(self.routes.vm(), gsi.number())
-                .map_err(refused("take an irqfd away", at))?;
+            if let Some(vm) = self.routes.vm() {
+                let unwired = trigger.unwire(vm, gsi.number());
+                unwired.map_err(refused("take an irqfd away", at))?;
+            }
             vector.wired = false;
         }
         Ok(())

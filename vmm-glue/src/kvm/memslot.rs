@@ -17,7 +17,8 @@ const PAGE: u64 = 4096;
 
 /// Owns the slot numbers of a VM from `first` on; those below are the VMM's own.
 pub struct Slots {
-    vm: Arc<VmFd>,
+    /// None in a stand-in.
+    vm: Option<Arc<VmFd>>,
     first: u32,
     used: Mutex<BTreeSet<u32>>,
 }
@@ -34,6 +35,10 @@ pub struct Slot {
 impl Slots {
     /// Slots `first..first + SLOTS_MAX` of this VM.
     pub fn new(vm: Arc<VmFd>, first: u32) -> Arc<Self> {
+        Self::of(Some(vm), first)
+    }
+
+    pub(super) fn of(vm: Option<Arc<VmFd>>, first: u32) -> Arc<Self> {
         Arc::new(Self {
             vm,
             first,
@@ -106,6 +111,9 @@ impl Slots {
     }
 
     fn set(&self, number: u32, guest: u64, memory: &Memory, len: u64) -> io::Result<()> {
+        let Some(vm) = &self.vm else {
+            return Ok(());
+        };
         let region = kvm_userspace_memory_region {
             slot: number,
             flags: 0,
@@ -115,7 +123,7 @@ impl Slots {
         };
         // SAFETY: `memory` is mapped for `len` bytes, shared, and read by us in volatile accesses
         // only. `Slot` unmaps it only after this slot is taken away.
-        unsafe { self.vm.set_user_memory_region(region) }.map_err(Into::into)
+        unsafe { vm.set_user_memory_region(region) }.map_err(Into::into)
     }
 }
 
@@ -125,7 +133,7 @@ impl Slot {
         self.span
     }
 
-    /// The memory behind.
+    /// The memory behind it.
     pub(super) fn memory(&self) -> &Memory {
         &self.memory
     }

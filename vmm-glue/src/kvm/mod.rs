@@ -8,7 +8,7 @@
 //! ```
 //! A VMM takes what it lacks: [`Routes`] and [`Vectors`] alone, [`Slots`] alone, or an
 //! [`Attachment`], which is a whole PCI function for a guest. [`Vm`], [`VcpuThread`] and [`tiny`]
-//! are the rest of a VMM, as small as it can be.
+//! are the rest of a VMM, as small as it can be. [`Vm::stand_in`] is for where there is no KVM.
 //!
 //! What ends in which order: vCPUs; attachments (each resets its function, takes guest RAM away
 //! from it, then its triggers, irqfds, routes, doorbells and memory slots); RAM; the VM. An

@@ -31,7 +31,8 @@ pub struct Msi {
 
 /// Owns a VM's whole routing table: nobody else may call `KVM_SET_GSI_ROUTING` on this VM.
 pub struct Routes {
-    vm: Arc<VmFd>,
+    /// None in a stand-in.
+    vm: Option<Arc<VmFd>>,
     table: Mutex<Table>,
 }
 
@@ -85,6 +86,10 @@ fn msi_entry(gsi: u32, msi: Msi) -> kvm_irq_routing_entry {
 impl Routes {
     /// The table of a VM with the whole in-kernel irqchip; its pins stay as KVM has them.
     pub fn new(vm: Arc<VmFd>) -> Arc<Self> {
+        Self::of(Some(vm))
+    }
+
+    pub(super) fn of(vm: Option<Arc<VmFd>>) -> Arc<Self> {
         let table = Table {
             free: (GSI_FIRST..GSI_END).take(ROUTES_MAX).collect(),
             msis: BTreeMap::new(),
@@ -115,9 +120,9 @@ impl Routes {
         ROUTES_MAX - self.table().free.len()
     }
 
-    /// The VM.
-    pub(super) fn vm(&self) -> &VmFd {
-        &self.vm
+    /// The VM; none in a stand-in.
+    pub(super) fn vm(&self) -> Option<&VmFd> {
+        self.vm.as_deref()
     }
 
     fn table(&self) -> MutexGuard<'_, Table> {
@@ -125,6 +130,9 @@ impl Routes {
     }
 
     fn commit(&self, msis: &BTreeMap<u32, Msi>, gsi: u32) -> Result<(), IrqError> {
+        let Some(vm) = self.vm() else {
+            return Ok(());
+        };
         let msis = msis.iter().map(|(gsi, msi)| msi_entry(*gsi, *msi));
         let entries: Vec<_> = irqchip_pins().chain(msis).collect();
         let refused = |source| IrqError::Kernel {
@@ -134,8 +142,7 @@ impl Routes {
         };
         let routing = KvmIrqRouting::from_entries(&entries)
             .map_err(|_| refused(rustix::io::Errno::NOSPC.into()))?;
-        self.vm
-            .set_gsi_routing(&routing)
+        vm.set_gsi_routing(&routing)
             .map_err(|error| refused(error.into()))
     }
 }

@@ -55,13 +55,13 @@ fn kick_signal() -> io::Result<c_int> {
 }
 
 impl Bus {
-    fn read(&self, address: u64, data: &mut [u8]) {
+    pub(super) fn read(&self, address: u64, data: &mut [u8]) {
         if !self.attachments.iter().any(|one| one.read(address, data)) {
             data.fill(0xff);
         }
     }
 
-    fn write(&self, address: u64, data: &[u8]) {
+    pub(super) fn write(&self, address: u64, data: &[u8]) {
         if !self.attachments.iter().any(|one| one.write(address, data)) {
             tracing::debug!(address, "a store met nothing");
         }
@@ -104,19 +104,24 @@ fn run(mut vcpu: VcpuFd, bus: &Bus, stop: &AtomicBool) -> Ended {
 impl VcpuThread {
     /// Lets the vCPU run.
     pub fn start(vcpu: VcpuFd, bus: Bus) -> Result<Self, RunError> {
+        Self::spawn(move |stop| run(vcpu, &bus, stop))
+    }
+
+    /// Lets something run that looks at `stop` often. All that it holds goes before its end is
+    /// told.
+    pub(super) fn spawn(
+        body: impl FnOnce(&AtomicBool) -> Ended + Send + 'static,
+    ) -> Result<Self, RunError> {
         kick_signal().map_err(RunError::kernel("set a signal's handler"))?;
         let stop = Arc::new(AtomicBool::new(false));
         let (sender, ended) = mpsc::channel();
         let stopped = Arc::clone(&stop);
-        let body = move || {
-            let how = run(vcpu, &bus, &stopped);
-            // The bus, and with it perhaps the last hold of an attachment, goes before the word.
-            drop(bus);
-            let _ = sender.send(how);
+        let thread = move || {
+            let _ = sender.send(body(&stopped));
         };
         let handle = thread::Builder::new()
             .name("vcpu".to_owned())
-            .spawn(body)
+            .spawn(thread)
             .map_err(RunError::kernel("start a vCPU's thread"))?;
         Ok(Self {
             handle: Some(handle),

@@ -1,6 +1,6 @@
 //! The whole way: a guest under KVM on host 1 drives a function of host 0, over the soft fabric and two engines.
 
-use kvm_tests::{BAR, DATA, Guest, WAIT, copy, enable, ids, program_vector, until, vm};
+use kvm_tests::{BAR, DATA, Guest, WAIT, copy, enable, ids, program_vector, until, vms};
 use std::sync::Arc;
 use vfio_shim::model::{Bdf, Function, PortIova};
 use vfio_shim::ntb::soft::{
@@ -94,8 +94,7 @@ fn work(rounds: u32) -> Vec<Step> {
 #[test]
 fn guest_drives_a_function_of_the_other_host_and_nothing_is_left_after_it() {
     let fabric = Fabric::new();
-    for _ in 0..2 {
-        let Some(vm) = vm() else { return };
+    for vm in vms().chain(vms()) {
         let (lease, function) = fabric.borrow();
         let guest = Guest::new(vm, function, false);
         assert_eq!(guest.run(&work(10)), Verdict::Done);
@@ -110,35 +109,37 @@ fn guest_drives_a_function_of_the_other_host_and_nothing_is_left_after_it() {
 #[test]
 fn guest_killed_amid_its_work_gives_the_function_back_reset() {
     let fabric = Fabric::new();
-    let Some(vm) = vm() else { return };
-    let (lease, function) = fabric.borrow();
-    let guest = Guest::new(vm, function, false);
-    let mut vcpu = guest.start(&work(200));
-    until("the guest works", || tiny::taken(&guest.ram, 0x41) > 3);
-    let how = vcpu.kill();
-    assert!(matches!(how, Ended::Killed | Ended::Exit(0)), "{how:?}");
-    let resets = fabric.function.resets();
-    drop((vcpu, guest));
-    assert!(fabric.function.resets() > resets);
-    fabric.engines[1].give_back(lease).unwrap();
-    assert_eq!(fabric.maps(), [1, 1, 0]);
+    for vm in vms() {
+        let (lease, function) = fabric.borrow();
+        let guest = Guest::new(vm, function, false);
+        let mut vcpu = guest.start(&work(200));
+        until("the guest works", || tiny::taken(&guest.ram, 0x41) > 3);
+        let how = vcpu.kill();
+        assert!(matches!(how, Ended::Killed | Ended::Exit(0)), "{how:?}");
+        let resets = fabric.function.resets();
+        drop((vcpu, guest));
+        assert!(fabric.function.resets() > resets);
+        fabric.engines[1].give_back(lease).unwrap();
+        assert_eq!(fabric.maps(), [1, 1, 0]);
+    }
 }
 
 #[test]
 fn cable_pulled_under_a_guest_reads_as_ones() {
-    let fabric = Fabric::new();
-    let Some(vm) = vm() else { return };
-    let (_, function) = fabric.borrow();
-    let guest = Guest::new(vm, function, false);
-    let mut steps = work(1);
-    steps.push(Step::store(DATA + 8, 1));
-    steps.push(Step::Poll {
-        address: BAR + IDENT,
-        mask: u32::MAX,
-        value: u32::MAX,
-    });
-    let mut vcpu = guest.start(&steps);
-    until("the guest looks", || guest.word(DATA + 8) == 1);
-    fabric.link.cut();
-    assert_eq!(vcpu.wait(WAIT), Some(Ended::Exit(0)));
+    for vm in vms() {
+        let fabric = Fabric::new();
+        let (_, function) = fabric.borrow();
+        let guest = Guest::new(vm, function, false);
+        let mut steps = work(1);
+        steps.push(Step::store(DATA + 8, 1));
+        steps.push(Step::Poll {
+            address: BAR + IDENT,
+            mask: u32::MAX,
+            value: u32::MAX,
+        });
+        let mut vcpu = guest.start(&steps);
+        until("the guest looks", || guest.word(DATA + 8) == 1);
+        fabric.link.cut();
+        assert_eq!(vcpu.wait(WAIT), Some(Ended::Exit(0)));
+    }
 }

@@ -149,8 +149,13 @@ fn legacy_pins_stay_routed_beside_msis() {
         ..Default::default()
     };
     chip.chip.ioapic = ioapic;
-    requests.vm.fd().set_irqchip(&chip).unwrap();
-    requests.vm.fd().set_irq_line(pin as u32, true).unwrap();
+    requests.vm.fd().unwrap().set_irqchip(&chip).unwrap();
+    requests
+        .vm
+        .fd()
+        .unwrap()
+        .set_irq_line(pin as u32, true)
+        .unwrap();
     requests.take(FIRST + 1);
 }
 

@@ -2,10 +2,12 @@
 //!
 //! Its memory begins at address 0 and holds at least [`FREE`] bytes of its own. It takes
 //! interrupts, counts them by vector, and says by its exit port how it ended. The first
-//! [`MAPPED_BYTES`] of addresses are mapped to themselves; everything placed lies there.
+//! [`MAPPED_BYTES`] of addresses are mapped to themselves; everything placed lies there. In a
+//! stand-in for a VM a thread of this process does the same steps.
 
 mod code;
 mod layout;
+mod stand_in;
 mod step;
 
 pub use layout::{EXIT_PORT, FREE, MAPPED_BYTES, STEPS_MAX, VECTOR_END, VECTOR_FIRST};
@@ -54,12 +56,15 @@ pub fn start(
     steps: &[Step],
 ) -> Result<VcpuThread, RunError> {
     load(ram, steps)?;
-    let vcpu = vm.vcpu(0)?;
-    set_registers(&vcpu)?;
     let bus = Bus {
         attachments,
         exit_port: EXIT_PORT,
     };
+    if !vm.is_kvm() {
+        return stand_in::start(ram, bus);
+    }
+    let vcpu = vm.vcpu(0)?;
+    set_registers(&vcpu)?;
     VcpuThread::start(vcpu, bus)
 }
 
