@@ -125,13 +125,13 @@ impl Rig {
         };
         let offered: Arc<dyn Function> = rig.function.clone();
         rig.hosts[0].ports[0].engine.offer(entry, offered).unwrap();
-        until("a session", || {
-            rig.hosts
-                .iter()
-                .all(|h| h.ports[0].peer_node().is_some())
-                .then_some(())
-        });
+        rig.wait_session();
         rig
+    }
+
+    fn wait_session(&self) {
+        let open = |host: &LocalHost| host.ports[0].peer_node().is_some();
+        until("a session", || self.hosts.iter().all(open).then_some(()));
     }
 
     /// Both hosts, and nothing offered.
@@ -278,6 +278,7 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Option<String>> {
 #[test]
 fn functions_that_cannot_be_lent_are_refused_in_words_and_left_alone() {
     let rig = Rig::apart();
+    rig.wait_session();
     let refused = |bdf: &str, code: ErrorCode, text: &str| {
         let before = rig.left();
         assert_eq!(rig.lends(bdf), VerbError::new(code, text));
@@ -337,6 +338,7 @@ fn functions_that_cannot_be_lent_are_refused_in_words_and_left_alone() {
 #[test]
 fn what_changed_since_it_was_added_is_refused_when_it_is_offered() {
     let rig = Rig::apart();
+    rig.wait_session();
     let bdf = BdfText::from(bdf("0000:01:00.0"));
     rig.function("0000:01:00.0", 3, None);
     rig.hosts[0].handle(Verb::Add { bdf }).unwrap();
