@@ -5,7 +5,7 @@ use super::*;
 use crate::model::contract::{Driver, Recipe};
 use crate::model::{Access, Aperture, DmaMap, FunctionIds, IrqIndex, Memory, RegionIndex, Span};
 use crate::ntb::soft::function_tests::{ARC, ENGINE, memirq_taken};
-use crate::ntb::soft::{CHANCE_ONE, Fault, FaultPlan, SoftFunction};
+use crate::ntb::soft::{CHANCE_ONE, Fault, FaultPlan, SoftFunction, SoftPf, VfShape};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, OwnedFd};
@@ -260,6 +260,46 @@ fn function_that_does_not_reset_is_lent_to_nobody_else() {
         matches!(state, OfferState::Quarantine(_)).then_some(())
     });
     assert!(rig.engines[1].borrow(bdf(), None).is_err());
+}
+
+#[test]
+fn five_functions_of_one_pf_are_borrowed_at_once_and_share_nothing() {
+    let rig = Rig::with(engine(), FaultPlan::default(), LOST_AFTER_MS);
+    let shape = VfShape::ArcPro {
+        vram_bytes: 256 << 20,
+    };
+    let host = Arc::clone(rig.link.host(0));
+    let pf = SoftPf::new("5a:00.0".parse().unwrap(), shape, host).unwrap();
+    pf.set_num_vfs(5).unwrap();
+    let vfs = pf.vfs();
+    vfs.iter().for_each(|(bdf, vf)| rig.lend(*bdf, vf));
+    until("all are in the borrower's list", || {
+        (rig.engines[1].list().ok()?.len() == 6).then_some(())
+    });
+    let borrow = |(bdf, _): &(Bdf, _)| rig.engines[1].borrow(*bdf, None).unwrap();
+    let borrowed: Vec<_> = vfs.iter().map(borrow).collect();
+    let functions = borrowed.iter().map(|(_, _, function)| &**function);
+    let drivers: Vec<_> = functions.map(|f| Driver::new(f, ARC)).collect();
+    for (number, driver) in (1..).zip(&drivers) {
+        driver.start();
+        let vram = driver.function.bar(RegionIndex(2)).unwrap();
+        vram.write_u64((256 << 20) - 8, number);
+        driver.ram.write_u64(4096, number);
+    }
+    for (number, driver) in (1..).zip(&drivers) {
+        driver.copy(4096, 8192, 8);
+        assert!(driver.interrupted() && memirq_taken(&driver.ram));
+        let vram = driver.function.bar(RegionIndex(2)).unwrap();
+        let seen = [driver.ram.read_u64(8192), vram.read_u64((256 << 20) - 8)];
+        assert_eq!(seen, [number; 2]);
+    }
+    drop(drivers);
+    for ((lease, _, _), (_, vf)) in borrowed.iter().zip(&vfs) {
+        rig.engines[1].give_back(*lease).unwrap();
+        let vram = vf.bar(RegionIndex(2)).unwrap();
+        assert_eq!(vram.read_u64((256 << 20) - 8), 0, "cleared");
+        assert_eq!(vf.triggers() + vf.space().maps().len(), 0);
+    }
 }
 
 mod contract_over_the_path {

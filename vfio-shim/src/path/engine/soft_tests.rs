@@ -14,7 +14,8 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, OwnedFd};
 
 const PAGE: u64 = 4096;
-const WINDOW_BYTES: u64 = 64 << 20;
+/// Room for the large BARs of several functions: numbers only, until something is mapped.
+const WINDOW_BYTES: u64 = 4 << 30;
 const WINDOW_BASE: PortIova = PortIova(1 << 32);
 const RAM_BYTES: u64 = 1 << 21;
 const BAR: RegionIndex = RegionIndex(0);
@@ -74,26 +75,28 @@ impl Rig {
         };
         let link = SoftLink::faulty([config; 2], plan).unwrap();
         let engines = [0, 1].map(|side| engine(&link, side, lost_after_ms));
-        let function = Arc::new(function);
+        let rig = Self {
+            engines,
+            function: Arc::new(function),
+            link,
+        };
+        rig.lend(bdf(), &rig.function);
+        rig.wait_for_pool();
+        rig
+    }
+
+    pub(super) fn lend(&self, bdf: Bdf, function: &Arc<SoftFunction>) {
         let info = function.info();
         let entry = PoolEntry {
-            bdf: bdf(),
+            bdf,
             ids: info.ids,
             state: PoolState::Available,
             irq_count: info.irqs.iter().map(|irq| irq.count).max().unwrap_or(0),
             bar_bytes: info.regions[..6].iter().map(|region| region.size).sum(),
             serial: 0,
         };
-        engines[0]
-            .offer(entry, Arc::clone(&function) as Arc<dyn Function>)
-            .unwrap();
-        let rig = Self {
-            engines,
-            function,
-            link,
-        };
-        rig.wait_for_pool();
-        rig
+        let function = Arc::clone(function) as Arc<dyn Function>;
+        self.engines[0].offer(entry, function).unwrap();
     }
 
     pub(super) fn wait_for_pool(&self) {
