@@ -74,13 +74,18 @@ pub struct Guest {
 impl Guest {
     /// With its BAR0 at [`BAR`]; where `mapped`, in memory slots as far as can be.
     pub fn new(vm: Vm, function: Arc<dyn Function>, mapped: bool) -> Self {
-        let ram = vm.ram(Span::new(0, RAM_BYTES).unwrap()).unwrap();
         let mut placement = Placement {
             config: CONFIG,
             mapped,
             ..Placement::default()
         };
         placement.bars[0] = Some(BAR);
+        Self::place(vm, function, placement)
+    }
+
+    /// With its regions placed so.
+    pub fn place(vm: Vm, function: Arc<dyn Function>, placement: Placement) -> Self {
+        let ram = vm.ram(Span::new(0, RAM_BYTES).unwrap()).unwrap();
         let attachment = Attachment::new(&vm, function, &placement, &[&ram]).unwrap();
         Self {
             attachment,

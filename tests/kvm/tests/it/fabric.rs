@@ -13,9 +13,10 @@ use vmm_glue::kvm::tiny::{self, Step, Verdict};
 
 const WINDOW_BYTES: u64 = 64 << 20;
 
-struct Fabric {
-    engines: [Arc<Engine>; 2],
-    function: Arc<SoftFunction>,
+/// Host 0 lends to host 1.
+pub struct Fabric {
+    pub engines: [Arc<Engine>; 2],
+    pub function: Arc<SoftFunction>,
     link: SoftLink,
 }
 
@@ -25,6 +26,10 @@ fn bdf() -> Bdf {
 
 impl Fabric {
     fn new() -> Self {
+        Self::of(SoftFunction::new(ids(), 4), 4, 8192)
+    }
+
+    pub fn of(function: SoftFunction, irq_count: u32, bar_bytes: u64) -> Self {
         let config = SoftPortConfig {
             window_bytes: [WINDOW_BYTES; 2],
         };
@@ -40,13 +45,13 @@ impl Fabric {
             };
             Engine::start(link.port(usize::from(side)), config).unwrap()
         });
-        let function = Arc::new(SoftFunction::new(ids(), 4));
+        let function = Arc::new(function);
         let entry = PoolEntry {
             bdf: bdf(),
-            ids: ids(),
+            ids: function.info().ids,
             state: PoolState::Available,
-            irq_count: 4,
-            bar_bytes: 8192,
+            irq_count,
+            bar_bytes,
             serial: 0,
         };
         engines[0]
@@ -59,7 +64,7 @@ impl Fabric {
         }
     }
 
-    fn borrow(&self) -> (LeaseId, Arc<BorrowedFunction>) {
+    pub fn borrow(&self) -> (LeaseId, Arc<BorrowedFunction>) {
         until("the function is available", || {
             let entries = self.engines[1].list().unwrap_or_default();
             entries
@@ -70,7 +75,7 @@ impl Fabric {
         (lease, function)
     }
 
-    fn maps(&self) -> [usize; 3] {
+    pub fn maps(&self) -> [usize; 3] {
         let ports = [0, 1].map(|side| self.link.port(side).space().maps().len());
         [ports[0], ports[1], self.function.space().maps().len()]
     }
