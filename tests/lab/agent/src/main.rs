@@ -28,6 +28,7 @@ const USAGE: &str = "usage: lab-agent COMMAND
   interrupts BDF                    /proc/interrupts of one device, as JSON
   vfio-user SOCKET CASE             a client without a VMM; cases: good, version, early, oversized,
                                     private, became-private, file, short, read-only, reserved, window
+  vfio-user SOCKET tenant FIFO      memory full of a pattern, looked at when the FIFO is written
   snapshot                          what a scenario may not leave behind, as JSON";
 
 fn main() -> ExitCode {
@@ -76,6 +77,7 @@ fn run(words: &[&str]) -> Result<()> {
         }
         ["dio", "read", dev, offset, bytes] => dio::read(dev, number(offset)?, number(bytes)?),
         ["interrupts", bdf] => interrupts::print(bdf),
+        ["vfio-user", socket, "tenant", gate] => vfio_user::tenant(socket, gate),
         ["vfio-user", socket, case] => vfio_user::run(socket, case),
         ["snapshot"] => snapshot::print(),
         _ => bail!("{USAGE}"),

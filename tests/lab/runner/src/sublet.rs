@@ -136,11 +136,21 @@ pub struct Lending {
 impl Lending {
     /// Makes a VF with these queues and interrupts, binds, and starts both daemons.
     pub fn start(lab: &Lab, pair: &Pair, queues: u32, interrupts: u32) -> Result<Self> {
+        Self::start_with(lab, pair, (queues, interrupts), 0)
+    }
+
+    /// The same, with more VFs after that one; they have no queues and stay offline.
+    pub fn start_with(
+        lab: &Lab,
+        pair: &Pair,
+        (queues, interrupts): (u32, u32),
+        more_vfs: u32,
+    ) -> Result<Self> {
         let program = lab.share_binary("sublet")?;
         for name in CONFIGS {
             fs::write(lab.dir.join(name), config(name)?)?;
         }
-        pci::make_vfs(&pair.a.agent, 1)?;
+        pci::make_vfs(&pair.a.agent, 1 + more_vfs)?;
         pci::nvme_online(&pair.a.agent, 1, queues, interrupts)?;
         pci::bind(&pair.a.agent, NTB_BDF, "vfio-pci")?;
         pci::bind(&pair.b.agent, NTB_BDF, "vfio-pci")?;
@@ -163,8 +173,13 @@ impl Lending {
 
     /// Puts the VF into the pool; its fabric device id.
     pub fn offer(&self) -> Result<String> {
-        self.a.verb(&["add", VF_BDF])?;
-        self.a.verb(&["available", VF_BDF])?;
+        self.offer_function(VF_BDF)
+    }
+
+    /// The same of any function; it must be the only one that is available.
+    pub fn offer_function(&self, bdf: &str) -> Result<String> {
+        self.a.verb(&["add", bdf])?;
+        self.a.verb(&["available", bdf])?;
         let list = self.b.verb(&["list"])?;
         let line = list.lines().find(|line| line.contains("[available]"));
         let fdid = line.and_then(|line| line.split(':').next());

@@ -1,6 +1,7 @@
 //! Scenario `isolation`: a guest that drives the VF itself reaches its own memory and nothing else.
 
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, Setup};
+use super::tenant::Neighbour;
 use super::{Scenario, When};
 use crate::check::Checks;
 use crate::guest::GuestSpec;
@@ -15,7 +16,7 @@ use std::time::Duration;
 /// The VF's own DMA engine is aimed at what is not the guest's.
 pub const SCENARIO: Scenario = Scenario {
     name: "isolation",
-    checks: ATTACH_CHECKS + 9 + DETACH_CHECKS,
+    checks: ATTACH_CHECKS + 14 + DETACH_CHECKS,
     when: When::Gate,
     deadline: Duration::from_secs(420),
     run,
@@ -41,7 +42,11 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     let mut spec = GuestSpec::stock("g", &lab.vmm()?);
     // One hugepage for the queues of the guest's own tool.
     spec.cmdline = format!("mem={}M hugepages=1 iomem=relaxed", RAM_BYTES / MIB - 1);
-    let attached = steps::attach(lab, checks, &Setup::default(), spec)?;
+    let setup = Setup {
+        more_vfs: 1,
+        ..Setup::default()
+    };
+    let attached = steps::attach(lab, checks, &setup, spec)?;
     let guest = &attached.guest.agent;
     let bdf = pci::find_nvme(guest)?;
     guest.sh(&format!("echo {bdf} > /sys/bus/pci/drivers/nvme/unbind"))?;
@@ -54,6 +59,17 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         ensure!(first != "00000000", "the page is still zero");
         Ok(first)
     });
+    let mut neighbour = None;
+    checks.must(
+        "a second tenant's memory lies behind the same window",
+        || {
+            let moved_in = Neighbour::move_in(&attached)?;
+            let address = format!("{:#x}", moved_in.address);
+            neighbour = Some(moved_in);
+            Ok(address)
+        },
+    )?;
+    let neighbour = neighbour.context("no neighbour")?;
     let window = pci::bar_address(&attached.pair.a.agent, NTB_BDF, 2)?;
     for (what, direction, address) in [
         ("the first byte past RAM", "write", RAM_BYTES),
@@ -61,6 +77,8 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         ("the hole below 4 GiB", "write", HOLE),
         ("the window's far end", "write", window + WINDOW_FAR),
         ("the mailbox", "write", window + MAILBOX_TAIL),
+        ("the neighbour's memory", "write", neighbour.address),
+        ("the neighbour's memory, reading", "read", neighbour.address),
     ] {
         checks.check(&format!("a DMA to {what} is refused"), || {
             refused(&attached, &bdf, direction, address)
@@ -68,6 +86,25 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     }
     checks.check("a DMA to the interrupt range raises nothing", || {
         no_interrupt(&attached, &bdf)
+    });
+    checks.check("the mailbox's tail is zero", || {
+        let tail = (window + MAILBOX_TAIL).to_string();
+        let argv = ["lab-agent", "devmem", "read", &tail, "4096"];
+        let read = attached.pair.a.agent.run(&argv)?;
+        ensure!(is_zero(&read), "it reads {read}");
+        // The nonce is never zero: the same way does lead into host B's mailbox.
+        let nonce = attached.pair.a.agent.run(&[
+            "lab-agent",
+            "devmem",
+            "read",
+            &window.to_string(),
+            "8",
+        ])?;
+        ensure!(!is_zero(&nonce), "the mailbox is not reached");
+        Ok("")
+    });
+    checks.check("the neighbour's memory is untouched", || {
+        neighbour.move_out(&attached)
     });
     checks.check("no port saw a violation", || no_violation(&attached));
     checks.check("after a reset the same guest writes and reads back", || {
@@ -79,6 +116,11 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         steps::write_and_read_back(guest, BYTES)
     });
     steps::detach(checks, attached)
+}
+
+/// Of hex words.
+fn is_zero(words: &str) -> bool {
+    words.split_whitespace().all(|word| word == "00000000")
 }
 
 /// One DMA by the guest's own hand.

@@ -9,6 +9,7 @@ mod nvme;
 mod reboot;
 mod refusals;
 mod steps;
+mod tenant;
 
 use crate::check::Checks;
 use crate::lab::Lab;

@@ -62,7 +62,16 @@ fn run(
     trapped: Trapped,
 ) -> Result<()> {
     let spec = GuestSpec::stock("g", &lab.vmm()?);
-    let attached = steps::attach(lab, checks, &Setup { model, borrow }, spec)?;
+    let attached = steps::attach(
+        lab,
+        checks,
+        &Setup {
+            model,
+            borrow,
+            more_vfs: 0,
+        },
+        spec,
+    )?;
     let trapped_before = trapped_accesses(&attached.lending.b.status()?)?;
     check_bytes(checks, &attached)?;
     let Attached { guest, lending, .. } = &attached;

@@ -49,6 +49,8 @@ pub struct Setup<'a> {
     pub model: &'a [&'a str],
     /// Flags of `sublet borrow`.
     pub borrow: &'a [&'a str],
+    /// How many VFs the guest's own is followed by.
+    pub more_vfs: u32,
 }
 
 /// Goes all the way to a guest whose driver has found its namespace.
@@ -69,7 +71,7 @@ pub fn attach(
     let before = pair.snapshot()?;
     let mut lending = None;
     checks.must("both daemons agree on a session", || {
-        let started = Lending::start(lab, &pair, 2, 1)?;
+        let started = Lending::start_with(lab, &pair, (2, 1), setup.more_vfs)?;
         let session = started.wait_link()?;
         lending = Some(started);
         Ok(session)
