@@ -8,7 +8,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vfio_shim::model::{Bdf, Function, FunctionIds, PortIova};
@@ -26,6 +26,9 @@ pub const MAILBOX_BYTES: u64 = 64 << 10;
 const PATIENCE: Duration = Duration::from_secs(20);
 const WINDOW_BASE: PortIova = PortIova(1 << 32);
 const VECTORS: u16 = 4;
+
+/// One at a time in a process: what is left of one would be found in the other's fds.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// Looks until there is something to see.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
@@ -69,6 +72,7 @@ pub struct Sim {
     stop: Arc<OwnedFd>,
     server: Option<JoinHandle<Result<(), EndpointError>>>,
     _dir: tempfile::TempDir,
+    _alone: MutexGuard<'static, ()>,
 }
 
 fn bdf() -> Bdf {
@@ -90,6 +94,8 @@ fn engine(link: &SoftLink, side: u8) -> Arc<Engine> {
 impl Sim {
     /// As far as a lease, with the endpoint waiting for a VMM.
     pub fn new() -> Self {
+        // Poisoned = another test failed, which is its own matter.
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let port = SoftPortConfig {
             window_bytes: [WINDOW_BYTES; 2],
         };
@@ -135,6 +141,7 @@ impl Sim {
             stop,
             server: Some(server),
             _dir: dir,
+            _alone: alone,
         };
         sim.wait_idle();
         sim
