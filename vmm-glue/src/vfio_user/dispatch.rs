@@ -10,7 +10,7 @@ use super::{
     error::SessionError,
     irqs,
     options::Options,
-    regions::{Regions, enables_bus_master, touches},
+    regions::{Dropped, Regions, enables_bus_master, touches},
     shared::SessionCounters,
     version,
     wire::{self, Command, Envelope, Reply, Request},
@@ -140,12 +140,18 @@ impl<'f> Guest<'f> {
         data: &[u8],
         reply: &mut Reply,
     ) -> Result<(), SessionError> {
-        if enables_bus_master(access, data) {
+        let enables = enables_bus_master(access, data);
+        if enables {
             self.dma.enable().map_err(SessionError::Enable)?;
         }
         self.touched |= touches(access, data);
-        if !self.regions.write(access, data, self.counters) {
-            self.counters.refused.count();
+        match self.regions.write(access, data, self.counters) {
+            Ok(()) => {}
+            // The guest believes that its device does DMA now: nothing else it does would work.
+            Err(Dropped::Refused(source)) if enables => {
+                return Err(SessionError::BusMaster(source));
+            }
+            Err(_) => self.counters.refused.count(),
         }
         reply.push(access);
         Ok(())

@@ -58,6 +58,9 @@ pub enum SessionError {
     /// Maps that were answered cannot be programmed.
     #[error("guest memory cannot be reached by the device as the guest enables bus mastering")]
     Enable(#[source] MapRefusal),
+    /// The function did not enable bus mastering.
+    #[error("the function's bus mastering could not be turned on for the guest")]
+    BusMaster(#[source] FunctionError),
     /// A malformed SET_IRQS.
     #[error(transparent)]
     Irqs(IrqError),

@@ -6,13 +6,24 @@ use vfio_bindings::bindings::vfio::{
     VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP,
     VFIO_REGION_INFO_FLAG_READ, VFIO_REGION_INFO_FLAG_WRITE,
 };
-use vfio_shim::model::{Aperture, BAR_COUNT, Function, MmapArea, RegionIndex, RegionInfo, Span};
+use vfio_shim::model::{
+    Aperture, BAR_COUNT, Function, FunctionError, MmapArea, RegionIndex, RegionInfo, Span,
+};
 
 /// The low byte of COMMAND in config space, and in it bus mastering (PCIe 6.0 section 7.5.1.1.3).
 const COMMAND: u64 = 4;
 const COMMAND_BUS_MASTER: u8 = 1 << 2;
 /// Where the header of config space ends.
 const HEADER_BYTES: u64 = 0x40;
+
+/// Why a write was dropped.
+#[derive(Debug)]
+pub enum Dropped {
+    /// There is no such region, or it ends before.
+    Outside,
+    /// The function did not take it.
+    Refused(FunctionError),
+}
 
 /// A function's regions in one guest session.
 pub struct Regions<'f> {
@@ -125,32 +136,30 @@ impl<'f> Regions<'f> {
         }
     }
 
-    /// Writes; what cannot be written is dropped. False if it was.
+    /// Writes; what cannot be written is dropped, and why is told.
     pub fn write(
         &self,
         access: &wire::RegionAccess,
         data: &[u8],
         counters: &SessionCounters,
-    ) -> bool {
+    ) -> Result<(), Dropped> {
         let region = RegionIndex(access.region.get());
         match region {
             RegionIndex::CONFIG => counters.config_writes.count(),
             _ => counters.bar_writes.count(),
         }
         let Some(span) = self.span(region, access.offset.get(), data.len()) else {
-            return false;
+            return Err(Dropped::Outside);
         };
         if let Some(bar) = self.direct(region, span) {
             bar.write(span.start(), data);
-            return true;
+            return Ok(());
         }
-        match self.function.region_write(region, span.start(), data) {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::debug!(region = region.0, %span, %error, "a write was dropped");
-                false
-            }
-        }
+        let written = self.function.region_write(region, span.start(), data);
+        written.map_err(|error| {
+            tracing::debug!(region = region.0, %span, %error, "a write was dropped");
+            Dropped::Refused(error)
+        })
     }
 
     /// The bytes of the access, if they all lie in the region.

@@ -2,7 +2,7 @@
 
 use crate::{
     fake::span,
-    rig::{Client, Rig},
+    rig::{Client, Rig, access},
 };
 use rustix::{
     event::{EventfdFlags, eventfd},
@@ -15,7 +15,7 @@ use std::{
         unix::{fs::PermissionsExt, net::UnixListener},
     },
 };
-use vmm_glue::vfio_user::{Endpoint, EndpointError, SessionState, words};
+use vmm_glue::vfio_user::{Endpoint, EndpointError, SessionState, wire::Command, words};
 
 const DISABLED: [&str; 5] = [
     "disable Intx",
@@ -214,4 +214,19 @@ fn a_memory_file_is_held_once_however_many_maps_use_it() {
     assert_eq!(holders(&ram), 1);
     let other = memfd_create("other", MemfdFlags::CLOEXEC).unwrap();
     assert_eq!(holders(&other), 1);
+}
+
+#[test]
+fn a_bus_master_enable_that_the_function_refuses_ends_the_session_in_words() {
+    let mut rig = Rig::new();
+    let mut client = rig.agreed();
+    rig.function.faults.lock().unwrap().region = true;
+    client.send(Command::RegionWrite, &access(7, 4, 2, &[6, 0]), &[]);
+    assert!(client.is_ended());
+    rig.wait_idle();
+    assert_eq!(
+        rig.last_error(),
+        "the function's bus mastering could not be turned on for the guest: the path to the function has ended: for the test"
+    );
+    rig.stop().unwrap();
 }
