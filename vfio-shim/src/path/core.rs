@@ -5,8 +5,8 @@
 
 use super::borrower::{Borrower, BorrowerAction, Call, CallError, Pin, Step, Token};
 use super::lender::{JobId, Lender, LenderAction};
-use super::link::{Link, LinkAction, LinkEvent};
-use super::mailbox::{Mailbox, MailboxAction, MailboxError};
+use super::link::{Link, LinkAction, LinkEvent, OverReason};
+use super::mailbox::{Mailbox, MailboxAction, MailboxCounters, MailboxError};
 use super::message::{LeaseId, Message, OpId, Refusal, RefusalCode, Reply, Request, Secret};
 use super::plan::SlicePool;
 use super::wire::{SLOT_BYTES, STATUS_BYTES, ScratchpadSet};
@@ -140,6 +140,8 @@ pub struct PortCore {
     pub borrower: Borrower,
     pool: SlicePool,
     session: Option<Session>,
+    /// Of the sessions that are over.
+    past: MailboxCounters,
     link_up: bool,
     undoing: bool,
     over_reason: Option<String>,
@@ -157,6 +159,7 @@ impl PortCore {
             lender: Lender::default(),
             borrower: Borrower::default(),
             session: None,
+            past: MailboxCounters::default(),
             link_up: false,
             undoing: false,
             over_reason: None,
@@ -171,6 +174,15 @@ impl PortCore {
     /// The mailbox's counters, while a session is open.
     pub fn mailbox(&self) -> Option<&Mailbox> {
         self.session.as_ref().map(|session| &session.mailbox)
+    }
+
+    /// What the mailboxes of all sessions have seen and done.
+    pub fn mailbox_counters(&self) -> MailboxCounters {
+        let mut sum = self.past.clone();
+        if let Some(mailbox) = self.mailbox() {
+            sum.add(mailbox.counters());
+        }
+        sum
     }
 
     /// The link session's state.
@@ -324,11 +336,21 @@ impl PortCore {
                 }
                 LinkAction::Over { reason, .. } => {
                     self.over_reason = Some(reason.to_string());
-                    self.session = None;
+                    self.forget_session(&reason);
                     out.push(Action::SessionOver);
                 }
             }
         }
+    }
+
+    fn forget_session(&mut self, reason: &OverReason) {
+        let mut counters = match self.session.take() {
+            Some(session) => session.mailbox.counters().clone(),
+            None => MailboxCounters::default(),
+        };
+        // Some are found by the mailbox, and some by who takes its messages.
+        counters.violations = u64::from(matches!(reason, OverReason::Violation(_)));
+        self.past.add(&counters);
     }
 
     fn opened(

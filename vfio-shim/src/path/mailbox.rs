@@ -64,8 +64,21 @@ pub struct MailboxCounters {
     pub torn: u64,
     /// Looks at a slot of another session.
     pub foreign: u64,
-    /// Violations: 0 or 1.
+    /// Violations: of one mailbox 0 or 1.
     pub violations: u64,
+}
+
+impl MailboxCounters {
+    /// Adds what another mailbox has seen and done.
+    pub fn add(&mut self, other: &Self) {
+        self.sent += other.sent;
+        self.received += other.received;
+        self.resent += other.resent;
+        self.replays += other.replays;
+        self.torn += other.torn;
+        self.foreign += other.foreign;
+        self.violations += other.violations;
+    }
 }
 
 struct InFlight {

@@ -224,14 +224,14 @@ fn quarantine(lent: &[LentStatus]) -> QuarantineStatus {
 
 fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus {
     let session = status.and_then(|status| status.session.as_ref());
-    let mailbox = session.map(|session| MailboxCounters {
-        sent: session.mailbox.sent,
-        received: session.mailbox.received,
-        resent: session.mailbox.resent,
-        replays: session.mailbox.replays,
-        torn: session.mailbox.torn,
-        foreign: session.mailbox.foreign,
-        violations: session.mailbox.violations,
+    let mailbox = status.map(|status| MailboxCounters {
+        sent: status.mailbox.sent,
+        received: status.mailbox.received,
+        resent: status.mailbox.resent,
+        replays: status.mailbox.replays,
+        torn: status.mailbox.torn,
+        foreign: status.mailbox.foreign,
+        violations: status.mailbox.violations,
         heartbeat_age_ms: None,
     });
     PortStatus {

@@ -48,8 +48,6 @@ pub struct SessionStatus {
     pub info: SessionInfo,
     /// Its age in milliseconds.
     pub age_ms: u64,
-    /// The mailbox's counters.
-    pub mailbox: MailboxCounters,
 }
 
 /// One vector of a lent function, as `status` tells it.
@@ -94,6 +92,8 @@ pub struct PortStatus {
     pub link: String,
     /// The open session.
     pub session: Option<SessionStatus>,
+    /// What the mailboxes of all sessions have seen and done.
+    pub mailbox: MailboxCounters,
     /// The own lowest and highest protocol version.
     pub own_versions: (u16, u16),
     /// The peer's, as long as it is there to tell them.
@@ -509,11 +509,6 @@ impl Control {
         let session = self.core.session().map(|info| SessionStatus {
             info: info.clone(),
             age_ms: now_ms - info.since_ms,
-            mailbox: self
-                .core
-                .mailbox()
-                .map(|m| m.counters().clone())
-                .unwrap_or_default(),
         });
         let lent = self
             .core
@@ -526,6 +521,7 @@ impl Control {
             link_up: self.port.link_is_up(),
             link: self.core.link().state().to_string(),
             session,
+            mailbox: self.core.mailbox_counters(),
             own_versions: self.core.link().own_versions(),
             peer_versions: self.core.link().peer_versions(),
             version_mismatch: self.core.link().state().is_mismatch(),

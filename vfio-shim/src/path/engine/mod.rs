@@ -13,6 +13,8 @@
 mod borrowed;
 mod control;
 mod executor;
+#[cfg(test)]
+mod forged_tests;
 mod irq;
 mod mapper;
 mod signals;
