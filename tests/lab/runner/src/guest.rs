@@ -30,7 +30,9 @@ pub enum Vmm {
 /// What a guest's RAM is, on its host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Memory {
-    /// A memfd of hugepages, shared: what an operator should choose.
+    /// A memfd of hugepages, shared and allocated before the guest runs: what an operator should
+    /// choose. A device's pin would allocate them otherwise, and an emulated processor takes
+    /// seconds to clear pages that held another guest's code.
     HugePages,
     /// A memfd of ordinary pages, shared.
     Pages,
@@ -221,7 +223,7 @@ struct Paths {
 fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
     let mib = spec.memory_mib;
     let memory = match spec.memory {
-        Memory::HugePages => "hugetlb=on,hugetlbsize=2M,share=on",
+        Memory::HugePages => "hugetlb=on,hugetlbsize=2M,share=on,prealloc=on",
         Memory::Pages => "share=on",
         Memory::Private => "share=off",
     };
@@ -268,7 +270,7 @@ fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
 /// The agent has the serial line, the only one that listens on a socket there; the log is hvc0's.
 fn cloud_hypervisor(spec: &GuestSpec, paths: &Paths, program: &str) -> Vec<String> {
     let memory = match spec.memory {
-        Memory::HugePages => "shared=on,hugepages=on,hugepage_size=2M",
+        Memory::HugePages => "shared=on,hugepages=on,hugepage_size=2M,prefault=on",
         Memory::Pages => "shared=on",
         Memory::Private => "shared=off",
     };

@@ -28,7 +28,8 @@ struct Trigger {
 struct Triggers {
     armed: Option<IrqIndex>,
     vectors: Vec<Trigger>,
-    special: [Option<OwnedFd>; 2],
+    /// Where the VMM wants to be asked to let go of the function.
+    request: Option<OwnedFd>,
 }
 
 /// A function of another host, as this host's VMM sees it.
@@ -97,12 +98,7 @@ impl BorrowedFunction {
         state: Arc<LeaseShared>,
     ) -> Result<Arc<Self>, CallError> {
         let (info, slices) = opened.function.into_parts();
-        // What cannot be reset is never lent.
-        let info = FunctionInfo {
-            ids,
-            resettable: true,
-            ..info
-        };
+        let info = told(info, ids);
         let shadow = ShadowConfig::new(&opened.config, &info)
             .map_err(|error| CallError::Gone(crate::path::words(&error)))?;
         let count = vector_count(&info);
@@ -116,7 +112,7 @@ impl BorrowedFunction {
         let triggers = Triggers {
             armed: None,
             vectors,
-            special: [None, None],
+            request: None,
         };
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let failed = |error: std::io::Error| CallError::Gone(error.to_string());
@@ -438,11 +434,8 @@ impl Function for BorrowedFunction {
     ) -> Result<(), FunctionError> {
         let range = self.vectors(index, start, triggers.len())?;
         if !is_message(index) {
-            let special = triggers.into_iter().next().flatten();
-            match index {
-                IrqIndex::Err => lock(&self.triggers).special[0] = special,
-                IrqIndex::Req => lock(&self.triggers).special[1] = special,
-                _ => {}
+            if index == IrqIndex::Req {
+                lock(&self.triggers).request = triggers.into_iter().next().flatten();
             }
             return Ok(());
         }
@@ -464,8 +457,7 @@ impl Function for BorrowedFunction {
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), FunctionError> {
         let mut held = lock(&self.triggers);
         match index {
-            IrqIndex::Err => held.special[0] = None,
-            IrqIndex::Req => held.special[1] = None,
+            IrqIndex::Req => held.request = None,
             _ if held.armed == Some(index) => {
                 let masked = held.vectors.iter().any(|vector| vector.masked);
                 for vector in &mut held.vectors {
@@ -662,12 +654,18 @@ impl Signaller {
                 vector.signals += u64::from(signal(fd.as_fd()));
             }
         }
-        if lock(&self.state.lost).is_some()
-            && let Some(fd) = held.special[0].take()
-        {
-            signal(fd.as_fd());
-        }
     }
+}
+
+/// What a VMM is told of the function.
+fn told(mut info: FunctionInfo, ids: FunctionIds) -> FunctionInfo {
+    info.ids = ids;
+    // What cannot be reset is never lent.
+    info.resettable = true;
+    // QEMU stops the whole machine at an error interrupt. A function that is lost reads as ones
+    // instead, which drivers know from a device that was pulled, and the guest goes on.
+    info.irqs[IrqIndex::Err as usize].count = 0;
+    info
 }
 
 /// Writes an eventfd that came from a VMM; one at its limit is left alone: it is readable anyway.
@@ -712,6 +710,14 @@ mod tests {
         fn mapping(&self) -> Option<&dyn Mapping> {
             None
         }
+    }
+
+    #[test]
+    fn vmm_is_told_of_no_error_interrupt_to_stop_its_guest_at() {
+        let mut lent = FunctionInfo::default();
+        lent.irqs.iter_mut().for_each(|irq| irq.count = 1);
+        let told = told(lent, FunctionIds::default());
+        assert_eq!(told.irqs.map(|irq| irq.count), [1, 1, 1, 0, 1]);
     }
 
     #[test]
