@@ -136,19 +136,21 @@ pub struct Lending {
 impl Lending {
     /// Makes a VF with these queues and interrupts, binds, and starts both daemons.
     pub fn start(lab: &Lab, pair: &Pair, queues: u32, interrupts: u32) -> Result<Self> {
-        Self::start_with(lab, pair, (queues, interrupts), 0)
+        Self::start_with(lab, pair, (queues, interrupts), 0, str::to_owned)
     }
 
-    /// The same, with more VFs after that one; they have no queues and stay offline.
+    /// The same, with more VFs after that one (they have no queues and stay offline), and with
+    /// other configurations than the samples.
     pub fn start_with(
         lab: &Lab,
         pair: &Pair,
         (queues, interrupts): (u32, u32),
         more_vfs: u32,
+        edit: impl Fn(&str) -> String,
     ) -> Result<Self> {
         let program = lab.share_binary("sublet")?;
         for name in CONFIGS {
-            fs::write(lab.dir.join(name), config(name)?)?;
+            fs::write(lab.dir.join(name), edit(&config(name)?))?;
         }
         pci::make_vfs(&pair.a.agent, 1 + more_vfs)?;
         pci::nvme_online(&pair.a.agent, 1, queues, interrupts)?;

@@ -1,18 +1,19 @@
-//! Scenario `flap`: a link that goes down for a moment ends every lease; the next one works.
+//! Scenario `flap`: a link that goes down for a moment ends every lease; the guest goes on, and the next lease works.
 
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, SOCKET, Setup, dio};
 use super::{Scenario, When};
 use crate::check::Checks;
-use crate::guest::GuestSpec;
+use crate::guest::{Guest, GuestSpec};
 use crate::lab::Lab;
+use crate::pci;
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
 /// The model takes its link down under an attached guest.
 pub const SCENARIO: Scenario = Scenario {
     name: "flap",
-    checks: ATTACH_CHECKS + 6 + DETACH_CHECKS,
-    when: When::Asked,
+    checks: ATTACH_CHECKS + 9 + DETACH_CHECKS,
+    when: When::Full,
     deadline: Duration::from_secs(420),
     run,
 };
@@ -21,9 +22,18 @@ pub const SCENARIO: Scenario = Scenario {
 const DOWN_MS: u64 = 20;
 const BYTES: u64 = 64 << 10;
 const LOST_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the guest's driver waits for a command; a healthy one takes a second at most here.
+const IO_TIMEOUT: &str = "nvme_core io_timeout=8 admin_timeout=8";
+/// The driver's own time, its reset, and a busy machine.
+const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(60);
+const IO_LOG: &str = "/tmp/io";
+/// Writes until a write fails.
+const IO: &str = "while lab-agent dio write /dev/nvme0n1 1048576 65536 7; do :; done";
 
 fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
-    let spec = GuestSpec::stock("g", &lab.vmm()?);
+    let mut spec = GuestSpec::stock("g", &lab.vmm()?);
+    spec.modules.insert(0, IO_TIMEOUT.to_owned());
+    spec.cmdline = "iomem=relaxed".to_owned();
     let Attached {
         guest,
         lending,
@@ -32,6 +42,12 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         idle,
         pair,
     } = steps::attach(lab, checks, &Setup::default(), spec)?;
+    let mut io = None;
+    checks.check("the guest is at work", || {
+        io = Some(guest.agent.spawn(&["sh", "-c", IO], IO_LOG)?);
+        let worked = format!("test -s {IO_LOG}");
+        guest.agent.wait_until(&worked, GIVE_UP_TIMEOUT)
+    });
     checks.check("the lease is lost on host b", || {
         pair.ntb.as_ref().context("no NTB")?.flap(DOWN_MS)?;
         lending
@@ -48,6 +64,18 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
                 status["lent"][0]["lease"].is_null() && status["lent"][0]["state"] == "available"
             })?;
         Ok(status["lent"][0]["last_end"].to_string())
+    });
+    checks.check("the guest reads its function as ones", || {
+        let bdf = pci::find_nvme(&guest.agent)?;
+        let seen = pci::nvme_registers(&guest.agent, &bdf)?;
+        ensure!(
+            seen.cc == u32::MAX && seen.csts == u32::MAX,
+            "it reads {seen:x?}"
+        );
+        Ok("")
+    });
+    checks.check("its I/O fails, and nothing hangs", || {
+        gone(&guest, io.context("no I/O")?)
     });
     checks.check("nothing of the lost lease is left", || {
         guest.kill()?;
@@ -82,4 +110,11 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         pair,
     };
     steps::detach(checks, attached)
+}
+
+/// The driver gives up on the function; the guest itself does not mind.
+fn gone(guest: &Guest, io: u32) -> Result<String> {
+    let code = guest.agent.wait(io, GIVE_UP_TIMEOUT)?;
+    ensure!(code == Some(0), "the loop of writes ended with {code:?}");
+    guest.dmesg("nvme.*(down|disabl|remov|not ready)")
 }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod flap;
+mod heartbeat;
 mod hosts;
 mod isolation;
 mod ntb_drivers;
@@ -10,6 +11,7 @@ mod reboot;
 mod refusals;
 mod steps;
 mod tenant;
+mod windows;
 
 use crate::check::Checks;
 use crate::lab::Lab;
@@ -50,6 +52,8 @@ pub const ALL: &[Scenario] = &[
     isolation::SCENARIO,
     reboot::SCENARIO,
     flap::SCENARIO,
+    heartbeat::SCENARIO,
+    windows::SCENARIO,
     refusals::SCENARIO,
     nvme::OTHER_NTB,
     bad_input::SCENARIO,

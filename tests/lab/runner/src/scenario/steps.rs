@@ -71,7 +71,7 @@ pub fn attach(
     let before = pair.snapshot()?;
     let mut lending = None;
     checks.must("both daemons agree on a session", || {
-        let started = Lending::start_with(lab, &pair, (2, 1), setup.more_vfs)?;
+        let started = Lending::start_with(lab, &pair, (2, 1), setup.more_vfs, str::to_owned)?;
         let session = started.wait_link()?;
         lending = Some(started);
         Ok(session)
