@@ -60,7 +60,7 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         refused(&lending.b, &fdid)
     });
     checks.check("one that fits is taken after that", || {
-        lending.borrow(&fdid, SOCKET, &["--ram", "255M"])?;
+        lending.borrow(&fdid, SOCKET, &["--ram", "128M"])?;
         lending.b.verb(&["return", &fdid])?;
         lending
             .b
