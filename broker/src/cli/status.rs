@@ -185,16 +185,8 @@ fn borrowed(borrowed: &[BorrowedStatus]) -> String {
 }
 
 fn quarantine(status: &HostStatus) -> String {
-    let held = &status.quarantine;
-    if *held == Default::default() {
-        return "nothing".to_owned();
+    match status.quarantine.functions.len() {
+        0 => "nothing".to_owned(),
+        count => format!("{count} functions"),
     }
-    format!(
-        "{} slices ({}), {} vectors, {} address runs, {} functions",
-        held.slices,
-        bytes(held.slice_bytes),
-        held.vectors,
-        held.iovas,
-        held.functions.len()
-    )
 }

@@ -225,17 +225,10 @@ pub struct BorrowedVector {
     pub signals: u64,
 }
 
-/// What waits for a proof that nothing maps it any more.
+/// Functions that nobody gets until their undoing is proved. Slices that wait for the peer show as
+/// bytes missing from a window's free ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QuarantineStatus {
-    /// Slices of windows.
-    pub slices: u32,
-    /// Bytes of them.
-    pub slice_bytes: u64,
-    /// Words of interrupt tables.
-    pub vectors: u32,
-    /// Runs of addresses of the ports' containers.
-    pub iovas: u32,
     /// Functions, with the reason.
     pub functions: Vec<QuarantinedFunction>,
 }

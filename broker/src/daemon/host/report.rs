@@ -218,7 +218,6 @@ fn quarantine(lent: &[LentStatus]) -> QuarantineStatus {
     });
     QuarantineStatus {
         functions: functions.collect(),
-        ..QuarantineStatus::default()
     }
 }
 
