@@ -4,6 +4,7 @@
 //! simulator another.
 
 use super::borrower::{Borrower, BorrowerAction, Call, CallError, Pin, Step, Token};
+use super::grant::{ToPool, ToPort};
 use super::lender::{JobId, Lender, LenderAction};
 use super::link::{Link, LinkAction, LinkEvent, OverReason};
 use super::mailbox::{Mailbox, MailboxAction, MailboxCounters, MailboxError};
@@ -51,6 +52,8 @@ pub enum Event {
     Worked(JobId, Result<WorkOutcome, Refusal>),
     /// The mapper has pinned or unpinned.
     Pinned(Step, Result<(), CallError>),
+    /// The pool of leases tells something.
+    Pool(ToPort),
 }
 
 /// Copies of what the peer wrote.
@@ -97,6 +100,8 @@ pub enum Action {
     Scan(LeaseId, u32, u32),
     /// Scan them no more.
     ScanEnd(LeaseId),
+    /// Tell the pool of leases.
+    Pool(ToPool),
     /// Answer a call.
     Answer(Token, Result<super::borrower::Answer, CallError>),
     /// A borrowed lease is over.
@@ -224,6 +229,10 @@ impl PortCore {
             Event::Pinned(step, result) => {
                 let actions = self.borrower.pinned(step, result, &mut self.pool);
                 self.borrower_actions(actions, now_ms, &mut out);
+            }
+            Event::Pool(message) => {
+                let actions = self.lender.pool_says(message);
+                self.lender_actions(actions, now_ms, &mut out);
             }
         }
         self.finish_undo(now_ms, &mut out);
@@ -488,10 +497,10 @@ impl PortCore {
             }
             Message::Request(op, request) => {
                 let secret = self.fresh_secret();
-                let code = request.op();
-                let actions = self
-                    .lender
-                    .request(op, code, request, &mut self.pool, secret);
+                let peer = self.session().and_then(|info| info.peer_node);
+                let named = (op, request.op());
+                let slices = &mut self.pool;
+                let actions = self.lender.request(named, request, slices, peer, secret);
                 self.lender_actions(actions, now_ms, out);
             }
             Message::Reply(op, _, result) => self.replied(op, result, now_ms, out),
@@ -573,6 +582,7 @@ impl PortCore {
                     let request = Request::Revoked { lease, text };
                     self.request(Waiting::Revoked(lease), request, now_ms, out);
                 }
+                LenderAction::Pool(message) => out.push(Action::Pool(message)),
             }
         }
     }

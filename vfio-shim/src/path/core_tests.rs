@@ -2,6 +2,7 @@
 
 use super::borrower::{Answer, Call, CallError, GuestMap, Token};
 use super::core::{Action, CoreConfig, Event, Inbox, PortCore};
+use super::grant::{LeasePool, ToPort, VolatilePool};
 use super::lender::OfferState;
 use super::message::{LeaseId, PoolEntry, PoolState, Refusal, RefusalCode, Request};
 use super::wire::{SLOT_BYTES, STATUS_BYTES, ScratchpadSet};
@@ -11,7 +12,7 @@ use crate::model::{
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 mod quarantine;
 
@@ -38,6 +39,10 @@ struct Host {
     /// What an executor does is refused.
     works: bool,
     unpins: bool,
+    pool: VolatilePool,
+    /// What the pool says, and when it may: a disk can be slow.
+    pool_says: mpsc::Receiver<ToPort>,
+    pool_is_slow: bool,
 }
 
 fn function_info() -> FunctionInfo {
@@ -92,7 +97,13 @@ impl Host {
             heartbeat_ms: 250,
             lost_after_ms: 1500,
         };
+        let (says, pool_says) = mpsc::channel();
+        let pool = VolatilePool::default();
+        pool.connect(Box::new(move |message| says.send(message).unwrap()));
         Self {
+            pool,
+            pool_says,
+            pool_is_slow: false,
             core: PortCore::new(config, Box::new(entropy)),
             spads: [0; 6],
             status: [0; STATUS_BYTES],
@@ -236,8 +247,20 @@ impl Pair {
                 assert!(old.is_none(), "answered twice");
             }
             Action::Lost(lease, _) => self.hosts[at].lost.push(lease),
+            Action::Pool(message) => {
+                self.hosts[at].pool.tell(message);
+                if !self.hosts[at].pool_is_slow {
+                    self.pool_answers(at);
+                }
+            }
             _ => {}
         }
+    }
+
+    fn pool_answers(&mut self, at: usize) {
+        let host = &mut self.hosts[at];
+        let says = host.pool_says.try_iter().map(Event::Pool);
+        host.todo.extend(says);
     }
 
     fn post(&mut self, at: usize, set: &ScratchpadSet) {
@@ -548,6 +571,29 @@ fn a_peer_that_stands_still_is_lost_after_its_time() {
 }
 
 #[test]
+fn a_slow_store_keeps_no_session_from_ending_and_its_late_lease_goes_back() {
+    let mut pair = ready();
+    pair.hosts[0].pool_is_slow = true;
+    let borrow = pair.call(Call::Borrow(bdf(), None));
+    pair.settle();
+    assert!(!pair.hosts[1].answers.contains_key(&borrow));
+    pair.link_up = false;
+    pair.round();
+    assert!(pair.hosts[0].core.is_idle(), "nothing is waited for");
+    pair.link_up = true;
+    pair.wait_session();
+    let busy = pair.ask(Call::Borrow(bdf(), None)).unwrap_err();
+    assert!(busy.to_string().contains("is being written"), "{busy}");
+    pair.hosts[0].pool_is_slow = false;
+    pair.pool_answers(0);
+    pair.settle();
+    let lent = &pair.hosts[0].core.lender.status()[0];
+    assert_eq!((&lent.state, lent.lease), (&OfferState::Available, None));
+    // The pool has it back too, or it would refuse this one.
+    pair.borrow_open();
+}
+
+#[test]
 fn a_revoked_lease_is_lost_on_the_borrower_and_free_on_the_lender() {
     let mut pair = ready();
     let lease = pair.borrow_open();
@@ -569,9 +615,11 @@ fn a_revoked_lease_is_lost_on_the_borrower_and_free_on_the_lender() {
 proptest! {
     #[test]
     fn the_link_cut_at_any_step_leaves_nothing_behind(
-        seed in any::<u64>(), steps in proptest::collection::vec(0u8..8, 1..60),
+        seed in any::<u64>(), steps in proptest::collection::vec(0u8..9, 1..60),
+        pool_is_slow in any::<bool>(),
     ) {
         let mut pair = Pair::new(seed);
+        pair.hosts[0].pool_is_slow = pool_is_slow;
         pair.hosts[0].core.lender.offer(entry(), function_info()).unwrap();
         let mut lease = LeaseId(0);
         for step in steps {
@@ -585,6 +633,7 @@ proptest! {
                 6 => if let Some(event) = pair.hosts[1].todo.pop_front() {
                     pair.handle(1, event);
                 },
+                7 => pair.pool_answers(0),
                 _ => pair.round(),
             }
             let newest = pair.hosts[0].core.lender.status()[0].lease;
@@ -595,6 +644,8 @@ proptest! {
         }
         pair.link_up = false;
         pair.round();
+        pair.hosts[0].pool_is_slow = false;
+        pair.pool_answers(0);
         pair.round();
         prop_assert!(pair.hosts[0].behind.is_empty() && !pair.hosts[0].path_open);
         prop_assert!(pair.hosts[1].pinned.is_empty());

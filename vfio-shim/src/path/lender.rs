@@ -1,15 +1,25 @@
 //! The lender's end of all paths of a port: which function is offered, leased and open, and what the peer's requests do to it; pure.
 //!
 //! ```text
-//!            borrow             open              (done)
-//! Available --------> Leased ---------> Opening ---------> Open
-//!     ^                 |                  | failed          |
-//!     |     return      v                  v                 | return, session over, revoke
-//!     +---------------- . <------------- Leased              v
-//!     +--------------------------------------------------- Closing
-//!     reset failed: Quarantine <------------------------------+
+//!            borrow            granted          open              (done)
+//! Available --------> Granting --------> Leased --------> Opening --------> Open
+//!     ^   refused, session  |               |                | failed         |
+//!     +---- over, revoke ---+    return,    v                v                | return, revoke,
+//!     +---------------------- expired ----- . <----------- Leased             v session over
+//!     +------------------------------------------------------------------- Closing
+//!     a step of undoing failed: Quarantine <---------------------------------+
 //! ```
+//! Leases are granted by the pool (`path::grant`). While it has not answered, the function is
+//! nobody's, and is not offered to another; a lease that comes too late goes back at once.
 
+mod grants;
+#[cfg(test)]
+#[path = "lender_tests.rs"]
+mod tests;
+
+pub(super) use grants::taken;
+
+use super::grant::{AskId, EndCause, LeaseEnd, ToPool, Undone};
 use super::message::{
     LeaseId, OpId, PoolEntry, PoolState, Refusal, RefusalCode, RemoteFunction, Reply, Request,
     Secret,
@@ -37,6 +47,8 @@ pub enum LenderAction {
     Reply(OpId, u16, Box<Result<Reply, Refusal>>),
     /// Tell the peer that the lease is over.
     Revoked(LeaseId, String),
+    /// Tell the pool.
+    Pool(ToPool),
 }
 
 /// Where an offered function stands.
@@ -44,6 +56,8 @@ pub enum LenderAction {
 pub enum OfferState {
     /// Nobody has it.
     Available,
+    /// The pool has been asked for a lease.
+    Granting,
     /// Borrowed, no path.
     Leased,
     /// The path is being opened.
@@ -61,6 +75,8 @@ struct Offer {
     info: FunctionInfo,
     state: OfferState,
     lease: Option<(LeaseId, Secret)>,
+    /// The newest lease's.
+    epoch: LeaseId,
     slices: [Option<WindowOffset>; BAR_COUNT],
     ops: usize,
     last_end: Option<String>,
@@ -77,7 +93,7 @@ enum Pending {
     },
     Close {
         answer: Option<(OpId, u16)>,
-        revoke: Option<String>,
+        cause: EndCause,
     },
 }
 
@@ -99,10 +115,10 @@ pub struct OfferStatus {
 #[derive(Default)]
 pub struct Lender {
     offers: BTreeMap<Bdf, Offer>,
-    leases: BTreeMap<LeaseId, Bdf>,
     pending: HashMap<JobId, (Bdf, Pending)>,
+    asks: HashMap<AskId, grants::Asked>,
     job_last: u64,
-    lease_last: u64,
+    ask_last: u64,
 }
 
 fn refuse(code: RefusalCode, figure: u64, text: impl Into<String>) -> Refusal {
@@ -153,6 +169,7 @@ impl Lender {
             info,
             state: OfferState::Available,
             lease: None,
+            epoch: LeaseId(0),
             slices: [None; BAR_COUNT],
             ops: 0,
             last_end: None,
@@ -171,6 +188,7 @@ impl Lender {
                 self.offers.remove(&bdf);
                 Ok(())
             }
+            OfferState::Granting => Err(grants::granting(bdf)),
             _ => {
                 let text = format!("{bdf} is borrowed: return it on the borrower first");
                 Err(refuse(RefusalCode::Busy, 0, text))
@@ -189,20 +207,18 @@ impl Lender {
         self.offers.values().map(of).collect()
     }
 
-    /// The peer's request. `fresh` is randomness for a secret.
+    /// The request of the peer, of this node. `fresh` is randomness for a secret.
     pub fn request(
         &mut self,
-        op: OpId,
-        code: u16,
+        (op, code): (OpId, u16),
         request: Request,
         slices: &mut SlicePool,
+        peer: Option<u16>,
         fresh: Secret,
     ) -> Vec<LenderAction> {
         let result = match request {
             Request::List { cursor } => Ok(vec![self.list(op, code, cursor)]),
-            Request::Borrow { bdf } => self
-                .borrow(bdf, fresh)
-                .map(|reply| vec![LenderAction::Reply(op, code, Box::new(Ok(reply)))]),
+            Request::Borrow { bdf } => self.borrow((op, code), bdf, peer, fresh),
             Request::Return { lease } => self.give_back(op, code, lease),
             Request::Open {
                 lease,
@@ -234,35 +250,12 @@ impl Lender {
         LenderAction::Reply(op, code, Box::new(Ok(Reply::List { next, entries })))
     }
 
-    fn borrow(&mut self, bdf: Bdf, secret: Secret) -> Result<Reply, Refusal> {
-        let offer = self.offers.get_mut(&bdf).ok_or_else(|| unknown(bdf))?;
-        match &offer.state {
-            OfferState::Available => {}
-            OfferState::Quarantine(why) => {
-                let text = format!("{bdf} is in quarantine: {why}");
-                return Err(refuse(RefusalCode::Quarantine, 0, text));
-            }
-            _ => {
-                let text = format!("{bdf} is in use: return it where it is borrowed first");
-                return Err(refuse(RefusalCode::Taken, 0, text));
-            }
-        }
-        self.lease_last += 1;
-        let lease = LeaseId(self.lease_last);
-        offer.state = OfferState::Leased;
-        offer.lease = Some((lease, secret));
-        self.leases.insert(lease, bdf);
-        Ok(Reply::Borrowed {
-            lease,
-            secret,
-            entry: entry_now(offer),
-        })
-    }
-
+    /// The function of the lease that a message names: of this lease, not of one before it.
     fn leased(&mut self, lease: LeaseId) -> Result<(Bdf, &mut Offer), Refusal> {
-        let bdf = *self.leases.get(&lease).ok_or_else(no_lease)?;
-        let offer = self.offers.get_mut(&bdf).ok_or_else(no_lease)?;
-        Ok((bdf, offer))
+        let mut offers = self.offers.iter_mut();
+        let found = offers.find(|(_, offer)| offer.lease.is_some_and(|(held, _)| held == lease));
+        let (bdf, offer) = found.ok_or_else(no_lease)?;
+        Ok((*bdf, offer))
     }
 
     fn open(
@@ -303,49 +296,19 @@ impl Lender {
         let (bdf, offer) = self.leased(lease)?;
         match offer.state {
             OfferState::Leased => {
-                offer.end_lease("returned");
-                self.leases.remove(&lease);
-                Ok(vec![LenderAction::Reply(
-                    op,
-                    code,
-                    Box::new(Ok(Reply::Done)),
-                )])
+                let ended = offer.end_lease(EndCause::Returned, Undone::NoPath);
+                let reply = LenderAction::Reply(op, code, Box::new(Ok(Reply::Done)));
+                Ok(ended.into_iter().chain([reply]).collect())
             }
             OfferState::Open | OfferState::Opening => {
                 offer.state = OfferState::Closing;
                 let pending = Pending::Close {
                     answer: Some((op, code)),
-                    revoke: None,
+                    cause: EndCause::Returned,
                 };
                 Ok(self.give(bdf, FunctionWork::Close, pending))
             }
             _ => Err(wrong_state()),
-        }
-    }
-
-    /// Ends a lease from the lender's side.
-    pub fn revoke(&mut self, bdf: Bdf, why: &str) -> Vec<LenderAction> {
-        let Some(offer) = self.offers.get_mut(&bdf) else {
-            return Vec::new();
-        };
-        let Some((lease, _)) = offer.lease else {
-            return Vec::new();
-        };
-        match offer.state {
-            OfferState::Open | OfferState::Opening => {
-                offer.state = OfferState::Closing;
-                let pending = Pending::Close {
-                    answer: None,
-                    revoke: Some(why.to_owned()),
-                };
-                self.give(bdf, FunctionWork::Close, pending)
-            }
-            OfferState::Leased => {
-                offer.end_lease(why);
-                self.leases.remove(&lease);
-                vec![LenderAction::Revoked(lease, why.to_owned())]
-            }
-            _ => Vec::new(),
         }
     }
 
@@ -407,21 +370,20 @@ impl Lender {
                     Ok(outcome) => Ok(Reply::Opened(remote_function(offer, &outcome))),
                     Err(refusal) => Err(refusal),
                 };
-                if offer.state == OfferState::Opening {
-                    offer.state = if reply.is_ok() {
-                        OfferState::Open
+                let mut actions = Vec::new();
+                if let (OfferState::Opening, Some((lease, _))) = (&offer.state, offer.lease) {
+                    if reply.is_ok() {
+                        offer.state = OfferState::Open;
+                        actions.push(LenderAction::Pool(ToPool::Opened { bdf, lease }));
                     } else {
-                        OfferState::Leased
-                    };
-                    if reply.is_err()
-                        && let Some((lease, _)) = offer.lease
-                    {
+                        offer.state = OfferState::Leased;
                         pool.free_all(Owner::Lent(lease));
                     }
                 }
-                vec![LenderAction::Reply(op, code, Box::new(reply))]
+                actions.push(LenderAction::Reply(op, code, Box::new(reply)));
+                actions
             }
-            Pending::Close { answer, revoke } => self.closed(bdf, result, pool, (answer, revoke)),
+            Pending::Close { answer, cause } => self.closed(bdf, result, pool, (answer, cause)),
         }
     }
 
@@ -430,35 +392,25 @@ impl Lender {
         bdf: Bdf,
         result: Result<WorkOutcome, Refusal>,
         pool: &mut SlicePool,
-        (answer, revoke): (Option<(OpId, u16)>, Option<String>),
+        (answer, cause): (Option<(OpId, u16)>, EndCause),
     ) -> Vec<LenderAction> {
         let Some(offer) = self.offers.get_mut(&bdf) else {
             return Vec::new();
         };
-        offer.state = match &result {
-            Ok(_) => OfferState::Available,
-            Err(refusal) => OfferState::Quarantine(refusal.text.clone()),
+        let lease = offer.lease.map(|(lease, _)| lease);
+        let undone = match &result {
+            Ok(_) => Undone::Reset,
+            Err(refusal) => Undone::Failed(refusal.text.clone()),
         };
-        let ended = match (&answer, &revoke) {
-            (Some(_), _) => "returned",
-            (None, Some(why)) => why,
-            (None, None) => "reclaimed",
-        };
-        offer.last_end = Some(ended.to_owned());
-        let lease = offer.lease.take().map(|(lease, _)| lease);
-        offer.slices = [None; BAR_COUNT];
-        let mut actions = Vec::new();
+        let mut actions: Vec<_> = offer.end_lease(cause.clone(), undone).into_iter().collect();
         if let Some(lease) = lease {
-            self.leases.remove(&lease);
             // Asked for by the borrower, nothing of it maps the slices any more; ended by us, or
             // where a step of undoing failed, they stay in quarantine until it has said so, or a
             // new session began.
             if answer.is_some() && result.is_ok() {
                 pool.free_all(Owner::Lent(lease));
             }
-            if let Some(why) = revoke {
-                actions.push(LenderAction::Revoked(lease, why));
-            }
+            actions.extend(grants::tell_peer(lease, &cause));
         }
         if let Some((op, code)) = answer {
             actions.push(LenderAction::Reply(op, code, Box::new(to_reply(result))));
@@ -471,29 +423,15 @@ impl Lender {
         pool.free_all(Owner::Lent(lease));
     }
 
-    /// The link session is over: every path is undone. `is_undone` tells when that is done.
+    /// The link session is over: every path is undone. `is_undone` tells when that is done. A
+    /// lease that the pool is still asked for is not waited for.
     pub fn session_over(&mut self) -> Vec<LenderAction> {
-        let mut actions = Vec::new();
-        let bdfs: Vec<Bdf> = self.offers.keys().copied().collect();
-        for bdf in bdfs {
-            let Some(offer) = self.offers.get_mut(&bdf) else {
-                continue;
-            };
-            match offer.state {
-                OfferState::Leased => offer.end_lease("reclaimed"),
-                OfferState::Open | OfferState::Opening => {
-                    offer.state = OfferState::Closing;
-                    let pending = Pending::Close {
-                        answer: None,
-                        revoke: None,
-                    };
-                    actions.extend(self.give(bdf, FunctionWork::Close, pending));
-                }
-                _ => {}
-            }
+        for asked in self.asks.values_mut() {
+            asked.give_up(EndCause::Reclaimed);
         }
-        self.leases.clear();
-        actions
+        let bdfs: Vec<Bdf> = self.offers.keys().copied().collect();
+        let end = |bdf| self.end(bdf, EndCause::Reclaimed);
+        bdfs.into_iter().flat_map(end).collect()
     }
 
     /// Whether nothing of an ended session is under way.
@@ -503,10 +441,18 @@ impl Lender {
 }
 
 impl Offer {
-    fn end_lease(&mut self, how: &str) {
-        self.state = OfferState::Available;
-        self.lease = None;
-        self.last_end = Some(how.to_owned());
+    /// The lease is over; what the pool is told of it.
+    fn end_lease(&mut self, cause: EndCause, undone: Undone) -> Option<LenderAction> {
+        self.state = match &undone {
+            Undone::Failed(why) => OfferState::Quarantine(why.clone()),
+            Undone::NoPath | Undone::Reset => OfferState::Available,
+        };
+        self.slices = [None; BAR_COUNT];
+        self.last_end = Some(cause.to_string());
+        let (lease, _) = self.lease.take()?;
+        let bdf = self.entry.bdf;
+        let end = LeaseEnd { cause, undone };
+        Some(LenderAction::Pool(ToPool::Ended { bdf, lease, end }))
     }
 }
 

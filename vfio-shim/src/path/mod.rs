@@ -6,6 +6,7 @@ pub mod core;
 #[cfg(test)]
 mod core_tests;
 pub mod engine;
+pub mod grant;
 pub mod lender;
 pub mod link;
 pub mod mailbox;
@@ -21,6 +22,7 @@ pub use engine::{
     BellStatus, BorrowedFunction, Engine, EngineConfig, EngineError, LentStatus, PortStatus,
     SessionStatus, VectorStatus,
 };
+pub use grant::{LeasePool, VolatilePool};
 pub use lender::OfferState;
 pub use message::{LeaseId, PoolEntry, PoolState};
 pub use refusal::{Refusal, RefusalCode};

@@ -8,6 +8,7 @@ use crate::model::{Access, Aperture, Bdf, DmaMap, Function, Memory, Span, Window
 use crate::ntb::NtbPort;
 use crate::path::borrower::{Answer, Call, LeaseStatus, Token};
 use crate::path::core::{Action, CoreConfig, Event, Inbox, PortCore, SessionInfo};
+use crate::path::grant::{LeasePool, ToPool};
 use crate::path::lender::{JobId, OfferState, OfferStatus};
 use crate::path::mailbox::MailboxCounters;
 use crate::path::message::{LeaseId, PoolEntry, Refusal};
@@ -135,6 +136,7 @@ pub(super) struct Control {
     mapper: Option<mpsc::Sender<MapperJob>>,
     mapper_join: Option<JoinHandle<()>>,
     workers: HashMap<Bdf, Worker>,
+    pool: Arc<dyn LeasePool>,
     stopping: bool,
 }
 
@@ -177,6 +179,7 @@ impl Control {
         config: EngineConfig,
         shared: Arc<Shared>,
         inbox: mpsc::Sender<Input>,
+        pool: Arc<dyn LeasePool>,
     ) -> Result<Self, EngineError> {
         let (memory, mailbox) = mailbox_memory()?;
         let mailbox_span = Span::new(config.window_base.0, MAILBOX_BYTES)
@@ -218,6 +221,7 @@ impl Control {
             mapper: None,
             mapper_join: None,
             workers: HashMap::new(),
+            pool,
             stopping: false,
         })
     }
@@ -247,6 +251,11 @@ impl Control {
     }
 
     fn run(mut self, events: &mpsc::Receiver<Input>) {
+        let inbox = self.inbox.clone();
+        self.pool.connect(Box::new(move |message| {
+            // A port that has stopped said so by `ToPool::Gone`.
+            let _ = inbox.send(Input::Event(Event::Pool(message)));
+        }));
         for input in events {
             self.input(input);
             if self.stopping && self.core.is_idle() {
@@ -377,6 +386,7 @@ impl Control {
                 }
             }
             Action::ScanEnd(lease) => self.irq.send(IrqCommand::ScanEnd(lease)),
+            Action::Pool(message) => self.pool.tell(message),
             Action::Answer(token, result) => self.answer(token, result),
             Action::Lost(lease, why) => {
                 if let Some(state) = lock(&self.shared.borrowed).remove(&lease) {
@@ -579,6 +589,7 @@ impl Control {
         if let Err(error) = self.port.address_space().unmap(self.mailbox_span) {
             tracing::error!(%error, "the mailbox stays mapped");
         }
+        self.pool.tell(ToPool::Gone);
     }
 }
 
@@ -587,7 +598,7 @@ impl OfferState {
     pub fn is_in_use(&self) -> bool {
         matches!(
             self,
-            Self::Leased | Self::Opening | Self::Open | Self::Closing
+            Self::Granting | Self::Leased | Self::Opening | Self::Open | Self::Closing
         )
     }
 }

@@ -8,7 +8,7 @@
 //! | executor, one per lent function | resets, interrupts, maps of that function | |
 //!
 //! Drop order: verbs and workers first, then the executors (each closes its path), the mapper, the
-//! irq thread, control; the port itself, and with it window and link, goes last.
+//! irq thread, control, which tells the pool that the port is gone; the port itself, and with it window and link, goes last.
 
 mod borrowed;
 mod control;
@@ -30,6 +30,7 @@ pub use control::{BellStatus, LentStatus, PortStatus, SessionStatus, VectorStatu
 pub use signals::Signals;
 
 use super::borrower::{Answer, Call, CallError, Token};
+use super::grant::{LeasePool, VolatilePool};
 use super::lender::OfferState;
 use super::message::{LeaseId, PoolEntry, Refusal};
 use crate::model::{Bdf, Function, MapError, PortIova};
@@ -138,8 +139,17 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the threads and the link's training.
+    /// Starts the threads and the link's training. Its leases are forgotten with the process.
     pub fn start(port: Arc<dyn NtbPort>, config: EngineConfig) -> Result<Arc<Self>, EngineError> {
+        Self::start_with_pool(port, config, Arc::new(VolatilePool::default()))
+    }
+
+    /// The same, with leases granted by this pool.
+    pub fn start_with_pool(
+        port: Arc<dyn NtbPort>,
+        config: EngineConfig,
+        pool: Arc<dyn LeasePool>,
+    ) -> Result<Arc<Self>, EngineError> {
         let shared = Arc::new(Shared {
             calls: Mutex::default(),
             borrowed: Mutex::default(),
@@ -152,6 +162,7 @@ impl Engine {
             config,
             Arc::clone(&shared),
             inbox.clone(),
+            pool,
         )?;
         let handle = control.spawn(events)?;
         port.link_enable(true);
@@ -308,7 +319,7 @@ impl OfferState {
     pub fn word(&self) -> &'static str {
         match self {
             Self::Available => "available",
-            Self::Leased | Self::Opening | Self::Open => "in use",
+            Self::Granting | Self::Leased | Self::Opening | Self::Open => "in use",
             Self::Closing => "closing",
             Self::Quarantine(_) => "quarantine",
         }
