@@ -1,0 +1,183 @@
+//! The sandbox of one process: descriptors, limits, namespaces, capabilities, Landlock, seccomp, in that order.
+//!
+//! ```text
+//! started --confine (one thread)--> Confined --threads are made--> seal (all threads) --> Sealed
+//! ```
+//! Everything is given up before the first byte of a stranger is read. It fails closed: what the
+//! kernel does not offer is a refusal, unless the operator said `--sandbox=off`, and then `status`
+//! tells. What is inherited by threads (`confine`) comes before they are made; what can be put on
+//! all threads at once (seccomp) comes after, so that no role needs to make threads any more.
+
+mod calls;
+mod descriptors;
+mod landlocked;
+mod limits;
+mod namespaces;
+mod privileges;
+#[cfg(test)]
+mod tests;
+
+pub use calls::{Call, Only};
+pub use descriptors::{check as check_descriptors, keep_from_children};
+pub use limits::Limit;
+
+use serde::{Deserialize, Serialize};
+use std::io;
+
+/// What the operator said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Sandbox {
+    /// All of it, or the process does not run.
+    #[default]
+    On,
+    /// Neither Landlock nor seccomp nor namespaces: for a kernel without them, and told in `status`.
+    Off,
+}
+
+impl Sandbox {
+    /// As it is typed.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// What a kind of process is left with.
+#[derive(Debug)]
+pub struct Role {
+    /// Its name, for errors and `status`.
+    pub name: &'static str,
+    /// Its limits.
+    pub limits: &'static [Limit],
+    /// The system calls that it makes once it is sealed; each is needed.
+    pub calls: &'static [Call],
+}
+
+/// Why a process cannot give its rights up; it must not run then.
+#[derive(Debug, thiserror::Error)]
+pub enum JailError {
+    /// Somebody left descriptors open.
+    #[error(
+        "{role} was started with descriptors that are not its own ({found}): start it by `sublet daemon`, or close them"
+    )]
+    Descriptors {
+        /// The process.
+        role: &'static str,
+        /// Number and target of each.
+        found: String,
+    },
+    /// No Landlock, or one that is too old.
+    #[error(
+        "{role} cannot be shut off from files and network by Landlock: boot a kernel of 6.12 or later with `landlock` in its `lsm=` list, or say --sandbox=off"
+    )]
+    Landlock {
+        /// The process.
+        role: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// No seccomp.
+    #[error(
+        "{role} cannot be held to its list of system calls by seccomp: boot a kernel with CONFIG_SECCOMP_FILTER, or say --sandbox=off"
+    )]
+    Seccomp {
+        /// The process.
+        role: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Anything else that the kernel refused.
+    #[error("{role} cannot {act}")]
+    Kernel {
+        /// The process.
+        role: &'static str,
+        /// What was asked.
+        act: &'static str,
+        /// Its error.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What a process has been left with, as `status` tells it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Report {
+    /// Whether Landlock shuts it off from files, network and other processes' sockets.
+    pub landlock: bool,
+    /// Whether seccomp holds it to its list.
+    pub seccomp: bool,
+    /// The namespaces of its own that it was given; where not permitted, none.
+    pub namespaces: Vec<String>,
+}
+
+impl Report {
+    /// Whether the sandbox is complete; namespaces are a bonus.
+    pub fn is_closed(&self) -> bool {
+        self.landlock && self.seccomp
+    }
+}
+
+/// A process on its way in: no new thread of it has more than it has now.
+#[derive(Debug)]
+#[must_use = "a confined process is not sealed yet"]
+pub struct Confined {
+    role: &'static Role,
+    sandbox: Sandbox,
+    report: Report,
+}
+
+/// Gives up everything but system calls. For the only thread of a process: threads that are there
+/// already would keep what they have.
+pub fn confine(role: &'static Role, sandbox: Sandbox) -> Result<Confined, JailError> {
+    let failed = |act| {
+        move |source: io::Error| JailError::Kernel {
+            role: role.name,
+            act,
+            source,
+        }
+    };
+    let found = descriptors::check(&[0, 1, 2]).map_err(failed("look at its own descriptors"))?;
+    if !found.is_empty() {
+        return Err(JailError::Descriptors {
+            role: role.name,
+            found: found.join(", "),
+        });
+    }
+    limits::set(role.limits).map_err(failed("limit itself"))?;
+    let mut report = Report::default();
+    if sandbox == Sandbox::On {
+        report.namespaces = namespaces::leave();
+    }
+    privileges::give_up().map_err(failed("give up its capabilities"))?;
+    if sandbox == Sandbox::On {
+        landlocked::shut().map_err(|source| JailError::Landlock {
+            role: role.name,
+            source: Box::new(source),
+        })?;
+        report.landlock = true;
+    }
+    Ok(Confined {
+        role,
+        sandbox,
+        report,
+    })
+}
+
+impl Confined {
+    /// Holds all threads of the process to the role's list, for good.
+    pub fn seal(mut self) -> Result<Report, JailError> {
+        if self.sandbox == Sandbox::On {
+            calls::hold_to(self.role.calls).map_err(|source| JailError::Seccomp {
+                role: self.role.name,
+                source,
+            })?;
+            self.report.seccomp = true;
+        }
+        Ok(self.report)
+    }
+}
