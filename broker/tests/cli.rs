@@ -182,6 +182,7 @@ fn status_tells_what_needs_attention_first() {
             "",
             "NEEDS ATTENTION",
             "  port ntb0: the last session ended: the peer's heartbeat stood still for 1500 ms",
+            "  port ntb0: 3 slices, 12 MiB of the window, 9 interrupt vectors wait until the other host confirms that nothing maps them",
             "",
             "port ntb0: 0000:02:00.0, Intel SPR",
             "  link      up, peer's heartbeat 120 ms ago",
@@ -196,7 +197,7 @@ fn status_tells_what_needs_attention_first() {
             " fdid   state     lease             VMM  BARs     BAR accesses  maps  mapped   scanned  signals  socket",
             " 44a01  attached  000000000000002a  901  trapped  42            3     128 MiB  12       11       /run/sublet/vm.sock",
             "",
-            "quarantine: nothing",
+            "quarantine: at port ntb0 3 slices, 12 MiB of the window, 9 interrupt vectors",
         ]
     );
     let status: HostStatus =

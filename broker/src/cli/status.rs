@@ -5,7 +5,7 @@ use super::{
     table::{ago, bytes, dash, table},
 };
 use crate::daemon::vocabulary::{
-    BarMode, BorrowedStatus, HostStatus, LentStatus, LinkState, PortStatus, Verb,
+    BarMode, BorrowedStatus, HostStatus, LentStatus, LinkState, PortQuarantine, PortStatus, Verb,
 };
 
 /// Tell everything about this host: ports, sessions, leases, counters, quarantine.
@@ -63,9 +63,20 @@ fn attention(status: &HostStatus) -> Vec<String> {
                 "port {name}: the peer broke the protocol {count} times"
             ));
         }
+        findings.extend(held_back(&port.quarantine).map(|held| {
+            format!("port {name}: {held} wait until the other host confirms that nothing maps them")
+        }));
         findings.extend(port.last_error.iter().map(|e| format!("port {name}: {e}")));
     }
     for lent in &status.lent {
+        let suspect = lent.vectors.iter().filter(|vector| vector.suspect);
+        findings.extend(suspect.map(|vector| {
+            format!(
+                "{}: interrupt vector {} is suspect, as its fence read wrong: silent until the \
+                 guest resets the function",
+                lent.fdid, vector.index
+            )
+        }));
         findings.extend(
             lent.last_error
                 .iter()
@@ -79,6 +90,21 @@ fn attention(status: &HostStatus) -> Vec<String> {
     let held = status.quarantine.functions.iter();
     findings.extend(held.map(|f| format!("{}: in quarantine: {}", f.fdid, f.reason)));
     findings
+}
+
+/// What of a port is in quarantine, in words; `None` = nothing.
+fn held_back(held: &PortQuarantine) -> Option<String> {
+    let slices = (held.slices != 0).then(|| match held.slices {
+        1 => "1 slice".to_owned(),
+        count => format!("{count} slices"),
+    });
+    let size = (held.bytes != 0).then(|| format!("{} of the window", bytes(held.bytes)));
+    let vectors = (held.vectors != 0).then(|| match held.vectors {
+        1 => "1 interrupt vector".to_owned(),
+        count => format!("{count} interrupt vectors"),
+    });
+    let parts: Vec<String> = [slices, size, vectors].into_iter().flatten().collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
 }
 
 fn port(port: &PortStatus) -> String {
@@ -185,8 +211,69 @@ fn borrowed(borrowed: &[BorrowedStatus]) -> String {
 }
 
 fn quarantine(status: &HostStatus) -> String {
-    match status.quarantine.functions.len() {
-        0 => "nothing".to_owned(),
-        count => format!("{count} functions"),
+    let functions = match status.quarantine.functions.len() {
+        0 => None,
+        1 => Some("1 function".to_owned()),
+        count => Some(format!("{count} functions")),
+    };
+    let ports = status.ports.iter().filter_map(|port| {
+        let held = held_back(&port.quarantine)?;
+        Some(format!("at port {} {held}", port.name))
+    });
+    let parts: Vec<String> = functions.into_iter().chain(ports).collect();
+    match parts.is_empty() {
+        true => "nothing".to_owned(),
+        false => parts.join("; "),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::vocabulary::{Availability, LentVector};
+
+    #[test]
+    fn suspect_vector_needs_attention_and_others_do_not() {
+        let lent = LentStatus {
+            fdid: "44a01".parse::<vfio_shim::model::Fdid>().unwrap().into(),
+            state: Availability::InUse,
+            lease: None,
+            borrower_node: Some(8),
+            vectors: [false, true]
+                .into_iter()
+                .zip(0..)
+                .map(|(suspect, index)| LentVector {
+                    index,
+                    suspect,
+                    ..LentVector::default()
+                })
+                .collect(),
+            maps: 0,
+            mapped_bytes: 0,
+            last_end: None,
+            last_error: None,
+        };
+        let status = HostStatus {
+            lent: vec![lent],
+            ..HostStatus::default()
+        };
+        let text = "44a01: interrupt vector 1 is suspect, as its fence read wrong: silent until \
+                    the guest resets the function";
+        assert_eq!(attention(&status), [text]);
+    }
+
+    #[test]
+    fn only_what_is_held_back_is_told() {
+        let held = |slices, bytes, vectors| {
+            held_back(&PortQuarantine {
+                slices,
+                bytes,
+                vectors,
+            })
+        };
+        assert_eq!(held(0, 0, 0), None);
+        let words = held(1, 4096, 1).unwrap();
+        assert_eq!(words, "1 slice, 4 KiB of the window, 1 interrupt vector");
+        assert_eq!(held(0, 1 << 21, 0).unwrap(), "2 MiB of the window");
     }
 }

@@ -56,6 +56,8 @@ pub struct PortStatus {
     pub mailbox: MailboxCounters,
     /// The doorbells.
     pub doorbells: DoorbellCounters,
+    /// What of the window and of the interrupt table waits for the peer's confirmation.
+    pub quarantine: PortQuarantine,
     /// The last error.
     pub last_error: Option<String>,
 }
@@ -100,6 +102,18 @@ pub struct WindowStatus {
     pub usable: Option<u64>,
     /// What is not given out.
     pub free: Option<u64>,
+}
+
+/// What a port gives to nobody before the peer has confirmed that nothing maps it any more, or a new
+/// link session has begun.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortQuarantine {
+    /// Slices of the inbound window.
+    pub slices: u64,
+    /// Bytes of them, and of reservations that are over.
+    pub bytes: u64,
+    /// Interrupt vectors: words of the interrupt table.
+    pub vectors: u32,
 }
 
 /// Counters of the mailbox, since the daemon's start.
@@ -168,6 +182,9 @@ pub struct LentVector {
     pub bells: u64,
     /// Whether it is masked.
     pub masked: bool,
+    /// Whether a fence of it read something else than the session's nonce: what the function wrote
+    /// before may not have arrived, so it is silent until the function's next reset.
+    pub suspect: bool,
 }
 
 /// One function that this host has borrowed.
@@ -225,8 +242,8 @@ pub struct BorrowedVector {
     pub signals: u64,
 }
 
-/// Functions that nobody gets until their undoing is proved. Slices that wait for the peer show as
-/// bytes missing from a window's free ones.
+/// Functions that nobody gets until their undoing is proved. What of a window waits for the peer is
+/// told at its port.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QuarantineStatus {
     /// Functions, with the reason.

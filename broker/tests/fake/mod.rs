@@ -189,6 +189,11 @@ fn port() -> PortStatus {
             rung: 12,
             taken: 30,
         },
+        quarantine: PortQuarantine {
+            slices: 3,
+            bytes: 12 << 20,
+            vectors: 9,
+        },
         last_error: None,
     }
 }

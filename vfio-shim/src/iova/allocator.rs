@@ -124,6 +124,19 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
         self.live.len()
     }
 
+    /// Every live span and whose it is.
+    pub fn live(&self) -> impl Iterator<Item = (Span, O)> + '_ {
+        let span =
+            |(&start, &(len, owner)): (&u64, &(u64, O))| Some((Span::new(start, len)?, owner));
+        self.live.iter().filter_map(span)
+    }
+
+    /// What of each reservation is not live, in bytes.
+    pub fn reserved_free(&self) -> impl Iterator<Item = (O, u64)> + '_ {
+        let free = |(&owner, (_, free)): (&O, &(Span, FreeRuns))| (owner, free.total());
+        self.reserved.iter().map(free)
+    }
+
     /// Gives `len` bytes whose start agrees with `like` modulo the first of `moduli` (powers of
     /// two, largest first) for which there is room; from the owner's reservation first.
     pub fn allocate(

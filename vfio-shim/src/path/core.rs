@@ -9,7 +9,7 @@ use super::lender::{JobId, Lender, LenderAction};
 use super::link::{Link, LinkAction, LinkEvent, OverReason};
 use super::mailbox::{Mailbox, MailboxAction, MailboxCounters, MailboxError};
 use super::message::{LeaseId, Message, OpId, Refusal, RefusalCode, Reply, Request, Secret};
-use super::plan::SlicePool;
+use super::plan::{Owner, Quarantine, SlicePool};
 use super::wire::{SLOT_BYTES, STATUS_BYTES, ScratchpadSet};
 use super::work::{FunctionWork, WorkOutcome};
 use crate::model::{Bdf, WindowOffset};
@@ -203,6 +203,23 @@ impl PortCore {
     /// The window's slices.
     pub fn pool(&self) -> &SlicePool {
         &self.pool
+    }
+
+    /// What of the window and of the interrupt table waits for the peer's confirmation.
+    pub fn quarantine(&self) -> Quarantine {
+        let mapped = self.borrower.slices_in_use();
+        let holds = |owner| match owner {
+            Owner::Lent(lease) => self.lender.holds(lease),
+            Owner::Borrowed(lease) => self.borrower.holds(lease),
+        };
+        let in_use = |owner, offset| match owner {
+            Owner::Lent(lease) => self.lender.holds(lease),
+            Owner::Borrowed(_) => mapped.contains(&offset),
+        };
+        Quarantine {
+            words: self.borrower.words_in_quarantine(),
+            ..self.pool.quarantine(in_use, holds)
+        }
     }
 
     /// Whether nothing is lent, borrowed or under way.

@@ -196,6 +196,11 @@ impl Lender {
         }
     }
 
+    /// Whether the lease is there; one that is over has left it.
+    pub fn holds(&self, lease: LeaseId) -> bool {
+        self.leases.contains_key(&lease)
+    }
+
     /// What `status` tells.
     pub fn status(&self) -> Vec<OfferStatus> {
         let of = |offer: &Offer| OfferStatus {

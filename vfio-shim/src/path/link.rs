@@ -246,6 +246,14 @@ impl Link {
         }
     }
 
+    /// How long ago the peer's heartbeat changed, while a session is open.
+    pub fn heartbeat_age_ms(&self, now: u64) -> Option<u64> {
+        match self.state {
+            LinkState::Open { alive_ms, .. } => Some(now.saturating_sub(alive_ms)),
+            _ => None,
+        }
+    }
+
     /// One event, at `now` of a monotonic clock in milliseconds.
     pub fn handle(&mut self, event: LinkEvent, now: u64) -> Actions {
         match event {

@@ -21,6 +21,17 @@ pub enum Owner {
     Borrowed(LeaseId),
 }
 
+/// What waits until the peer has confirmed that nothing maps it, or the next link session begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quarantine {
+    /// Slices of the inbound window.
+    pub slices: usize,
+    /// Bytes of them, and of reservations whose lease is over.
+    pub bytes: u64,
+    /// Words of the own interrupt table, one for each vector.
+    pub words: u32,
+}
+
 /// The slices of a port's inbound window. The mailbox is nobody's.
 #[derive(Clone, Debug)]
 pub struct SlicePool {
@@ -48,6 +59,26 @@ impl SlicePool {
     /// Bytes neither in use nor reserved.
     pub fn free_bytes(&self) -> u64 {
         self.spans.free_bytes()
+    }
+
+    /// What nobody uses any more and nobody gets yet: the slices that are not in use, and what is
+    /// left of the reservations of those that hold none.
+    pub fn quarantine(
+        &self,
+        in_use: impl Fn(Owner, WindowOffset) -> bool,
+        holds: impl Fn(Owner) -> bool,
+    ) -> Quarantine {
+        let mut held = Quarantine::default();
+        for (span, owner) in self.spans.live() {
+            if !in_use(owner, WindowOffset(span.start())) {
+                held.slices += 1;
+                held.bytes += span.len();
+            }
+        }
+        let left = self.spans.reserved_free();
+        let left = left.filter(|(owner, _)| !holds(*owner));
+        held.bytes += left.map(|(_, bytes)| bytes).sum::<u64>();
+        held
     }
 
     /// A slice for each BAR, aligned like the BAR itself (a power of two, at most 1 GiB).
@@ -181,6 +212,12 @@ impl Rows {
         Ok(first)
     }
 
+    /// Words of leases that are not held any more.
+    pub fn quarantine(&self, holds: impl Fn(LeaseId) -> bool) -> u32 {
+        let over = self.runs.values().filter(|(_, lease)| !holds(*lease));
+        over.map(|(count, _)| count).sum()
+    }
+
     /// Frees a lease's run.
     pub fn free(&mut self, lease: LeaseId) {
         self.runs.retain(|_, (_, holder)| *holder != lease);
@@ -239,6 +276,33 @@ mod tests {
         (sizes[0], sizes[2]) = (0x4000, 1 << 30);
         assert!(pool.allocate_bars(LEASE, &sizes).is_err());
         assert_eq!(pool.free_bytes(), free);
+    }
+
+    #[test]
+    fn what_of_a_reservation_nobody_holds_is_in_quarantine_with_its_slices() {
+        let mut pool = SlicePool::open(64 << 20);
+        pool.reserve(LEASE, 8 << 20).unwrap();
+        let ram = Span::new(0, 2 << 20).unwrap();
+        let mapped = pool.allocate_ram(LEASE, ram).unwrap();
+        let other = Owner::Lent(LeaseId(1));
+        let mut bars = [0; BAR_COUNT];
+        bars[0] = 0x4000;
+        pool.allocate_bars(other, &bars).unwrap();
+        let in_use = |owner: Owner, offset| owner == other || offset == mapped;
+        let held = pool.quarantine(in_use, |_| true);
+        assert_eq!(held, Quarantine::default());
+        let held = pool.quarantine(|owner, _| owner == other, |owner| owner != LEASE);
+        assert_eq!((held.slices, held.bytes), (1, 8 << 20));
+    }
+
+    #[test]
+    fn words_of_a_lease_that_is_not_held_are_in_quarantine() {
+        let mut rows = Rows::default();
+        rows.allocate(LeaseId(1), 9).unwrap();
+        rows.allocate(LeaseId(2), 4).unwrap();
+        assert_eq!(rows.quarantine(|lease| lease == LeaseId(2)), 9);
+        rows.free(LeaseId(1));
+        assert_eq!(rows.quarantine(|lease| lease == LeaseId(2)), 0);
     }
 
     #[test]

@@ -6,8 +6,8 @@ use super::{LocalHost, refuse};
 use crate::daemon::vocabulary::{
     Availability, BdfText, BorrowedStatus, BorrowedVector, DoorbellCounters, ErrorCode, FdidText,
     FunctionDescription, GuestCounters, Hex64, HostStatus, LentStatus, LentVector, LinkState,
-    ListEntry, Location, MailboxCounters, NodeStatus, Outcome, PortStatus, QuarantineStatus,
-    QuarantinedFunction, SessionStatus, VerbError, WindowStatus,
+    ListEntry, Location, MailboxCounters, NodeStatus, Outcome, PortQuarantine, PortStatus,
+    QuarantineStatus, QuarantinedFunction, SessionStatus, VerbError, WindowStatus,
 };
 use vfio_shim::model::Fdid;
 use vfio_shim::path::{self, OfferState, PoolState};
@@ -128,6 +128,7 @@ impl LocalHost {
                 fences: vector.fences,
                 bells: vector.bells,
                 masked: vector.masked,
+                suspect: vector.suspect,
             });
         LentStatus {
             fdid: FdidText::from(Fdid {
@@ -231,7 +232,7 @@ fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus
         torn: status.mailbox.torn,
         foreign: status.mailbox.foreign,
         violations: status.mailbox.violations,
-        heartbeat_age_ms: None,
+        heartbeat_age_ms: status.heartbeat_age_ms,
     });
     PortStatus {
         name: port.name.clone(),
@@ -262,6 +263,11 @@ fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus
             free: status.map(|status| status.window_free),
         },
         mailbox: mailbox.unwrap_or_default(),
+        quarantine: status.map_or_else(PortQuarantine::default, |status| PortQuarantine {
+            slices: status.quarantine.slices as u64,
+            bytes: status.quarantine.bytes,
+            vectors: status.quarantine.words,
+        }),
         doorbells: DoorbellCounters {
             rung: status.map_or(0, |status| status.bells.rung),
             taken: status.map_or(0, |status| status.bells.taken),

@@ -1,7 +1,7 @@
 //! The verbs on two hosts of one process, joined by a soft NTB: every refusal in its words, and nothing left of it.
 
 use super::*;
-use crate::daemon::vocabulary::{BarMode, BdfText, FdidText};
+use crate::daemon::vocabulary::{BarMode, BdfText, FdidText, PortQuarantine};
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -237,6 +237,7 @@ impl Rig {
 impl Drop for Rig {
     /// As the daemon ends: else workers would outlive their hosts.
     fn drop(&mut self) {
+        self.link.host(1).thaw();
         self.hosts[1].stop();
         self.hosts[0].stop();
     }
@@ -498,4 +499,47 @@ fn peer_with_another_protocol_version_is_told_by_status_and_by_borrow() {
          list`, and the link with `sublet status`"
     );
     assert_eq!(refusal, VerbError::new(ErrorCode::Version, text));
+}
+
+#[test]
+fn revoke_that_the_peer_has_not_confirmed_shows_in_status_until_it_has() {
+    let rig = Rig::new();
+    let port = |side: usize| rig.hosts[side].report().ports.remove(0);
+    rig.borrow(|_| {}).unwrap();
+    let before = port(0);
+    assert_eq!(before.quarantine, PortQuarantine::default());
+    // The borrower's host stands still: nobody there confirms anything.
+    rig.link.host(1).freeze();
+    rig.hosts[0].ports[0].engine.revoke(bdf(VF), "wanted back");
+    let held = until("the slices are in quarantine", || {
+        let now = port(0);
+        (now.quarantine.slices != 0).then_some(now)
+    });
+    let regions = rig.function.info().regions[..6].iter();
+    let bars: Vec<u64> = regions
+        .map(|region| region.size)
+        .filter(|size| *size != 0)
+        .collect();
+    let bytes = bars.iter().sum();
+    let expected = PortQuarantine {
+        slices: bars.len() as u64,
+        bytes,
+        vectors: 0,
+    };
+    assert_eq!(held.quarantine, expected);
+    assert_eq!(held.window.free, before.window.free, "nobody gets them");
+    until("its heartbeat is seen to stand still", || {
+        let age = port(0).mailbox.heartbeat_age_ms.expect("a session is open");
+        (age > 20 * 10).then_some(())
+    });
+    rig.link.host(1).thaw();
+    let after = until("the quarantine is over", || {
+        let now = port(0);
+        (now.quarantine == PortQuarantine::default()).then_some(now)
+    });
+    assert_eq!(after.session.id, before.session.id, "by the peer's word");
+    assert_eq!(
+        after.window.free,
+        before.window.free.map(|free| free + bytes)
+    );
 }

@@ -19,9 +19,9 @@ use super::message::{
 };
 use super::plan::{Owner, Rows, SlicePool};
 use super::wire::IRQ_WORDS_MAX;
-use crate::model::Bdf;
+use crate::model::{Bdf, WindowOffset};
 use lease::{Lease, Place, Taken};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 /// How many functions one port borrows at most.
 pub const LEASES_MAX: usize = 64;
@@ -290,6 +290,22 @@ impl Borrower {
         }
         actions.extend(self.tell_next(lease));
         actions
+    }
+
+    /// The slices of guest RAM that is mapped, or on its way there or back.
+    pub fn slices_in_use(&self) -> HashSet<WindowOffset> {
+        let maps = self.leases.values().flat_map(|held| held.maps.values());
+        maps.map(|map| map.offset).collect()
+    }
+
+    /// Whether the lease is held, and is not being given back.
+    pub fn holds(&self, lease: LeaseId) -> bool {
+        self.leases.get(&lease).is_some_and(|held| !held.closing)
+    }
+
+    /// Interrupt words of leases whose end the lender has not confirmed.
+    pub fn words_in_quarantine(&self) -> u32 {
+        self.rows.quarantine(|lease| self.holds(lease))
     }
 
     fn is_left(&self, slice: Slice) -> bool {

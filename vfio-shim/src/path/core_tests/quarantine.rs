@@ -3,11 +3,21 @@
 use super::*;
 use crate::path::borrower::{Borrower, BorrowerAction, CALLS_MAX, Step};
 use crate::path::message::{OpId, RANGES_MAX, Reply, Secret};
-use crate::path::plan::SlicePool;
+use crate::path::plan::{Quarantine, SlicePool};
 use crate::path::wire::IRQ_WORDS_MAX;
 
 fn free(pair: &Pair, at: usize) -> u64 {
     pair.hosts[at].core.pool().free_bytes()
+}
+
+/// What `status` tells: slices, bytes, interrupt words.
+fn held_back(pair: &Pair, at: usize) -> (usize, u64, u32) {
+    let Quarantine {
+        slices,
+        bytes,
+        words,
+    } = pair.hosts[at].core.quarantine();
+    (slices, bytes, words)
 }
 
 /// The borrower's mapper answers, and nothing else happens.
@@ -57,6 +67,8 @@ fn slices_of_a_refused_map_are_free_only_when_the_lender_has_unmapped_them() {
     assert!(pair.hosts[1].answers[&token].is_err());
     assert_eq!(pair.hosts[0].behind.len(), RANGES_MAX, "not told yet");
     assert_eq!(free(&pair, 1), before, "the slices are in quarantine");
+    let count = RANGES_MAX + 1;
+    assert_eq!(held_back(&pair, 1), (count, (count as u64) << 16, 0));
 }
 
 #[test]
@@ -73,10 +85,12 @@ fn unmap_that_the_lender_refuses_keeps_its_slice_and_lets_later_maps_through() {
     }
     pair.hosts[0].works = true;
     assert_eq!(free(&pair, 1), before - (1 << 16));
+    assert_eq!(held_back(&pair, 1), (1, 1 << 16, 0));
     let later = guest_maps(3).split_off(2);
     pair.ask(Call::Map(lease, later)).unwrap();
     pair.ask(Call::Return(lease)).unwrap();
     assert_eq!(free(&pair, 1), before);
+    assert_eq!(held_back(&pair, 1), (0, 0, 0));
 }
 
 #[test]
@@ -85,6 +99,7 @@ fn return_that_the_lender_refuses_frees_no_slice_before_it_says_revoked() {
     let lease = pair.borrow_open();
     let before = free(&pair, 1);
     pair.ask(Call::Map(lease, guest_maps(2))).unwrap();
+    assert_eq!(held_back(&pair, 1), (0, 0, 0), "what is in use is not");
     let now = pair.now;
     // The lender is at work on a revoke when the return arrives.
     let actions = pair.hosts[0].core.revoke(bdf(), "wanted back", now);
@@ -97,12 +112,15 @@ fn return_that_the_lender_refuses_frees_no_slice_before_it_says_revoked() {
     assert!(pair.hosts[1].answers[&returned].is_err());
     assert_eq!(pair.hosts[0].behind.len(), 2, "the lender has them mapped");
     assert_eq!(free(&pair, 1), before - (2 << 16));
+    let words = entry().irq_count;
+    assert_eq!(held_back(&pair, 1), (2, 2 << 16, words));
     for action in actions {
         pair.act(0, action);
     }
     for _ in 0..4 {
         pair.round();
     }
+    assert_eq!([0, 1].map(|at| held_back(&pair, at)), [(0, 0, 0); 2]);
     assert_eq!((pair.hosts[0].behind.len(), free(&pair, 1)), (0, before));
 }
 
@@ -123,6 +141,7 @@ fn revoke_is_confirmed_when_nothing_is_pinned_and_a_failed_one_keeps_the_bar_sli
     }
     assert_eq!(pair.hosts[1].lost, [lease]);
     assert_eq!(free(&pair, 0), lender_free - 0x4000);
+    assert_eq!(held_back(&pair, 0), (1, 0x4000, 0));
 }
 
 #[test]
@@ -136,6 +155,7 @@ fn memory_that_cannot_be_unpinned_keeps_its_slice_and_no_session_opens_over_it()
     pair.ask(Call::Unmap(lease, all)).unwrap_err();
     pair.ask(Call::Return(lease)).unwrap();
     assert_eq!(free(&pair, 1), before - (2 << 16));
+    assert_eq!(held_back(&pair, 1), (2, 2 << 16, 0));
     for up in [false, true] {
         pair.link_up = up;
         for _ in 0..8 {
@@ -213,6 +233,7 @@ fn close_that_failed_keeps_the_bar_slices_and_the_function() {
     pair.hosts[0].works = false;
     pair.ask(Call::Return(lease)).unwrap_err();
     assert_eq!(free(&pair, 0), before - 0x4000);
+    assert_eq!(held_back(&pair, 0), (1, 0x4000, 0));
     let state = &pair.hosts[0].core.lender.status()[0].state;
     assert!(matches!(state, OfferState::Quarantine(_)));
 }

@@ -12,6 +12,7 @@ use crate::path::grant::{LeasePool, ToPool};
 use crate::path::lender::{JobId, OfferState, OfferStatus};
 use crate::path::mailbox::MailboxCounters;
 use crate::path::message::{LeaseId, PoolEntry, Refusal};
+use crate::path::plan::Quarantine;
 use crate::path::wire::{
     BELL_IRQ, BELL_MAILBOX, COMMIT_OFFSET, IRQ_TABLE_OFFSET, MAILBOX_BYTES, PAYLOAD_OFFSET,
     SLOT_BYTES, SLOT_OFFSET, STATUS_BYTES, STATUS_OFFSET, ScratchpadSet,
@@ -62,6 +63,8 @@ pub struct VectorStatus {
     pub bells: u64,
     /// Whether it is masked.
     pub masked: bool,
+    /// Whether a fence of it did not read the session's nonce: it is silent until the next reset.
+    pub suspect: bool,
 }
 
 /// A lent function, as `status` tells it.
@@ -107,6 +110,10 @@ pub struct PortStatus {
     pub window_usable: u64,
     /// Free bytes of it.
     pub window_free: u64,
+    /// What waits for the peer's confirmation.
+    pub quarantine: Quarantine,
+    /// How long ago the peer's heartbeat changed, while a session is open.
+    pub heartbeat_age_ms: Option<u64>,
     /// Lent functions.
     pub lent: Vec<LentStatus>,
     /// Borrowed leases.
@@ -538,6 +545,8 @@ impl Control {
             over_reason: self.core.over_reason().map(str::to_owned),
             window_usable: self.core.pool().usable_bytes(),
             window_free: self.core.pool().free_bytes(),
+            quarantine: self.core.quarantine(),
+            heartbeat_age_ms: self.core.link().heartbeat_age_ms(now_ms),
             lent,
             borrowed: self.core.borrower.status(),
             bells: BellStatus {
@@ -561,6 +570,7 @@ impl Control {
             fences: counters.fences.load(Ordering::Relaxed),
             bells: counters.bells.load(Ordering::Relaxed),
             masked: counters.masked.load(Ordering::Relaxed),
+            suspect: counters.suspect.load(Ordering::Relaxed),
         };
         let maps = worker.shared.maps.load(Ordering::Relaxed) as u32;
         let bytes = worker.shared.mapped_bytes.load(Ordering::Relaxed);

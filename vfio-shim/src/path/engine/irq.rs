@@ -32,6 +32,8 @@ pub(super) struct VectorCounters {
     pub(super) bells: AtomicU64,
     /// Whether it is masked.
     pub(super) masked: AtomicBool,
+    /// Whether a fence read wrong since it was armed.
+    pub(super) suspect: AtomicBool,
 }
 
 /// What a port's doorbells have done.
@@ -350,6 +352,9 @@ impl IrqThread {
             .zip(relay.counters.iter())
             .map(|(fd, counters)| (fd, VectorRelay::resuming(count(counters))))
             .collect();
+        for counters in &*relay.counters {
+            counters.suspect.store(false, Ordering::Relaxed);
+        }
         let armed = Armed {
             first: relay.first,
             vectors,
@@ -431,11 +436,16 @@ impl IrqThread {
         let counters = &armed.counters[vector as usize];
         counters.fences.fetch_add(1, Ordering::Relaxed);
         let read = self.window.read_u32(0);
-        let RelayStep::Store(word) = relay.on_fence(read, peer_nonce, session) else {
-            tracing::warn!(%lease, vector, "a fence read {read:#x}: the path is suspect");
-            // Control looks at link, scratchpads and mailbox: one of them tells why.
-            self.tell(&self.told.beat, Input::Beat);
-            return;
+        let word = match relay.on_fence(read, peer_nonce, session) {
+            RelayStep::Store(word) => word,
+            RelayStep::Suspect => {
+                counters.suspect.store(true, Ordering::Relaxed);
+                tracing::warn!(%lease, vector, "a fence read {read:#x}: the path is suspect");
+                // Control looks at link, scratchpads and mailbox: one of them tells why.
+                self.tell(&self.told.beat, Input::Beat);
+                return;
+            }
+            RelayStep::Nothing | RelayStep::Fence => return,
         };
         let offset = word_offset(armed.first, vector);
         self.window.write_u64(offset, word);
