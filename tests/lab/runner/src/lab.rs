@@ -11,6 +11,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+/// What a foreign NTB leaves open, printed with every comparison of two snapshots.
+const FOREIGN_NTB: &str = "a foreign NTB cannot be asked which of a host's memory it may reach: the \
+    NTB's own IOMMU maps are not compared, all else is";
+
 /// What the command line says beyond the scenario's name.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -68,7 +72,10 @@ impl Lab {
     /// The NTB that the command line names, or our model with these options.
     pub fn ntb(&self, options: &[&str]) -> Result<Ntb> {
         match &self.options.ntb_sockets {
-            Some((a, b)) => Ok(Ntb::foreign(a.clone(), b.clone())),
+            Some((a, b)) => {
+                println!("note: {FOREIGN_NTB}");
+                Ok(Ntb::foreign(a.clone(), b.clone()))
+            }
             None => Ntb::model(&self.cache, &self.dir, options, self.since),
         }
     }
@@ -154,6 +161,7 @@ impl Pair {
         let after = self.snapshot()?;
         before.0.ensure_equal(&after.0).context("host a")?;
         before.1.ensure_equal(&after.1).context("host b")?;
-        Ok("")
+        let foreign = self.ntb.as_ref().is_some_and(|ntb| !ntb.is_model());
+        Ok(if foreign { FOREIGN_NTB } else { "" })
     }
 }

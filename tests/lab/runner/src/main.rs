@@ -48,6 +48,7 @@ fn run(args: &[String]) -> Result<bool> {
     let scenario =
         scenario.with_context(|| format!("no scenario {name}; lab list names them all"))?;
     let options = options(rest)?;
+    scenario.ensure_fits(&options)?;
     let mut retried = 0;
     for attempt in 1..=TRIES_MAX {
         let tried = attempt_once(scenario, &options)?;

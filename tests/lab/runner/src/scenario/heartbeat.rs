@@ -14,6 +14,7 @@ pub const SCENARIO: Scenario = Scenario {
     name: "heartbeat",
     checks: 8,
     when: When::Full,
+    own_model: None,
     deadline: Duration::from_secs(300),
     run,
 };

@@ -14,6 +14,7 @@ pub const SCENARIO: Scenario = Scenario {
     name: "hosts",
     checks: 9,
     when: When::Gate,
+    own_model: None,
     deadline: Duration::from_secs(240),
     run,
 };

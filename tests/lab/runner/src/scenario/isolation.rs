@@ -18,6 +18,7 @@ pub const SCENARIO: Scenario = Scenario {
     name: "isolation",
     checks: ATTACH_CHECKS + 14 + DETACH_CHECKS,
     when: When::Gate,
+    own_model: None,
     deadline: Duration::from_secs(420),
     run,
 };

@@ -14,8 +14,8 @@ mod tenant;
 mod windows;
 
 use crate::check::Checks;
-use crate::lab::Lab;
-use anyhow::Result;
+use crate::lab::{Lab, Options};
+use anyhow::{Result, bail};
 use std::time::Duration;
 
 /// A scenario: what it is called, how many checks it makes, and how long it may take at most.
@@ -26,10 +26,26 @@ pub struct Scenario {
     pub checks: usize,
     /// Which of `tests/run`'s modes have it.
     pub when: When,
+    /// Why no other NTB than our model will do, if so: it could not be asked for what is needed.
+    pub own_model: Option<&'static str>,
     /// After this it is ended from outside.
     pub deadline: Duration,
     /// Makes the checks.
     pub run: fn(&Lab, &mut Checks) -> Result<()>,
+}
+
+impl Scenario {
+    /// Refuses what this scenario cannot do with these options, before anything is started.
+    pub fn ensure_fits(&self, options: &Options) -> Result<()> {
+        match (self.own_model, &options.ntb_sockets) {
+            (Some(why), Some(_)) => bail!(
+                "{} does not run with --ntb-sockets, as a foreign NTB has no control socket: {why}. \
+                 Leave the option out, or take nvme, nvme-mapped, isolation, reboot or heartbeat",
+                self.name
+            ),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Which runs have a scenario.
@@ -58,3 +74,24 @@ pub const ALL: &[Scenario] = &[
     nvme::OTHER_NTB,
     bad_input::SCENARIO,
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scenario_that_asks_something_of_the_model_refuses_a_foreign_ntb_at_once() {
+        let foreign = Options {
+            ntb_sockets: Some(("a".into(), "b".into())),
+            ..Options::default()
+        };
+        let refused = ALL.iter().filter_map(|scenario| {
+            scenario.ensure_fits(&Options::default()).unwrap();
+            let error = scenario.ensure_fits(&foreign).err()?.to_string();
+            assert!(error.contains(scenario.name) && error.contains("--ntb-sockets"));
+            Some(scenario.name)
+        });
+        let refused: Vec<_> = refused.collect();
+        assert_eq!(refused, ["flap", "windows", "nvme-0db4"]);
+    }
+}

@@ -21,6 +21,7 @@ pub const SCENARIO: Scenario = Scenario {
     name: "ntb-drivers",
     checks: 7 * VARIATIONS.len() + 3,
     when: When::Gate,
+    own_model: None,
     deadline: Duration::from_secs(360),
     run,
 };

@@ -15,6 +15,7 @@ pub const TRAPPED: Scenario = Scenario {
     name: "nvme",
     checks: 12,
     when: When::Gate,
+    own_model: None,
     deadline: Duration::from_secs(300),
     run: |lab, checks| run(lab, checks, &[], &["--bars", "trapped"], Trapped::All),
 };
@@ -24,6 +25,7 @@ pub const MAPPED: Scenario = Scenario {
     name: "nvme-mapped",
     checks: 12,
     when: When::Gate,
+    own_model: None,
     deadline: Duration::from_secs(300),
     run: |lab, checks| run(lab, checks, &[], MAPPED_FLAGS, Trapped::None),
 };
@@ -33,6 +35,7 @@ pub const OTHER_NTB: Scenario = Scenario {
     name: "nvme-0db4",
     checks: 12,
     when: When::Full,
+    own_model: Some("it asks for another chip, unequal windows and a late link"),
     deadline: Duration::from_secs(300),
     run: |lab, checks| run(lab, checks, OTHER_MODEL, MAPPED_FLAGS, Trapped::None),
 };

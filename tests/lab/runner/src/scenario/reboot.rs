@@ -16,6 +16,7 @@ pub const SCENARIO: Scenario = Scenario {
     name: "reboot",
     checks: ATTACH_CHECKS + 6 + DETACH_CHECKS,
     when: When::Gate,
+    own_model: None,
     deadline: Duration::from_secs(420),
     run,
 };

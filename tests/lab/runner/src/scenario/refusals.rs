@@ -16,6 +16,7 @@ pub const SCENARIO: Scenario = Scenario {
     name: "refusals",
     checks: 13,
     when: When::Full,
+    own_model: None,
     deadline: Duration::from_secs(300),
     run,
 };
