@@ -5,11 +5,12 @@
 //! 1. interrupts off (`SET_IRQS`), and the relay confirms that it rings no more
 //! 2. bus mastering off: no DMA begins after this
 //! 3. BAR slices out of the port's container: the peer reaches no register
-//! 4. reset
+//! 4. reset, and what it is known to leave behind
 //! 5. guest RAM out of the function's container
 
 use super::control::Input;
 use super::irq::{IrqCommand, IrqHandle, Relay, VectorCounters};
+use super::scrub::scrub;
 use crate::model::{
     Access, AddressSpace, BAR_COUNT, DmaMap, Function, FunctionError, IrqIndex, MapError, Memory,
     PortIova, RegionIndex, Span, WindowOffset,
@@ -165,8 +166,7 @@ impl Executor {
     /// The reset that counts: at the start of a lease.
     fn prepare(&mut self) -> Done {
         self.command(COMMAND_BUS_MASTER, false)?;
-        self.function.reset()?;
-        self.command(COMMAND_MEMORY, true)?;
+        self.put_back()?;
         self.map_slices()?;
         let config = self.function.info().regions[RegionIndex::CONFIG.0 as usize].size;
         Ok(WorkOutcome::Opened {
@@ -298,10 +298,16 @@ impl Executor {
         self.irqs_off()?;
         self.command(COMMAND_BUS_MASTER, false)?;
         self.unmap_slices()?;
-        self.function.reset()?;
-        self.command(COMMAND_MEMORY, true)?;
+        self.put_back()?;
         self.map_slices()?;
         Ok(WorkOutcome::Done)
+    }
+
+    /// To power-on state, but for memory decoding.
+    fn put_back(&self) -> Result<(), FunctionError> {
+        self.function.reset()?;
+        self.command(COMMAND_MEMORY, true)?;
+        scrub(&*self.function)
     }
 
     /// The one order of undoing. Every step is tried even when one before it failed; the first
@@ -315,7 +321,7 @@ impl Executor {
             .command(COMMAND_BUS_MASTER, false)
             .map_err(Refusal::from);
         let slices = self.unmap_slices().map_err(Refusal::from);
-        let reset = self.function.reset().map_err(Refusal::from);
+        let reset = self.put_back().map_err(Refusal::from);
         let maps = self.unmap_all().map_err(Refusal::from);
         // What is still mapped is tried again before anybody else gets the function.
         self.path

@@ -17,6 +17,7 @@ mod executor;
 mod forged_tests;
 mod irq;
 mod mapper;
+mod scrub;
 mod signals;
 #[cfg(test)]
 mod soft_fault_tests;

@@ -14,7 +14,7 @@ use crate::path::wire::BELL_MAILBOX;
 use crate::path::work::{FunctionWork, OpenPlan, WorkOutcome};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 
 const PAGE: u64 = 4096;
@@ -26,6 +26,14 @@ struct Stubborn {
     soft: SoftFunction,
     refuses: AtomicBool,
     has_bar: AtomicBool,
+    /// Resets, and stores to its BARs: where, and what.
+    done: Mutex<Vec<Done>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Done {
+    Reset,
+    Store(u64, u32),
 }
 
 impl Stubborn {
@@ -72,6 +80,10 @@ impl Function for Stubborn {
     }
 
     fn region_write(&self, at: RegionIndex, from: u64, data: &[u8]) -> Result<(), FunctionError> {
+        if at.bar().is_some() {
+            let word = u32::from_le_bytes(data.try_into().expect("a word"));
+            self.done.lock().unwrap().push(Done::Store(from, word));
+        }
         self.soft.region_write(at, from, data)
     }
 
@@ -117,6 +129,7 @@ impl Function for Stubborn {
     }
 
     fn reset(&self) -> Result<(), FunctionError> {
+        self.done.lock().unwrap().push(Done::Reset);
         self.soft.reset()
     }
 
@@ -138,6 +151,10 @@ struct Rig {
 
 impl Rig {
     fn new() -> Self {
+        Self::of_class(0)
+    }
+
+    fn of_class(class: u32) -> Self {
         let config = SoftPortConfig {
             window_bytes: [64 << 20; 2],
         };
@@ -152,10 +169,15 @@ impl Rig {
         for side in [&port, &far] {
             side.link_enable(true);
         }
+        let ids = FunctionIds {
+            class,
+            ..FunctionIds::default()
+        };
         let function = Arc::new(Stubborn {
-            soft: SoftFunction::new(FunctionIds::default(), 4),
+            soft: SoftFunction::new(ids, 4),
             refuses: AtomicBool::new(false),
             has_bar: AtomicBool::new(true),
+            done: Mutex::default(),
         });
         let executor = Executor {
             function: function.clone(),
@@ -297,4 +319,19 @@ fn peer_that_rings_without_end_fills_no_queue() {
     rig.irq_is_quiet();
     let bells = |input: &Input| matches!(input, Input::Bell);
     assert_eq!(rig.told.try_iter().filter(bells).count(), 1);
+}
+
+#[test]
+fn nvme_keeps_no_admin_queue_of_the_last_tenant_and_no_other_class_is_written_to() {
+    let cleared = [0x24, 0x28, 0x2c, 0x30, 0x34].map(|offset| Done::Store(offset, 0));
+    for (class, clears) in [(0x01_0802, &cleared[..]), (0x03_0000, &[])] {
+        let mut rig = Rig::of_class(class);
+        rig.open().unwrap();
+        for work in [FunctionWork::Reset, FunctionWork::Close] {
+            rig.executor.work(work).unwrap();
+        }
+        let once = [&[Done::Reset], clears].concat();
+        let done = rig.function.done.lock().unwrap();
+        assert_eq!(*done, once.repeat(3), "class {class:#x}");
+    }
 }
