@@ -348,45 +348,23 @@ fn told(fdid: Fdid, held: &Borrowed) -> Told {
 mod tests {
     use super::*;
     use crate::config::Config;
+    use crate::daemon::host::{KernelFunctions, Machine};
     use std::path::Path;
-    use vfio_shim::model::PortIova;
-    use vfio_shim::ntb::NtbPort;
     use vfio_shim::ntb::soft::{SoftLink, SoftPortConfig};
-    use vfio_shim::path::EngineConfig;
+    use vfio_shim::sysfs::Sysfs;
 
     fn host() -> LocalHost {
-        let window_bytes = 64 << 20;
         let config = SoftPortConfig {
-            window_bytes: [window_bytes; 2],
+            window_bytes: [64 << 20; 2],
         };
-        let port: Arc<dyn NtbPort> = SoftLink::new([config; 2]).unwrap().port(0);
-        let config = EngineConfig {
-            name: "soft".into(),
-            node: 4,
-            window_base: PortIova(1 << 32),
-            window_bytes,
-            heartbeat_ms: 250,
-            lost_after_ms: 1500,
-        };
-        let open = OpenPort {
-            name: "soft".into(),
-            bdf: "01:00.0".parse().unwrap(),
-            trust_vmm: true,
-            trust_domain: "a".into(),
-            engine: Engine::start(Arc::clone(&port), config).unwrap(),
-            port,
-            window_bytes,
+        let machine = Machine {
+            ports: vec![SoftLink::new([config; 2]).unwrap().port(0)],
+            functions: Arc::new(KernelFunctions::new(Sysfs::new("/sys"))),
         };
         let text = "[node]\nid = 4\nname = \"a\"\n\n[[port]]\nname = \"soft\"\nbdf = \"01:00.0\"\n\
-                    peers = \"cable\"\ntrust_domain = \"a\"\n";
-        LocalHost {
-            config: Config::parse(Path::new("test.toml"), text).unwrap(),
-            sysfs: vfio_shim::sysfs::Sysfs::new("/sys"),
-            started: std::time::Instant::now(),
-            state: std::sync::Mutex::default(),
-            unclaimed: std::sync::Condvar::new(),
-            ports: vec![open],
-        }
+                    peers = \"cable\"\ntrust_domain = \"a\"\ntrust_vmm = true\n";
+        let config = Config::parse(Path::new("test.toml"), text).unwrap();
+        LocalHost::new(&config, machine).unwrap()
     }
 
     #[test]

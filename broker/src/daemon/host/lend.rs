@@ -1,13 +1,12 @@
 //! The lender's verbs: which functions of this host are in the pool, and which of them are offered.
 
 use super::claim::Named;
+use super::functions::OpenFunction;
 use super::{LocalHost, refuse};
 use crate::daemon::vocabulary::{ErrorCode, Outcome, VerbError};
 use std::sync::Arc;
-use vfio_shim::model::{Bdf, Function, IrqIndex};
+use vfio_shim::model::{Bdf, IrqIndex};
 use vfio_shim::path::{PoolEntry, PoolState, Refusal, RefusalCode};
-use vfio_shim::sysfs::{BindError, BindGuard, LendError, SysfsError};
-use vfio_shim::vfio::{OpenError, VfioFunction};
 
 /// A function of the pool.
 #[derive(Default)]
@@ -15,52 +14,10 @@ pub(super) struct Lent {
     pub(super) offer: Option<Offer>,
 }
 
-/// A function that is offered. Fields drop in order: the function is closed, then its driver is
-/// given back.
+/// A function that is offered.
 pub(super) struct Offer {
     pub(super) port: usize,
-    _function: Arc<VfioFunction>,
-    _bind: BindGuard,
-}
-
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    vfio_shim::path::words(error)
-}
-
-fn from_sysfs(error: &SysfsError) -> VerbError {
-    let code = match error {
-        SysfsError::NoFunction { .. } => ErrorCode::UnknownFunction,
-        _ => ErrorCode::Kernel,
-    };
-    refuse(code, chain(error))
-}
-
-fn from_lend(error: &LendError) -> VerbError {
-    let code = match error {
-        LendError::Sysfs(_, SysfsError::NoFunction(_)) => ErrorCode::UnknownFunction,
-        LendError::Sysfs(..) => ErrorCode::Kernel,
-        LendError::SriovOn { .. } => ErrorCode::SriovOn,
-        LendError::Driven { .. } => ErrorCode::DriverBound,
-        LendError::GroupInUse { .. } => ErrorCode::GroupInUse,
-        LendError::NoReset(_) => ErrorCode::NoReset,
-    };
-    refuse(code, chain(error))
-}
-
-fn from_bind(error: &BindError) -> VerbError {
-    let code = match error {
-        BindError::Driven { .. } => ErrorCode::DriverBound,
-        _ => ErrorCode::Kernel,
-    };
-    refuse(code, chain(error))
-}
-
-fn from_open(error: &OpenError) -> VerbError {
-    let code = match error {
-        OpenError::NotViable { .. } => ErrorCode::GroupInUse,
-        _ => ErrorCode::Kernel,
-    };
-    refuse(code, chain(error))
+    _open: OpenFunction,
 }
 
 /// The verb's error for a refusal of an engine, this host's or the peer's.
@@ -102,9 +59,7 @@ impl LocalHost {
     }
 
     fn check_lendable(&self, bdf: Bdf) -> Result<(), VerbError> {
-        self.sysfs
-            .check_exists(bdf)
-            .map_err(|error| from_sysfs(&error))?;
+        self.functions.check_exists(bdf)?;
         if let Some(port) = self.ports.iter().find(|port| port.bdf == bdf) {
             let text = format!(
                 "{bdf} is the NTB of port `{}`: it cannot be lent",
@@ -119,9 +74,7 @@ impl LocalHost {
             );
             return Err(refuse(ErrorCode::NotAllowed, text));
         }
-        self.sysfs
-            .check_lendable(bdf, false)
-            .map_err(|error| from_lend(&error))
+        self.functions.check_lendable(bdf)
     }
 
     pub(super) fn remove(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
@@ -168,35 +121,13 @@ impl LocalHost {
             return Err(refuse(ErrorCode::Config, text));
         };
         self.check_lendable(bdf)?;
-        let bind = BindGuard::bind(&self.sysfs, bdf, "vfio-pci", false);
-        let bind = bind.map_err(|error| from_bind(&error))?;
-        let function = VfioFunction::open(bdf, &self.sysfs).map_err(|error| from_open(&error))?;
-        let function = Arc::new(function);
-        let entry = self.entry(bdf, &function)?;
-        let offered: Arc<dyn Function> = function.clone();
-        let taken = open.engine.offer(entry, offered);
+        let function = self.functions.open(bdf)?;
+        let entry = entry(bdf, &function);
+        let taken = open.engine.offer(entry, Arc::clone(&function.function));
         taken.map_err(|refusal| from_refusal(&refusal))?;
         Ok(Offer {
             port,
-            _function: function,
-            _bind: bind,
-        })
-    }
-
-    fn entry(&self, bdf: Bdf, function: &VfioFunction) -> Result<PoolEntry, VerbError> {
-        let info = function.info();
-        let config = function
-            .config_space()
-            .map_err(|error| refuse(ErrorCode::Kernel, chain(&error)))?;
-        let serial = vfio_shim::model::ConfigView::new(&config).map_or(0, |view| view.serial());
-        let vectors = |index: IrqIndex| info.irqs[index as usize].count;
-        Ok(PoolEntry {
-            bdf,
-            ids: info.ids,
-            state: PoolState::Available,
-            irq_count: vectors(IrqIndex::Msi).max(vectors(IrqIndex::Msix)),
-            bar_bytes: info.regions[..6].iter().map(|region| region.size).sum(),
-            serial,
+            _open: function,
         })
     }
 
@@ -214,6 +145,19 @@ impl LocalHost {
             drop(lent);
         }
         Ok(Outcome::Done)
+    }
+}
+
+fn entry(bdf: Bdf, open: &OpenFunction) -> PoolEntry {
+    let info = open.function.info();
+    let vectors = |index: IrqIndex| info.irqs[index as usize].count;
+    PoolEntry {
+        bdf,
+        ids: info.ids,
+        state: PoolState::Available,
+        irq_count: vectors(IrqIndex::Msi).max(vectors(IrqIndex::Msix)),
+        bar_bytes: info.regions[..6].iter().map(|region| region.size).sum(),
+        serial: open.serial,
     }
 }
 

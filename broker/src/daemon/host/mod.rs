@@ -2,6 +2,7 @@
 
 mod borrow;
 mod claim;
+mod functions;
 mod lend;
 mod port;
 mod report;
@@ -13,14 +14,19 @@ use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
 use crate::config::{Config, PortConfig};
 use borrow::{Borrowed, Trust};
 use claim::Claims;
+use functions::KernelFunctions;
 use lend::Lent;
 use port::OpenPort;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use vfio_shim::model::{Bdf, Fdid};
+use vfio_shim::ntb::NtbPort;
+use vfio_shim::ntb::hw::IntelPort;
 use vfio_shim::path::{EngineError, PortStatus};
 use vfio_shim::sysfs::Sysfs;
+
+pub use functions::{Functions, OpenFunction};
 
 /// Why the host could not start.
 #[derive(Debug, thiserror::Error)]
@@ -61,7 +67,7 @@ struct State {
 
 struct LocalHost {
     config: Config,
-    sysfs: Sysfs,
+    functions: Arc<dyn Functions>,
     started: Instant,
     state: Mutex<State>,
     unclaimed: Condvar,
@@ -71,23 +77,42 @@ struct LocalHost {
 /// How long `stop` lets verbs under way end by themselves.
 const STOP_WAIT: Duration = Duration::from_secs(2);
 
-/// Opens the ports and starts their threads.
+/// What a host is made of: its NTBs, open, in the configuration's order, and its functions.
+pub struct Machine {
+    /// One for each port of the configuration.
+    pub ports: Vec<Arc<dyn NtbPort>>,
+    /// What can be lent.
+    pub functions: Arc<dyn Functions>,
+}
+
+impl Machine {
+    /// This machine, by sysfs and VFIO.
+    fn of_the_kernel(config: &Config) -> Result<Self, HostError> {
+        let sysfs = Sysfs::new("/sys");
+        let open = |port: &PortConfig| {
+            let opened = IntelPort::open(port.bdf, &sysfs);
+            let opened = opened.map_err(|error| HostError::Open {
+                name: port.name.clone(),
+                bdf: port.bdf,
+                source: error.into(),
+            })?;
+            Ok(Arc::new(opened) as Arc<dyn NtbPort>)
+        };
+        Ok(Self {
+            ports: config.ports.iter().map(open).collect::<Result<_, _>>()?,
+            functions: Arc::new(KernelFunctions::new(sysfs)),
+        })
+    }
+}
+
+/// Opens this machine's ports and starts their threads.
 pub fn start(config: &Config) -> Result<Arc<dyn Host>, HostError> {
-    let sysfs = Sysfs::new("/sys");
-    let open = |port: &PortConfig| OpenPort::open(config.node_id, port, &sysfs);
-    let ports = config
-        .ports
-        .iter()
-        .map(open)
-        .collect::<Result<Vec<_>, _>>()?;
-    Ok(Arc::new(LocalHost {
-        config: config.clone(),
-        sysfs,
-        started: Instant::now(),
-        state: Mutex::default(),
-        unclaimed: Condvar::new(),
-        ports,
-    }))
+    start_on(config, Machine::of_the_kernel(config)?)
+}
+
+/// The same on another machine, such as one of the soft fabric.
+pub fn start_on(config: &Config, machine: Machine) -> Result<Arc<dyn Host>, HostError> {
+    Ok(Arc::new(LocalHost::new(config, machine)?))
 }
 
 fn refuse(code: ErrorCode, text: impl Into<String>) -> VerbError {
@@ -95,6 +120,20 @@ fn refuse(code: ErrorCode, text: impl Into<String>) -> VerbError {
 }
 
 impl LocalHost {
+    fn new(config: &Config, machine: Machine) -> Result<Self, HostError> {
+        assert_eq!(machine.ports.len(), config.ports.len(), "one NTB each");
+        let ports = config.ports.iter().zip(machine.ports);
+        let ports = ports.map(|(port, open)| OpenPort::start(config.node_id, port, open));
+        Ok(Self {
+            config: config.clone(),
+            functions: machine.functions,
+            started: Instant::now(),
+            state: Mutex::default(),
+            unclaimed: Condvar::new(),
+            ports: ports.collect::<Result<_, _>>()?,
+        })
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         // Poisoned = a verb panicked; what it had acquired has been undone by its guards.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

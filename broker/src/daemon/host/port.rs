@@ -6,9 +6,7 @@ use std::sync::Arc;
 use vfio_shim::iova::window_base;
 use vfio_shim::model::Bdf;
 use vfio_shim::ntb::NtbPort;
-use vfio_shim::ntb::hw::IntelPort;
 use vfio_shim::path::{Engine, EngineConfig};
-use vfio_shim::sysfs::Sysfs;
 
 /// An open port. Fields drop in order: the engine's threads end before the NTB is closed.
 pub(super) struct OpenPort {
@@ -22,14 +20,17 @@ pub(super) struct OpenPort {
 }
 
 impl OpenPort {
-    pub(super) fn open(node: u16, config: &PortConfig, sysfs: &Sysfs) -> Result<Self, HostError> {
+    /// Starts the threads of an open NTB.
+    pub(super) fn start(
+        node: u16,
+        config: &PortConfig,
+        port: Arc<dyn NtbPort>,
+    ) -> Result<Self, HostError> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| HostError::Open {
             name: config.name.clone(),
             bdf: config.bdf,
             source,
         };
-        let port = IntelPort::open(config.bdf, sysfs).map_err(|error| failed(error.into()))?;
-        let port: Arc<dyn NtbPort> = Arc::new(port);
         let limit = config.window_limit_bytes.unwrap_or(u64::MAX);
         let window_bytes = port.info().window_bytes[0].min(limit);
         let usable = port.address_space().usable();

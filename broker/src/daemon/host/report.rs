@@ -63,8 +63,7 @@ impl LocalHost {
         let local: Vec<_> = self.state().lent.keys().copied().collect();
         for bdf in &local {
             let offered = offers.iter().find(|lent| lent.offer.entry.bdf == *bdf);
-            let ids = self.sysfs.ids(*bdf);
-            let ids = ids.map_err(|error| refuse(ErrorCode::Kernel, error.to_string()))?;
+            let ids = self.functions.ids(*bdf)?;
             entries.push(ListEntry {
                 fdid: FdidText::from(Fdid {
                     node: self.config.node_id,

@@ -6,13 +6,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use vfio_shim::model::{Function, FunctionIds, PortIova};
-use vfio_shim::ntb::NtbPort;
+use vfio_shim::model::{Function, FunctionIds};
 use vfio_shim::ntb::soft::{SoftFunction, SoftLink, SoftPort, SoftPortConfig};
-use vfio_shim::path::{Engine, EngineConfig, PoolEntry, PoolState};
+use vfio_shim::path::{PoolEntry, PoolState};
 
 const WINDOW_BYTES: u64 = 64 << 20;
-const WINDOW_BASE: PortIova = PortIova(1 << 32);
 /// PROTOCOL.md, scratchpads: what a peer posts that speaks versions 7 to 9, in its order.
 const FOREIGN_POST: [(u32, u32); 7] = [
     (5, 0),
@@ -69,6 +67,8 @@ fn config(node: u16, dir: &Path) -> Config {
         peers = "cable"
         trust_domain = "lab"
         trust_vmm = {trust}
+        heartbeat_ms = 10
+        lost_after_ms = 10000
         [policy]
         allow = ["0000:01:00.*", "{NTB}"]
         "#,
@@ -78,33 +78,12 @@ fn config(node: u16, dir: &Path) -> Config {
     Config::parse(Path::new("test.toml"), &text).unwrap()
 }
 
-fn host(config: Config, port: Arc<SoftPort>, sysfs: &Path) -> LocalHost {
-    let engine = EngineConfig {
-        name: format!("n{}", config.node_id),
-        node: config.node_id,
-        window_base: WINDOW_BASE,
-        window_bytes: WINDOW_BYTES,
-        heartbeat_ms: 10,
-        lost_after_ms: 10_000,
+fn host(config: &Config, port: Arc<SoftPort>, sysfs: &Path) -> LocalHost {
+    let machine = Machine {
+        ports: vec![port],
+        functions: Arc::new(KernelFunctions::new(Sysfs::new(sysfs))),
     };
-    let (port, own): (Arc<dyn NtbPort>, _) = (port, &config.ports[0]);
-    let open = OpenPort {
-        name: own.name.clone(),
-        bdf: own.bdf,
-        trust_vmm: own.trust_vmm,
-        trust_domain: own.trust_domain.clone(),
-        engine: Engine::start(Arc::clone(&port), engine).unwrap(),
-        port,
-        window_bytes: WINDOW_BYTES,
-    };
-    LocalHost {
-        config,
-        sysfs: Sysfs::new(sysfs),
-        started: Instant::now(),
-        state: Mutex::default(),
-        unclaimed: Condvar::new(),
-        ports: vec![open],
-    }
+    LocalHost::new(config, machine).unwrap()
 }
 
 impl Rig {
@@ -143,7 +122,7 @@ impl Rig {
         let dir = tempfile::tempdir().unwrap();
         let sysfs = dir.path().join("sys");
         let hosts = [(4, 0), (8, 1)]
-            .map(|(node, side)| host(config(node, dir.path()), link.port(side), &sysfs));
+            .map(|(node, side)| host(&config(node, dir.path()), link.port(side), &sysfs));
         let function = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
         Self {
             hosts,
