@@ -198,7 +198,8 @@ impl Lender {
 
     /// Whether the lease is there; one that is over has left it.
     pub fn holds(&self, lease: LeaseId) -> bool {
-        self.leases.contains_key(&lease)
+        let mut offers = self.offers.values();
+        offers.any(|offer| offer.lease.is_some_and(|(held, _)| held == lease))
     }
 
     /// What `status` tells.
