@@ -8,6 +8,7 @@ pub(crate) mod contract;
 mod function;
 mod irq;
 mod region;
+mod runtime;
 mod shadow_config;
 mod space;
 mod span;
@@ -22,6 +23,7 @@ pub use config_space::{
 pub use function::{Function, FunctionError, FunctionIds, FunctionInfo};
 pub use irq::{IrqIndex, IrqInfo};
 pub use region::{BAR_COUNT, MmapArea, RegionIndex, RegionInfo};
+pub use runtime::{Idle, OsRuntime, Runtime, Task};
 pub use shadow_config::{Effects, ShadowConfig, ShadowError};
 pub use space::{Access, AddressSpace, Aperture, DmaMap, MapError, Mapping, Memory};
 pub use span::Span;

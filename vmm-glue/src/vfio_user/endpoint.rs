@@ -8,7 +8,7 @@ use super::{
     options::Options,
     session::serve_connection,
     shared::{SessionShared, SessionState},
-    socket::{Wake, wait},
+    socket::{Stop, Wake, wait},
 };
 use rustix::{
     event::PollFlags,
@@ -124,9 +124,10 @@ impl Endpoint {
         stop: BorrowedFd<'_>,
         shared: &SessionShared,
     ) -> Result<(), EndpointError> {
+        let runtime = &*options.runtime;
         loop {
             shared.enter(SessionState::Waiting);
-            match self.accept(stop)? {
+            match self.accept(Stop { fd: stop, runtime })? {
                 Some(socket) => serve_connection(socket, function, options, stop, shared)?,
                 None => return Ok(()),
             }
@@ -134,7 +135,7 @@ impl Endpoint {
     }
 
     /// The next VMM, or `None` when the owner wants to stop.
-    fn accept(&self, stop: BorrowedFd<'_>) -> Result<Option<OwnedFd>, EndpointError> {
+    fn accept(&self, stop: Stop<'_>) -> Result<Option<OwnedFd>, EndpointError> {
         let failed = |errno: Errno| EndpointError::Accept {
             path: self.path.clone(),
             source: errno.into(),

@@ -1,7 +1,8 @@
 //! What the owner decides about a guest session.
 
 use super::version::MAPS_MAX;
-use std::path::PathBuf;
+use std::{path::PathBuf, sync::Arc};
+use vfio_shim::model::{OsRuntime, Runtime};
 
 /// How a VMM reaches the function's BARs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,6 +38,8 @@ pub struct Options {
     pub bytes_max: u64,
     /// Where the kernel shows processes: `/proc`.
     pub proc_root: PathBuf,
+    /// What the serving thread stands on.
+    pub runtime: Arc<dyn Runtime>,
 }
 
 impl Default for Options {
@@ -47,6 +50,7 @@ impl Default for Options {
             maps_max: MAPS_MAX,
             bytes_max: u64::MAX,
             proc_root: PathBuf::from("/proc"),
+            runtime: Arc::new(OsRuntime),
         }
     }
 }

@@ -14,7 +14,7 @@ use super::{
     options::Options,
     peer::peer_pid,
     shared::{SessionShared, SessionState},
-    socket::{Incoming, Receiver, Wake, send},
+    socket::{Incoming, Receiver, Stop, Wake, send},
     wire::Reply,
 };
 use rustix::{
@@ -45,6 +45,10 @@ pub fn serve_connection(
     shared.enter(SessionState::Connected { pid });
     tracing::info!(pid, "a VMM connected");
     let mut guest = Guest::new(function, options, &shared.counters, pid);
+    let stop = Stop {
+        fd: stop,
+        runtime: &*options.runtime,
+    };
     match run(&mut guest, socket.as_fd(), stop, shared) {
         Ok(end) => tracing::info!(pid, ?end, "the guest session ended"),
         Err(error) => {
@@ -75,7 +79,7 @@ pub fn serve_connection(
 fn run(
     guest: &mut Guest<'_>,
     socket: BorrowedFd<'_>,
-    stop: BorrowedFd<'_>,
+    stop: Stop<'_>,
     shared: &SessionShared,
 ) -> Result<End, SessionError> {
     let mut receiver = Receiver::default();

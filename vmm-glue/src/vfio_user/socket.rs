@@ -5,7 +5,7 @@
 
 use super::wire::{Envelope, HEADER_BYTES, Header, MESSAGE_MAX, WireError};
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags},
     io::Errno,
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -17,6 +17,7 @@ use std::{
     mem::MaybeUninit,
     os::fd::{BorrowedFd, OwnedFd},
 };
+use vfio_shim::model::Runtime;
 use zerocopy::FromBytes;
 
 /// The most fds that one message may bring: what the kernel lets through at once. QEMU is told of
@@ -66,28 +67,25 @@ pub enum Wake {
     Closed,
 }
 
+/// How the owner ends a wait, and what waits.
+#[derive(Clone, Copy, Debug)]
+pub struct Stop<'a> {
+    /// Readable when the owner wants the session to end.
+    pub fd: BorrowedFd<'a>,
+    /// What the waiting thread stands on.
+    pub runtime: &'a dyn Runtime,
+}
+
 /// Waits for the socket or the owner's stop.
-pub fn wait(
-    socket: BorrowedFd<'_>,
-    events: PollFlags,
-    stop: BorrowedFd<'_>,
-) -> Result<Wake, Errno> {
-    loop {
-        let mut fds = [
-            PollFd::from_borrowed_fd(socket, events),
-            PollFd::from_borrowed_fd(stop, PollFlags::IN),
-        ];
-        match poll(&mut fds, None) {
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(errno),
-        }
-        if !fds[1].revents().is_empty() {
-            return Ok(Wake::Stopped);
-        }
-        if !fds[0].revents().is_empty() {
-            return Ok(Wake::Ready);
-        }
+pub fn wait(socket: BorrowedFd<'_>, events: PollFlags, stop: Stop<'_>) -> Result<Wake, Errno> {
+    let mut fds = [
+        PollFd::from_borrowed_fd(socket, events),
+        PollFd::from_borrowed_fd(stop.fd, PollFlags::IN),
+    ];
+    stop.runtime.poll(&mut fds)?;
+    match fds[1].revents().is_empty() {
+        true => Ok(Wake::Ready),
+        false => Ok(Wake::Stopped),
     }
 }
 
@@ -132,7 +130,7 @@ impl Receiver {
     pub fn next(
         &mut self,
         socket: BorrowedFd<'_>,
-        stop: BorrowedFd<'_>,
+        stop: Stop<'_>,
     ) -> Result<Incoming<'_>, SocketError> {
         let envelope = loop {
             let wanted = match self.envelope()? {
@@ -223,7 +221,7 @@ impl Receiver {
 /// holds up nobody but itself: the owner's stop ends the wait.
 pub fn send(
     socket: BorrowedFd<'_>,
-    stop: BorrowedFd<'_>,
+    stop: Stop<'_>,
     mut bytes: &[u8],
     fd: Option<BorrowedFd<'_>>,
 ) -> Result<Wake, SocketError> {
@@ -263,6 +261,7 @@ mod tests {
         io::Write,
         os::{fd::AsFd, unix::net::UnixStream},
     };
+    use vfio_shim::model::OsRuntime;
 
     fn reset(id: u16) -> Vec<u8> {
         let mut bytes = vec![0; 16];
@@ -289,6 +288,13 @@ mod tests {
         assert_eq!(sent.unwrap(), bytes.len());
     }
 
+    fn stop(fd: &OwnedFd) -> Stop<'_> {
+        Stop {
+            fd: fd.as_fd(),
+            runtime: &OsRuntime,
+        }
+    }
+
     struct Pair {
         near: UnixStream,
         far: UnixStream,
@@ -310,7 +316,7 @@ mod tests {
 
     impl Pair {
         fn next(&mut self) -> Result<Incoming<'_>, SocketError> {
-            self.receiver.next(self.near.as_fd(), self.stop.as_fd())
+            self.receiver.next(self.near.as_fd(), stop(&self.stop))
         }
 
         fn message(&mut self) -> (u16, usize) {
@@ -386,7 +392,7 @@ mod tests {
         let pair = pair();
         let bytes = vec![0; 4 << 20];
         rustix::io::write(&pair.stop, &1u64.to_ne_bytes()).unwrap();
-        let wake = send(pair.near.as_fd(), pair.stop.as_fd(), &bytes, None).unwrap();
+        let wake = send(pair.near.as_fd(), stop(&pair.stop), &bytes, None).unwrap();
         assert_eq!(wake, Wake::Stopped);
     }
 }

@@ -21,7 +21,7 @@ use super::plan::{Owner, Rows, SlicePool};
 use super::wire::IRQ_WORDS_MAX;
 use crate::model::{Bdf, WindowOffset};
 use lease::{Lease, Place, Taken};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 
 /// How many functions one port borrows at most.
 pub const LEASES_MAX: usize = 64;
@@ -90,7 +90,7 @@ enum Op {
 #[derive(Default)]
 pub struct Borrower {
     leases: BTreeMap<LeaseId, Lease>,
-    steps: HashMap<Step, (Option<Token>, Op)>,
+    steps: BTreeMap<Step, (Option<Token>, Op)>,
     step_last: u64,
     rows: Rows,
     /// What the mapper could not unpin: it is tried again at the session's end, and nobody gets
@@ -520,8 +520,8 @@ impl Borrower {
     /// The link session is over: calls are answered, leases lost, guest RAM unpinned.
     pub fn session_over(&mut self, why: &str) -> Actions {
         let mut actions = Vec::new();
-        let mut pins_under_way = HashMap::new();
-        for (step, (token, op)) in self.steps.drain() {
+        let mut pins_under_way = BTreeMap::new();
+        for (step, (token, op)) in std::mem::take(&mut self.steps) {
             actions.extend(answer(token, Err(CallError::Gone(why.to_owned()))));
             // The mapper's answer is still to come; nothing is reused before.
             if op.is_at_mapper() {

@@ -3,7 +3,7 @@
 use super::{Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, lock};
 use crate::model::{
     AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds, FunctionInfo,
-    IrqIndex, MapError, Mapping, Memory, RegionIndex, ShadowConfig, Span, WindowOffset,
+    IrqIndex, MapError, Mapping, Memory, RegionIndex, ShadowConfig, Span, Task, WindowOffset,
 };
 use crate::path::borrower::{Answer, Call, CallError, GuestMap, MAPS_MAX, OpenedPath};
 use crate::path::message::{LeaseId, Request};
@@ -11,7 +11,6 @@ use crate::path::refusal::RefusalCode;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 
 /// Interrupt requests on x86: an address space of guest RAM never maps them (Intel SDM 3A, 12.11).
 const MSI_HOLE: (u64, u64) = (0xfee0_0000, 0xfef0_0000);
@@ -42,7 +41,7 @@ pub struct BorrowedFunction {
     state: Arc<LeaseShared>,
     triggers: Arc<Mutex<Triggers>>,
     stop: OwnedFd,
-    signaller: Mutex<Option<JoinHandle<()>>>,
+    signaller: Mutex<Option<Task>>,
 }
 
 /// A BAR of the far function as this process loads and stores it: its slice of the window.
@@ -60,7 +59,7 @@ impl SliceAperture {
         let inside = offset
             .checked_add(len as u64)
             .is_some_and(|end| end <= self.len);
-        let lost = lock(&self.state.lost);
+        let lost = self.state.runtime.lock(&self.state.lost);
         let open = inside && lost.is_none();
         if open {
             access();
@@ -123,8 +122,9 @@ impl BorrowedFunction {
             triggers: Arc::clone(&triggers),
             stop: stop.try_clone().map_err(failed)?,
         };
-        let thread = std::thread::Builder::new().name(format!("irq-lease-{lease}"));
-        let handle = thread.spawn(move || signaller.run()).map_err(failed)?;
+        let name = format!("irq-lease-{lease}");
+        let spawned = engine.runtime().spawn(name, Box::new(|| signaller.run()));
+        let handle = spawned.map_err(failed)?;
         Ok(Arc::new(Self {
             engine,
             lease,
@@ -145,7 +145,7 @@ impl BorrowedFunction {
 
     /// Why the lease is lost, if it is.
     pub fn lost(&self) -> Option<String> {
-        lock(&self.state.lost).clone()
+        self.state.runtime.lock(&self.state.lost).clone()
     }
 
     /// Per vector: how often its eventfd was signalled.
@@ -603,8 +603,9 @@ fn map_error(span: Span, error: CallError) -> MapError {
 impl Drop for BorrowedFunction {
     fn drop(&mut self) {
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-        if let Some(handle) = lock(&self.signaller).take() {
-            let _ = handle.join();
+        let signaller = lock(&self.signaller).take();
+        if let Some(signaller) = signaller {
+            signaller.join();
         }
     }
 }
@@ -623,12 +624,9 @@ impl Signaller {
                 PollFd::from_borrowed_fd(self.state.signals.wake_fd(), PollFlags::IN),
                 PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN),
             ];
-            match poll(&mut fds, None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => {
-                    tracing::error!(%error, "interrupts of a borrowed function stop");
-                    return;
-                }
+            if let Err(error) = self.state.runtime.poll(&mut fds) {
+                tracing::error!(%error, "interrupts of a borrowed function stop");
+                return;
             }
             if !fds[1].revents().is_empty() {
                 return;
@@ -684,6 +682,7 @@ fn signal(fd: BorrowedFd<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::OsRuntime;
     use crate::path::engine::Signals;
     use std::sync::mpsc;
 
@@ -725,6 +724,7 @@ mod tests {
         let (entered, store_began) = mpsc::channel();
         let (let_go, go) = mpsc::channel();
         let state = Arc::new(LeaseShared {
+            runtime: Arc::new(OsRuntime),
             signals: Arc::new(Signals::new(1).unwrap()),
             lost: Mutex::new(None),
         });

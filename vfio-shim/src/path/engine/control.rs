@@ -4,7 +4,9 @@ use super::executor::{Executor, ExecutorShared};
 use super::irq::{IrqCommand, IrqHandle, IrqThread, VectorCounters};
 use super::mapper::{Mapper, MapperJob};
 use super::{CallReply, EngineConfig, EngineError, LeaseShared, Shared, lock};
-use crate::model::{Access, Aperture, Bdf, DmaMap, Function, Memory, Span, WindowOffset};
+use crate::model::{
+    Access, Aperture, Bdf, DmaMap, Function, Memory, Runtime, Span, Task, WindowOffset,
+};
 use crate::ntb::NtbPort;
 use crate::path::borrower::{Answer, Call, LeaseStatus, Token};
 use crate::path::core::{Action, CoreConfig, Event, Inbox, PortCore, SessionInfo};
@@ -19,11 +21,10 @@ use crate::path::wire::{
 };
 use crate::path::work::FunctionWork;
 use crate::vfio::MappedAperture;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
-use std::thread::JoinHandle;
 
 /// What reaches the control thread.
 pub(crate) enum Input {
@@ -124,7 +125,7 @@ pub struct PortStatus {
 
 struct Worker {
     jobs: mpsc::Sender<(JobId, FunctionWork)>,
-    handle: JoinHandle<()>,
+    handle: Task,
     shared: Arc<ExecutorShared>,
 }
 
@@ -139,34 +140,22 @@ pub(super) struct Control {
     window: Arc<dyn Aperture>,
     irq: IrqHandle,
     irq_thread: Option<IrqThread>,
-    irq_join: Option<JoinHandle<()>>,
+    irq_join: Option<Task>,
     mapper: Option<mpsc::Sender<MapperJob>>,
-    mapper_join: Option<JoinHandle<()>>,
-    workers: HashMap<Bdf, Worker>,
+    mapper_join: Option<Task>,
+    workers: BTreeMap<Bdf, Worker>,
     pool: Arc<dyn LeasePool>,
     stopping: bool,
 }
 
 fn spawn(
+    runtime: &dyn Runtime,
     name: String,
     what: &'static str,
     run: impl FnOnce() + Send + 'static,
-) -> Result<JoinHandle<()>, EngineError> {
-    let builder = std::thread::Builder::new().name(name);
-    builder
-        .spawn(run)
-        .map_err(|source| EngineError::Thread { what, source })
-}
-
-fn entropy() -> u64 {
-    let mut bytes = [0; 8];
-    let mut have = 0;
-    while have < bytes.len() {
-        // getrandom only fails before the kernel's pool is ready, or on a signal: ask again.
-        let flags = rustix::rand::GetRandomFlags::empty();
-        have += rustix::rand::getrandom(&mut bytes[have..], flags).unwrap_or(0);
-    }
-    u64::from_ne_bytes(bytes)
+) -> Result<Task, EngineError> {
+    let spawned = runtime.spawn(name, Box::new(run));
+    spawned.map_err(|source| EngineError::Thread { what, source })
 }
 
 /// The mailbox's memory: a memfd of its own, in no tenant's reach.
@@ -202,8 +191,9 @@ impl Control {
             Arc::clone(&port),
             Arc::clone(&mailbox),
             config.heartbeat_ms,
-            inbox.clone(),
+            (inbox.clone(), Arc::clone(&shared.runtime)),
         )?;
+        let entropy = Arc::clone(&shared.runtime);
         let core = PortCore::new(
             CoreConfig {
                 node: config.node,
@@ -211,7 +201,7 @@ impl Control {
                 heartbeat_ms: config.heartbeat_ms,
                 lost_after_ms: config.lost_after_ms,
             },
-            Box::new(entropy),
+            Box::new(move || entropy.entropy()),
         );
         Ok(Self {
             window: port.window(0),
@@ -227,34 +217,37 @@ impl Control {
             irq_join: None,
             mapper: None,
             mapper_join: None,
-            workers: HashMap::new(),
+            workers: BTreeMap::new(),
             pool,
             stopping: false,
         })
     }
 
     /// Starts irq thread, mapper, and this thread.
-    pub(super) fn spawn(
-        mut self,
-        events: mpsc::Receiver<Input>,
-    ) -> Result<JoinHandle<()>, EngineError> {
+    pub(super) fn spawn(mut self, events: mpsc::Receiver<Input>) -> Result<Task, EngineError> {
         let name = self.config.name.clone();
+        let runtime = Arc::clone(&self.shared.runtime);
         if let Some(thread) = self.irq_thread.take() {
             let run = move || thread.run();
-            self.irq_join = Some(spawn(format!("{name}-irq"), "irq thread", run)?);
+            self.irq_join = Some(spawn(&*runtime, format!("{name}-irq"), "irq thread", run)?);
         }
         let (jobs, work) = mpsc::channel();
         let mapper = Mapper {
             port: Arc::clone(&self.port),
             base: self.config.window_base,
             inbox: self.inbox.clone(),
+            runtime: Arc::clone(&runtime),
         };
         self.mapper = Some(jobs);
         let run = move || mapper.run(&work);
-        self.mapper_join = Some(spawn(format!("{name}-map"), "mapper thread", run)?);
-        spawn(format!("{name}-ctl"), "control thread", move || {
-            self.run(&events)
-        })
+        self.mapper_join = Some(spawn(
+            &*runtime,
+            format!("{name}-map"),
+            "mapper thread",
+            run,
+        )?);
+        let run = move || self.run(&events);
+        spawn(&*runtime, format!("{name}-ctl"), "control thread", run)
     }
 
     fn run(mut self, events: &mpsc::Receiver<Input>) {
@@ -263,7 +256,8 @@ impl Control {
             // A port that has stopped said so by `ToPool::Gone`.
             let _ = inbox.send(Input::Event(Event::Pool(message)));
         }));
-        for input in events {
+        let runtime = Arc::clone(&self.shared.runtime);
+        while let Ok(input) = runtime.receive(events, None) {
             self.input(input);
             if self.stopping && self.core.is_idle() {
                 break;
@@ -396,7 +390,8 @@ impl Control {
             Action::Pool(message) => self.pool.tell(message),
             Action::Answer(token, result) => self.answer(token, result),
             Action::Lost(lease, why) => {
-                if let Some(state) = lock(&self.shared.borrowed).remove(&lease) {
+                let state = lock(&self.shared.borrowed).remove(&lease);
+                if let Some(state) = state {
                     state.lose(why);
                 }
             }
@@ -489,11 +484,13 @@ impl Control {
             base: self.config.window_base,
             irq: self.irq.clone(),
             inbox: self.inbox.clone(),
+            runtime: Arc::clone(&self.shared.runtime),
             shared: Arc::clone(&shared),
             path: None,
         };
         let name = format!("{}-{bdf}", self.config.name);
-        match spawn(name, "executor thread", move || executor.run(&work)) {
+        let run = move || executor.run(&work);
+        match spawn(&*self.shared.runtime, name, "executor thread", run) {
             Ok(handle) => {
                 self.workers.insert(
                     bdf,
@@ -517,7 +514,7 @@ impl Control {
         if let Some(worker) = self.workers.remove(&bdf) {
             // Idle by the lender's state, so that this does not wait for an ioctl.
             drop(worker.jobs);
-            let _ = worker.handle.join();
+            worker.handle.join();
         }
         Ok(())
     }
@@ -583,9 +580,9 @@ impl Control {
 
     /// Executors, mapper, irq thread; then the window is closed and the mailbox unmapped.
     fn end(&mut self) {
-        for (_, worker) in self.workers.drain() {
+        for worker in std::mem::take(&mut self.workers).into_values() {
             drop(worker.jobs);
-            let _ = worker.handle.join();
+            worker.handle.join();
         }
         self.mapper = None;
         self.irq.send(IrqCommand::Stop);
@@ -593,7 +590,7 @@ impl Control {
             .into_iter()
             .flatten()
         {
-            let _ = handle.join();
+            handle.join();
         }
         self.port.window_close(0);
         if let Err(error) = self.port.address_space().unmap(self.mailbox_span) {

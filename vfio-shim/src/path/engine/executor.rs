@@ -13,7 +13,7 @@ use super::irq::{IrqCommand, IrqHandle, Relay, VectorCounters};
 use super::scrub::scrub;
 use crate::model::{
     Access, AddressSpace, BAR_COUNT, DmaMap, Function, FunctionError, IrqIndex, MapError, Memory,
-    PortIova, RegionIndex, Span, WindowOffset,
+    PortIova, RegionIndex, Runtime, Span, WindowOffset,
 };
 use crate::ntb::NtbPort;
 use crate::path::core::Event;
@@ -47,6 +47,7 @@ pub(super) struct Executor {
     pub(super) base: PortIova,
     pub(super) irq: IrqHandle,
     pub(super) inbox: mpsc::Sender<Input>,
+    pub(super) runtime: Arc<dyn Runtime>,
     pub(super) shared: Arc<ExecutorShared>,
     pub(super) path: Option<OpenPath>,
 }
@@ -61,7 +62,8 @@ pub(super) struct OpenPath {
 impl Executor {
     /// Works until the senders of `jobs` are gone; a path still open then is undone.
     pub(super) fn run(mut self, jobs: &mpsc::Receiver<(JobId, FunctionWork)>) {
-        for (job, work) in jobs {
+        let runtime = Arc::clone(&self.runtime);
+        while let Ok((job, work)) = runtime.receive(jobs, None) {
             let result = self.work(work);
             let _ = self.inbox.send(Input::Event(Event::Worked(job, result)));
         }
@@ -287,7 +289,7 @@ impl Executor {
         if let Some(index) = path.armed {
             let disabled = self.function.disable_irqs(index);
             // Also where that failed: a relay that went on would ring in words of the next tenant.
-            self.irq.disarm(path.plan.lease);
+            self.irq.disarm(&*self.runtime, path.plan.lease);
             disabled?;
             path.armed = None;
         }

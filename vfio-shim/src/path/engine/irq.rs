@@ -2,14 +2,13 @@
 
 use super::control::Input;
 use super::{EngineError, Signals};
-use crate::model::Aperture;
+use crate::model::{Aperture, Runtime};
 use crate::ntb::NtbPort;
 use crate::path::message::LeaseId;
 use crate::path::relay::{RelayStep, Scan, VectorRelay};
 use crate::path::wire::{BELL_IRQ, BELL_MAILBOX, IRQ_TABLE_OFFSET};
 use rustix::event::{EventfdFlags, epoll, eventfd};
-use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -96,10 +95,10 @@ impl IrqHandle {
     }
 
     /// Returns when the path's relay rings no more.
-    pub(super) fn disarm(&self, lease: LeaseId) {
+    pub(super) fn disarm(&self, runtime: &dyn Runtime, lease: LeaseId) {
         let (done, wait) = mpsc::channel();
         self.send(IrqCommand::Disarm(lease, done));
-        let _ = wait.recv();
+        let _ = runtime.receive(&wait, None);
     }
 }
 
@@ -121,15 +120,16 @@ pub(super) struct IrqThread {
     window: Arc<dyn Aperture>,
     mailbox: Arc<dyn Aperture>,
     inbox: mpsc::Sender<Input>,
+    runtime: Arc<dyn Runtime>,
     commands: mpsc::Receiver<IrqCommand>,
     wake: Arc<OwnedFd>,
     epoll: OwnedFd,
     timer: OwnedFd,
     session: Option<(u64, u64)>,
-    relays: HashMap<LeaseId, Armed>,
-    by_index: HashMap<u64, LeaseId>,
+    relays: BTreeMap<LeaseId, Armed>,
+    by_index: BTreeMap<u64, LeaseId>,
     index_last: u64,
-    scans: HashMap<LeaseId, Scanned>,
+    scans: BTreeMap<LeaseId, Scanned>,
     bells: Arc<BellCounters>,
     told: Arc<Told>,
 }
@@ -155,12 +155,16 @@ impl IrqThread {
         port: Arc<dyn NtbPort>,
         mailbox: Arc<dyn Aperture>,
         heartbeat_ms: u64,
-        inbox: mpsc::Sender<Input>,
+        (inbox, runtime): (mpsc::Sender<Input>, Arc<dyn Runtime>),
     ) -> Result<(Self, IrqHandle), EngineError> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let wake = Arc::new(made("wake-up eventfd", eventfd(0, flags))?);
         let epoll = made("epoll", epoll::create(epoll::CreateFlags::CLOEXEC))?;
-        let timer = made("timer", heartbeat_timer(heartbeat_ms))?;
+        let timer = runtime.timer(heartbeat_ms);
+        let timer = timer.map_err(|source| EngineError::Thread {
+            what: "timer",
+            source,
+        })?;
         let (sender, commands) = mpsc::channel();
         let bells = Arc::<BellCounters>::default();
         let told = Arc::<Told>::default();
@@ -181,15 +185,16 @@ impl IrqThread {
             port,
             mailbox,
             inbox,
+            runtime,
             commands,
             wake: Arc::clone(&wake),
             epoll,
             timer,
             session: None,
-            relays: HashMap::new(),
-            by_index: HashMap::new(),
+            relays: BTreeMap::new(),
+            by_index: BTreeMap::new(),
             index_last: 0,
-            scans: HashMap::new(),
+            scans: BTreeMap::new(),
             bells: Arc::clone(&bells),
             told: Arc::clone(&told),
         };
@@ -207,19 +212,19 @@ impl IrqThread {
     /// Works until told to stop.
     pub(super) fn run(mut self) {
         let mut events: Vec<epoll::Event> = Vec::with_capacity(EVENTS_MAX);
+        let mut again = false;
         loop {
             events.clear();
-            match epoll::wait(
-                &self.epoll,
-                rustix::buffer::spare_capacity(&mut events),
-                None,
-            ) {
+            let timeout = self.runtime.look(again);
+            let room = rustix::buffer::spare_capacity(&mut events);
+            match epoll::wait(&self.epoll, room, timeout.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
                     tracing::error!(%error, "the irq thread cannot wait for events");
                     return;
                 }
             }
+            again = events.is_empty();
             for event in &events {
                 match event.data.u64() {
                     KEY_PORT => self.doorbell(),
@@ -472,20 +477,4 @@ fn read_count(fd: BorrowedFd<'_>) -> u64 {
 
 fn drain(fd: BorrowedFd<'_>) {
     let _ = read_count(fd);
-}
-
-fn heartbeat_timer(heartbeat_ms: u64) -> rustix::io::Result<OwnedFd> {
-    use rustix::time::{timerfd_create, timerfd_settime};
-    let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-    let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-    let every = Timespec {
-        tv_sec: (heartbeat_ms / 1000) as i64,
-        tv_nsec: (heartbeat_ms % 1000 * 1_000_000) as _,
-    };
-    let spec = Itimerspec {
-        it_interval: every,
-        it_value: every,
-    };
-    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &spec)?;
-    Ok(timer)
 }

@@ -1,7 +1,7 @@
 //! The mapper: pins and unpins guest RAM in the port's own container, one piece after the other.
 
 use super::control::Input;
-use crate::model::{DmaMap, MapError, Memory, PortIova, Span};
+use crate::model::{DmaMap, MapError, Memory, PortIova, Runtime, Span};
 use crate::ntb::NtbPort;
 use crate::path::borrower::{CallError, Pin, Step};
 use crate::path::core::Event;
@@ -18,12 +18,13 @@ pub(super) struct Mapper {
     pub(super) port: Arc<dyn NtbPort>,
     pub(super) base: PortIova,
     pub(super) inbox: mpsc::Sender<Input>,
+    pub(super) runtime: Arc<dyn Runtime>,
 }
 
 impl Mapper {
     /// Works until the senders of `jobs` are gone.
     pub(super) fn run(self, jobs: &mpsc::Receiver<MapperJob>) {
-        for job in jobs {
+        while let Ok(job) = self.runtime.receive(jobs, None) {
             let (step, result) = match job {
                 MapperJob::Pin(step, pins) => (step, self.pin(&pins)),
                 MapperJob::Unpin(step, spans) => (step, self.unpin(&spans)),

@@ -34,14 +34,12 @@ use super::borrower::{Answer, Call, CallError, Token};
 use super::grant::{LeasePool, VolatilePool};
 use super::lender::OfferState;
 use super::message::{LeaseId, PoolEntry, Refusal};
-use crate::model::{Bdf, Function, MapError, PortIova};
+use crate::model::{Bdf, Function, MapError, OsRuntime, PortIova, Runtime, Task};
 use crate::ntb::NtbPort;
 use control::{Control, Input};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 /// How long a map, or the reply to the first bus-master enable, may take, milliseconds.
 pub const MAP_WAIT_MS: u64 = 4_000;
@@ -98,11 +96,12 @@ pub(crate) struct Shared {
     calls: Mutex<HashMap<Token, mpsc::Sender<CallReply>>>,
     borrowed: Mutex<HashMap<LeaseId, Arc<LeaseShared>>>,
     token_last: AtomicU64,
-    start: Instant,
+    pub(crate) runtime: Arc<dyn Runtime>,
 }
 
 /// What control, irq thread and worker share of one borrowed lease.
 pub(crate) struct LeaseShared {
+    pub(crate) runtime: Arc<dyn Runtime>,
     pub(crate) signals: Arc<Signals>,
     pub(crate) lost: Mutex<Option<String>>,
 }
@@ -110,7 +109,7 @@ pub(crate) struct LeaseShared {
 impl LeaseShared {
     /// When it returns, no load or store of the lease is under way and none begins.
     pub(crate) fn lose(&self, why: String) {
-        lock(&self.lost).get_or_insert(why);
+        self.runtime.lock(&self.lost).get_or_insert(why);
         self.signals.wake();
     }
 }
@@ -127,7 +126,7 @@ impl Shared {
     }
 
     pub(crate) fn now_ms(&self) -> u64 {
-        self.start.elapsed().as_millis() as u64
+        self.runtime.now_ms()
     }
 }
 
@@ -136,7 +135,7 @@ pub struct Engine {
     inbox: mpsc::Sender<Input>,
     shared: Arc<Shared>,
     port: Arc<dyn NtbPort>,
-    control: Mutex<Option<JoinHandle<()>>>,
+    control: Mutex<Option<Task>>,
 }
 
 impl Engine {
@@ -151,11 +150,21 @@ impl Engine {
         config: EngineConfig,
         pool: Arc<dyn LeasePool>,
     ) -> Result<Arc<Self>, EngineError> {
+        Self::start_on(Arc::new(OsRuntime), port, config, pool)
+    }
+
+    /// The same on another runtime than the operating system's.
+    pub fn start_on(
+        runtime: Arc<dyn Runtime>,
+        port: Arc<dyn NtbPort>,
+        config: EngineConfig,
+        pool: Arc<dyn LeasePool>,
+    ) -> Result<Arc<Self>, EngineError> {
         let shared = Arc::new(Shared {
             calls: Mutex::default(),
             borrowed: Mutex::default(),
             token_last: AtomicU64::new(0),
-            start: Instant::now(),
+            runtime,
         });
         let (inbox, events) = mpsc::channel();
         let control = Control::new(
@@ -197,14 +206,15 @@ impl Engine {
         let (reply, answer) = mpsc::channel();
         let stopped = || Refusal::stopped();
         self.inbox.send(input(reply)).map_err(|_| stopped())?;
-        answer.recv().map_err(|_| stopped())?
+        let answered = self.shared.runtime.receive(&answer, None);
+        answered.map_err(|_| stopped())?
     }
 
     /// Everything that `status` tells of the port.
     pub fn status(&self) -> Option<PortStatus> {
         let (reply, answer) = mpsc::channel();
         self.inbox.send(Input::Status(reply)).ok()?;
-        answer.recv().ok()
+        self.shared.runtime.receive(&answer, None).ok()
     }
 
     /// The peer's pool.
@@ -241,6 +251,7 @@ impl Engine {
     ) -> Result<Arc<BorrowedFunction>, CallError> {
         let signals = Signals::new(entry.irq_count).map_err(|e| CallError::Gone(e.to_string()))?;
         let state = Arc::new(LeaseShared {
+            runtime: Arc::clone(&self.shared.runtime),
             signals: Arc::new(signals),
             lost: Mutex::new(None),
         });
@@ -265,10 +276,15 @@ impl Engine {
     /// Ends a lease. The guest session must have ended.
     pub fn give_back(&self, lease: LeaseId) -> Result<(), CallError> {
         // Whoever still has its BARs reads ones before the lender gives the slices to another.
-        if let Some(state) = lock(&self.shared.borrowed).remove(&lease) {
+        let state = lock(&self.shared.borrowed).remove(&lease);
+        if let Some(state) = state {
             state.lose("the lease was given back".into());
         }
         self.call(Call::Return(lease), RESET_WAIT_MS).map(|_| ())
+    }
+
+    pub(crate) fn runtime(&self) -> &Arc<dyn Runtime> {
+        &self.shared.runtime
     }
 
     /// The port that the engine drives.
@@ -281,10 +297,11 @@ impl Engine {
         let (reply, answer) = mpsc::channel();
         lock(&self.shared.calls).insert(token, reply);
         let sent = self.inbox.send(Input::Call(token, call)).is_ok();
-        let result = if sent {
-            answer.recv_timeout(Duration::from_millis(wait_ms)).ok()
-        } else {
-            None
+        let runtime = &self.shared.runtime;
+        let until_ms = runtime.now_ms().saturating_add(wait_ms);
+        let result = match sent {
+            true => runtime.receive(&answer, Some(until_ms)).ok(),
+            false => None,
         };
         lock(&self.shared.calls).remove(&token);
         // Control answers under that lock: what came just too late is there now, or never.
@@ -299,8 +316,9 @@ impl Engine {
     /// Undoes every path, tells the peer by taking the link down, and ends the threads.
     pub fn stop(&self) {
         let _ = self.inbox.send(Input::Stop);
-        if let Some(handle) = lock(&self.control).take() {
-            let _ = handle.join();
+        let control = lock(&self.control).take();
+        if let Some(control) = control {
+            control.join();
         }
     }
 }

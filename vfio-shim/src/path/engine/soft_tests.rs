@@ -12,6 +12,7 @@ use crate::vfio::MappedAperture;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 const PAGE: u64 = 4096;
 /// Room for the large BARs of several functions: numbers only, until something is mapped.

@@ -5,7 +5,8 @@ use super::executor::{Executor, ExecutorShared};
 use super::irq::{IrqHandle, IrqThread};
 use crate::model::{
     Access, AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds,
-    FunctionInfo, IrqIndex, MapError, PortIova, RegionIndex, Span, WindowOffset,
+    FunctionInfo, IrqIndex, MapError, OsRuntime, PortIova, RegionIndex, Runtime, Span,
+    WindowOffset,
 };
 use crate::ntb::NtbPort;
 use crate::ntb::soft::{SoftFunction, SoftLink, SoftPort, SoftPortConfig};
@@ -163,8 +164,10 @@ impl Rig {
         let (inbox, told) = mpsc::channel();
         let (_, mailbox) = super::control::mailbox_memory().unwrap();
         let shared_port: Arc<dyn NtbPort> = port.clone();
+        let runtime: Arc<dyn Runtime> = Arc::new(OsRuntime);
+        let door = (inbox.clone(), Arc::clone(&runtime));
         let (thread, irq) =
-            IrqThread::new(Arc::clone(&shared_port), mailbox, 60_000, inbox.clone()).unwrap();
+            IrqThread::new(Arc::clone(&shared_port), mailbox, 60_000, door).unwrap();
         port.doorbell_unmask_only(BELL_MAILBOX);
         for side in [&port, &far] {
             side.link_enable(true);
@@ -185,6 +188,7 @@ impl Rig {
             base: BASE,
             irq: irq.clone(),
             inbox,
+            runtime,
             shared: Arc::new(ExecutorShared::default()),
             path: None,
         };
@@ -227,8 +231,8 @@ impl Rig {
     /// Returns when the irq thread has handled all that was ready before.
     fn irq_is_quiet(&self) {
         // The first wakes it with what was ready, the second when it is through with that.
-        self.irq.disarm(LeaseId(77));
-        self.irq.disarm(LeaseId(77));
+        self.irq.disarm(&OsRuntime, LeaseId(77));
+        self.irq.disarm(&OsRuntime, LeaseId(77));
     }
 }
 

@@ -1,0 +1,253 @@
+//! Where time, randomness and threads come from, and how a thread waits: from outside, so that a simulator can be it.
+
+use rustix::event::{PollFd, Timespec, poll};
+use rustix::io::Errno;
+use rustix::time::{
+    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, clock_gettime,
+    timerfd_create, timerfd_settime,
+};
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
+
+/// How a thread that has nothing to do goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Idle {
+    /// It waits in the kernel.
+    Block,
+    /// Others have run: it looks without waiting, and comes back where it finds nothing.
+    Look,
+}
+
+/// What the threads of this process stand on. The operating system's is [`OsRuntime`]; a simulator
+/// has another, and runs the same threads one after the other.
+pub trait Runtime: Send + Sync {
+    /// Milliseconds of a monotonic clock.
+    fn now_ms(&self) -> u64;
+
+    /// Randomness.
+    fn entropy(&self) -> u64;
+
+    /// Starts a thread.
+    fn spawn(&self, name: String, run: Box<dyn FnOnce() + Send>) -> io::Result<Task>;
+
+    /// An fd that becomes readable every so many milliseconds; reading it takes that back.
+    fn timer(&self, every_ms: u64) -> io::Result<OwnedFd>;
+
+    /// Called by a thread before it waits for another, at most until `until_ms` of the clock.
+    /// `again` says that its last look found nothing.
+    fn idle(&self, until_ms: Option<u64>, again: bool) -> Idle;
+}
+
+impl fmt::Debug for dyn Runtime + '_ {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Runtime")
+    }
+}
+
+/// A thread that was started.
+pub struct Task(Box<dyn FnOnce() + Send>);
+
+impl Task {
+    /// One that `join` waits for.
+    pub fn new(join: impl FnOnce() + Send + 'static) -> Self {
+        Self(Box::new(join))
+    }
+
+    /// Returns when it has ended.
+    pub fn join(self) {
+        (self.0)();
+    }
+}
+
+impl dyn Runtime + '_ {
+    /// The next thing of a channel. Without `until_ms` it only fails when all senders are gone.
+    pub fn receive<T>(
+        &self,
+        channel: &Receiver<T>,
+        until_ms: Option<u64>,
+    ) -> Result<T, RecvTimeoutError> {
+        let mut again = false;
+        loop {
+            let left_ms = until_ms.map(|until| until.saturating_sub(self.now_ms()));
+            let block = self.idle(until_ms, again) == Idle::Block;
+            match (block, left_ms) {
+                (true, None) => {
+                    return channel.recv().map_err(|_| RecvTimeoutError::Disconnected);
+                }
+                (true, Some(ms)) => return channel.recv_timeout(Duration::from_millis(ms)),
+                (false, _) => {}
+            }
+            match channel.try_recv() {
+                Ok(value) => return Ok(value),
+                Err(TryRecvError::Disconnected) => return Err(RecvTimeoutError::Disconnected),
+                Err(TryRecvError::Empty) if until_ms.is_some_and(|at| at <= self.now_ms()) => {
+                    return Err(RecvTimeoutError::Timeout);
+                }
+                Err(TryRecvError::Empty) => again = true,
+            }
+        }
+    }
+
+    /// Waits until one of these fds is ready.
+    pub fn poll(&self, fds: &mut [PollFd<'_>]) -> Result<(), Errno> {
+        let mut again = false;
+        loop {
+            let timeout = self.look(again);
+            match poll(fds, timeout.as_ref()) {
+                Ok(0) | Err(Errno::INTR) => again = true,
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    /// How long the next look at fds may take: for ever, or not at all.
+    pub fn look(&self, again: bool) -> Option<Timespec> {
+        match self.idle(None, again) {
+            Idle::Block => None,
+            Idle::Look => Some(Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            }),
+        }
+    }
+
+    /// Takes a lock that is held over more than a look-up.
+    pub fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
+        let mut again = false;
+        loop {
+            match mutex.try_lock() {
+                Ok(guard) => return guard,
+                Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => {}
+            }
+            if self.idle(None, again) == Idle::Block {
+                return mutex.lock().unwrap_or_else(PoisonError::into_inner);
+            }
+            again = true;
+        }
+    }
+}
+
+/// The kernel's clock, randomness and threads.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OsRuntime;
+
+impl Runtime for OsRuntime {
+    fn now_ms(&self) -> u64 {
+        let now = clock_gettime(ClockId::Monotonic);
+        now.tv_sec as u64 * 1000 + now.tv_nsec as u64 / 1_000_000
+    }
+
+    fn entropy(&self) -> u64 {
+        let mut bytes = [0; 8];
+        let mut have = 0;
+        while have < bytes.len() {
+            // getrandom only fails before the kernel's pool is ready, or on a signal: ask again.
+            let flags = rustix::rand::GetRandomFlags::empty();
+            have += rustix::rand::getrandom(&mut bytes[have..], flags).unwrap_or(0);
+        }
+        u64::from_ne_bytes(bytes)
+    }
+
+    fn spawn(&self, name: String, run: Box<dyn FnOnce() + Send>) -> io::Result<Task> {
+        let handle = std::thread::Builder::new().name(name).spawn(run)?;
+        Ok(Task::new(move || {
+            // A thread that panicked has said so itself.
+            let _ = handle.join();
+        }))
+    }
+
+    fn timer(&self, every_ms: u64) -> io::Result<OwnedFd> {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        let every = Timespec {
+            tv_sec: (every_ms / 1000) as i64,
+            tv_nsec: (every_ms % 1000 * 1_000_000) as _,
+        };
+        let spec = Itimerspec {
+            it_interval: every,
+            it_value: every,
+        };
+        timerfd_settime(&timer, TimerfdTimerFlags::empty(), &spec)?;
+        Ok(timer)
+    }
+
+    fn idle(&self, _until_ms: Option<u64>, _again: bool) -> Idle {
+        Idle::Block
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::PollFlags;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::{Arc, mpsc};
+
+    /// A clock that goes on by 1 ms at each look.
+    #[derive(Default)]
+    struct Looks(AtomicU64);
+
+    impl Runtime for Looks {
+        fn now_ms(&self) -> u64 {
+            self.0.load(Ordering::Relaxed)
+        }
+
+        fn entropy(&self) -> u64 {
+            0
+        }
+
+        fn spawn(&self, _: String, _: Box<dyn FnOnce() + Send>) -> io::Result<Task> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn timer(&self, _: u64) -> io::Result<OwnedFd> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+
+        fn idle(&self, _: Option<u64>, again: bool) -> Idle {
+            assert_eq!(again, self.now_ms() != 0);
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Idle::Look
+        }
+    }
+
+    #[test]
+    fn a_channel_tells_its_next_thing_its_end_and_a_timeout_however_the_thread_waits() {
+        let runtimes: [Arc<dyn Runtime>; 2] = [Arc::new(OsRuntime), Arc::<Looks>::default()];
+        for (at, runtime) in runtimes.into_iter().enumerate() {
+            let fresh = || -> Arc<dyn Runtime> {
+                match at {
+                    0 => Arc::clone(&runtime),
+                    _ => Arc::<Looks>::default(),
+                }
+            };
+            let (sender, channel) = mpsc::channel();
+            sender.send(7).unwrap();
+            assert_eq!(fresh().receive(&channel, None), Ok(7));
+            let until = fresh().now_ms() + 5;
+            let late = fresh().receive(&channel, Some(until));
+            assert_eq!(late, Err(RecvTimeoutError::Timeout));
+            drop(sender);
+            let ended = fresh().receive(&channel, None);
+            assert_eq!(ended, Err(RecvTimeoutError::Disconnected));
+        }
+    }
+
+    #[test]
+    fn a_timer_becomes_readable_again_and_again() {
+        let runtime: &dyn Runtime = &OsRuntime;
+        let timer = runtime.timer(1).unwrap();
+        for _ in 0..2 {
+            runtime
+                .poll(&mut [PollFd::new(&timer, PollFlags::IN)])
+                .unwrap();
+            assert_eq!(rustix::io::read(&timer, &mut [0u8; 8]), Ok(8));
+        }
+    }
+}
