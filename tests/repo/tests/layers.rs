@@ -11,6 +11,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("tests/repo", &[]),
     ("tests/lab/model", &[]),
     ("tests/lab/agent", &[]),
+    ("tests/lab/contracts", &["vfio-shim"]),
     ("tests/lab/runner", &["lab-agent"]),
     ("tests/fuzz", &["vfio-shim", "vmm-glue"]),
     ("tests/sim", &["vfio-shim", "vmm-glue"]),

@@ -11,6 +11,8 @@ mod region;
 mod runtime;
 mod shadow_config;
 mod space;
+#[cfg(any(test, feature = "contract"))]
+pub mod space_contract;
 mod span;
 
 pub use addr::{BarOffset, GuestAddress, Iova, PortIova, WindowOffset};
@@ -26,4 +28,4 @@ pub use region::{BAR_COUNT, MmapArea, RegionIndex, RegionInfo};
 pub use runtime::{Idle, OsRuntime, Runtime, Task};
 pub use shadow_config::{Effects, ShadowConfig, ShadowError};
 pub use space::{Access, AddressSpace, Aperture, DmaMap, MapError, Mapping, Memory};
-pub use span::Span;
+pub use span::{Span, overlap_among};

@@ -79,6 +79,14 @@ impl fmt::Display for Span {
     }
 }
 
+/// Whether two of the spans share a byte, and which.
+pub fn overlap_among(spans: impl Iterator<Item = Span>) -> Option<Span> {
+    let mut sorted: Vec<Span> = spans.collect();
+    sorted.sort_unstable();
+    let clash = sorted.windows(2).find(|pair| pair[0].overlaps(pair[1]));
+    clash.map(|pair| pair[1])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,5 +105,15 @@ mod tests {
         assert!(!span.overlaps(Span::new(8, 0).unwrap()));
         assert!(span.overlaps(Span::new(15, 1).unwrap()));
         assert!(!span.overlaps(Span::new(16, 1).unwrap()));
+    }
+
+    #[test]
+    fn spans_that_share_a_byte_are_found_in_any_order() {
+        let of = |spans: [(u64, u64); 3]| {
+            let spans = spans.map(|(start, len)| Span::new(start, len).unwrap());
+            overlap_among(spans.into_iter())
+        };
+        assert_eq!(of([(4, 4), (0, 4), (8, 1)]), None);
+        assert_eq!(of([(4, 5), (0, 4), (8, 1)]), Span::new(8, 1));
     }
 }

@@ -1,7 +1,7 @@
 //! A host's own end of an NTB: windows, doorbells, scratchpads, link, as the kernel's ntb.h names them.
 
-#[cfg(test)]
-mod contract;
+#[cfg(any(test, feature = "contract"))]
+pub mod contract;
 pub mod hw;
 mod port;
 pub mod soft;

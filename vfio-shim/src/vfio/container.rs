@@ -6,9 +6,9 @@ use super::{
     caps::IommuInfo,
     ioctl,
     mapping::Pages,
-    table::{Entry, Table, overlap_among, steps},
+    table::{Entry, Table, steps},
 };
-use crate::model::{Access, AddressSpace, Aperture, DmaMap, MapError, Memory, Span};
+use crate::model::{Access, AddressSpace, Aperture, DmaMap, MapError, Memory, Span, overlap_among};
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -103,11 +103,11 @@ impl Container {
             }
             table.check_free(*span)?;
         }
-        let spans: Vec<_> = maps.iter().map(|map| map.span).collect();
-        if let Some(span) = overlap_among(&spans) {
+        let spans = || maps.iter().map(|map| map.span);
+        if let Some(span) = overlap_among(spans()) {
             return Err(MapError::Overlap(span));
         }
-        let wanted: u64 = spans.iter().map(|span| steps(*span).count() as u64).sum();
+        let wanted: u64 = spans().map(|span| steps(span).count() as u64).sum();
         let left = u64::from(self.available());
         if wanted > left {
             return Err(MapError::TooMany((left + table.steps()) as u32));

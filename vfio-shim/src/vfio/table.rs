@@ -36,14 +36,6 @@ pub(super) fn steps(span: Span) -> impl Iterator<Item = Span> {
     })
 }
 
-/// Whether two of the spans share a byte, and which.
-pub(super) fn overlap_among(spans: &[Span]) -> Option<Span> {
-    let mut sorted = spans.to_vec();
-    sorted.sort_unstable();
-    let clash = sorted.windows(2).find(|pair| pair[0].overlaps(pair[1]));
-    clash.map(|pair| pair[1])
-}
-
 impl Table {
     /// How many mappings of the kernel there are.
     pub fn steps(&self) -> u64 {
@@ -119,8 +111,6 @@ mod tests {
         for (start, len) in [(0, 0x1000), (0x3000, 0x5000), (0x9000, 0x1000)] {
             assert!(table.check_free(span(start, len)).is_ok(), "{start:#x}");
         }
-        assert!(overlap_among(&[span(4, 4), span(0, 4), span(8, 1)]).is_none());
-        assert!(overlap_among(&[span(4, 5), span(0, 4), span(8, 1)]).is_some());
     }
 
     #[test]

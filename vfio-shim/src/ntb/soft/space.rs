@@ -4,6 +4,7 @@ use super::armed::Armed;
 use super::fault::{Fault, FaultPlan, Operation};
 use crate::model::{Access, AddressSpace, Aperture, DmaMap, MapError, Memory, Span};
 use crate::vfio::MappedAperture;
+use rustix::fs::fstat;
 use rustix::io::Errno;
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
@@ -208,6 +209,11 @@ fn entry(map: &DmaMap<'_>) -> Result<Entry, MapError> {
     };
     let (target, offset): (Arc<dyn Aperture>, u64) = match &map.memory {
         Memory::Fd(fd, offset) => {
+            // As a pin would find out: beyond the file's end there is no page.
+            let bytes = fstat(fd).map_err(|errno| refused(errno.into()))?.st_size as u64;
+            if offset.checked_add(span.len()).is_none_or(|end| end > bytes) {
+                return Err(refused(Errno::FAULT.into()));
+            }
             let mapped = MappedAperture::memory(*fd, *offset, span.len()).map_err(refused)?;
             (Arc::new(mapped), 0)
         }

@@ -27,16 +27,18 @@ macro_rules! contract_tests {
     };
 }
 
-contract_tests! {
-    closed_window_drops_stores_and_reads_ones
-    open_window_reaches_memory_up_to_its_limit
-    container_of_the_far_port_decides_what_is_reached
-    unusable_window_is_refused_and_stays_closed
-    bell_fires_once_until_taken_and_again_after
-    masked_bell_is_silent_and_fires_when_unmasked
-    store_before_a_bell_is_there_when_the_bell_is_taken
-    scratchpads_are_the_owners_and_written_by_the_peer
-    nothing_crosses_a_link_that_is_down_and_both_ends_are_told
+crate::port_contract!(contract_tests);
+
+mod soft_space_keeps_the_contract {
+    use crate::model::space_contract;
+    use crate::ntb::soft::SoftSpace;
+
+    macro_rules! with_soft_space {
+        ($($name:ident)*) => {
+            $(#[test] fn $name() { space_contract::$name(&SoftSpace::new()); })*
+        };
+    }
+    crate::space_contract!(with_soft_space);
 }
 
 fn memfd(bytes: u64) -> OwnedFd {

@@ -75,9 +75,15 @@ pub enum CallError {
     /// The peer, or this side, refused.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// Mapping these addresses is refused here.
-    #[error("guest memory {0} is mapped already, or would cut a mapping in two")]
+    /// Something is mapped there, or would be twice.
+    #[error("guest memory {0} is mapped already: unmap it first")]
     Overlap(Span),
+    /// An unmap would cut a mapping in two.
+    #[error("unmapping guest memory {0} would cut a mapping in two: unmap whole mappings")]
+    Bisect(Span),
+    /// Not whole pages.
+    #[error("guest memory {0} is empty or not aligned to 4 KiB pages")]
+    Align(Span),
     /// Not answered in time.
     #[error("not answered within {0} ms: the other host is slow or gone")]
     Timeout(u64),

@@ -1,10 +1,13 @@
 //! One lease that is held: its mappings of guest RAM, and what the lender has not been told yet.
 
 use super::{CallError, GuestMap, MAPS_MAX, Slice, Token, limit};
-use crate::model::{Access, Bdf, Span, WindowOffset};
+use crate::model::{Access, Bdf, Span, WindowOffset, overlap_among};
 use crate::path::message::{LeaseId, Secret};
 use crate::path::plan::{Owner, SlicePool};
 use std::collections::{BTreeMap, VecDeque};
+
+/// What guest RAM is mapped in: 4 KiB.
+const PAGE_BYTES: u64 = 4096;
 
 #[derive(Clone, Debug)]
 pub(super) struct Mapped {
@@ -56,7 +59,13 @@ impl Lease {
             let text = format!("a guest has at most {MAPS_MAX} mappings: give it larger pages");
             return Err(limit(MAPS_MAX, text));
         }
+        if let Some(span) = overlap_among(maps.iter().map(|map| map.span)) {
+            return Err(CallError::Overlap(span));
+        }
         for map in maps {
+            if map.span.is_empty() || !map.span.is_aligned(PAGE_BYTES) {
+                return Err(CallError::Align(map.span));
+            }
             let before = self.maps.range(..map.span.end()).next_back();
             if before.is_some_and(|(start, old)| start + old.len > map.span.start()) {
                 return Err(CallError::Overlap(map.span));
@@ -99,7 +108,7 @@ impl Lease {
             match held {
                 None => {}
                 Some(held) if span.contains(held) => taken.push((held, (map.offset, map.len))),
-                Some(_) => return Err(CallError::Overlap(span)),
+                Some(_) => return Err(CallError::Bisect(span)),
             }
         }
         for (held, _) in &taken {

@@ -588,6 +588,8 @@ fn map_error(span: Span, error: CallError) -> MapError {
         CallError::Gone(why) => MapError::Gone(why),
         CallError::Timeout(ms) => MapError::Timeout(span, ms),
         CallError::Overlap(span) => MapError::Overlap(span),
+        CallError::Bisect(span) => MapError::Bisect(span),
+        CallError::Align(span) => MapError::Align(span),
         // Guest RAM lies behind the own window: only this host's end can run out of it.
         CallError::Refused(refusal) if refusal.code == RefusalCode::WindowFull => {
             MapError::Here(refusal.text)

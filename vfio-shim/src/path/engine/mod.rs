@@ -17,6 +17,8 @@ mod executor;
 mod forged_tests;
 mod irq;
 mod mapper;
+#[cfg(test)]
+mod order_tests;
 mod scrub;
 mod signals;
 #[cfg(test)]

@@ -318,6 +318,13 @@ mod contract_over_the_path {
             contract::$name(&Driver::new(&*borrow(&rig).1, ARC));
         })* } };
     }
+    macro_rules! space_tests {
+        ($($name:ident)*) => { mod guest_memory { use super::*; $(#[test] fn $name() {
+            let rig = Rig::with(engine(), FaultPlan::default(), LOST_AFTER_MS);
+            crate::model::space_contract::$name(borrow(&rig).1.address_space());
+        })* } };
+    }
+    crate::space_contract! { space_tests }
     function_contract! { engine_tests }
     function_contract! { arc_tests }
 }

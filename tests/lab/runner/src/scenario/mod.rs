@@ -1,6 +1,7 @@
 //! The scenarios, one file each.
 
 mod bad_input;
+mod contracts;
 mod flap;
 mod heartbeat;
 mod hosts;
@@ -62,6 +63,7 @@ pub enum When {
 /// In the order in which the gate runs them.
 pub const ALL: &[Scenario] = &[
     hosts::SCENARIO,
+    contracts::SCENARIO,
     ntb_drivers::SCENARIO,
     nvme::TRAPPED,
     nvme::MAPPED,

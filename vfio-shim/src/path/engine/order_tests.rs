@@ -1,0 +1,214 @@
+//! The order in which a relay touches the NTB: fence, word, bell, with nothing missing and nothing swapped.
+
+use super::soft_tests::{bdf, until};
+use super::*;
+use crate::model::contract::Driver;
+use crate::model::{AddressSpace, Aperture, FunctionIds, Mapping, PortIova};
+use crate::ntb::soft::function_tests::ENGINE;
+use crate::ntb::soft::{FaultPlan, SoftFunction, SoftLink, SoftPort, SoftPortConfig};
+use crate::ntb::{PortError, PortInfo};
+use crate::path::message::PoolState;
+use crate::path::wire::{BELL_IRQ, IRQ_TABLE_OFFSET, MAILBOX_BYTES};
+use std::os::fd::BorrowedFd;
+
+const WINDOW_BYTES: u64 = 64 << 20;
+
+/// What the relay did to its port. Messages of the mailbox are left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Touch {
+    Fence,
+    Word,
+    ReadBack,
+    Bell,
+}
+
+type Story = Arc<Mutex<Vec<Touch>>>;
+
+fn is_word(offset: u64) -> bool {
+    (IRQ_TABLE_OFFSET..MAILBOX_BYTES).contains(&offset)
+}
+
+/// A port that writes down what its software does.
+struct Watched {
+    port: Arc<SoftPort>,
+    info: PortInfo,
+    story: Story,
+}
+
+struct WatchedWindow {
+    window: Arc<dyn Aperture>,
+    story: Story,
+}
+
+impl WatchedWindow {
+    fn tell(&self, touch: Touch) {
+        lock(&self.story).push(touch);
+    }
+}
+
+impl Aperture for WatchedWindow {
+    fn len(&self) -> u64 {
+        self.window.len()
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        if offset == 0 {
+            self.tell(Touch::Fence);
+        } else if is_word(offset) {
+            self.tell(Touch::ReadBack);
+        }
+        self.window.read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if is_word(offset) {
+            self.tell(Touch::Word);
+        }
+        self.window.write(offset, data);
+    }
+
+    fn mapping(&self) -> Option<&dyn Mapping> {
+        None
+    }
+}
+
+impl NtbPort for Watched {
+    fn info(&self) -> &PortInfo {
+        &self.info
+    }
+
+    fn link_enable(&self, enable: bool) {
+        self.port.link_enable(enable);
+    }
+
+    fn link_is_up(&self) -> bool {
+        self.port.link_is_up()
+    }
+
+    fn window_open(&self, index: usize, base: PortIova, bytes: u64) -> Result<(), PortError> {
+        self.port.window_open(index, base, bytes)
+    }
+
+    fn window_close(&self, index: usize) {
+        self.port.window_close(index);
+    }
+
+    fn window(&self, index: usize) -> Arc<dyn Aperture> {
+        Arc::new(WatchedWindow {
+            window: self.port.window(index),
+            story: Arc::clone(&self.story),
+        })
+    }
+
+    fn spad_read(&self, index: u32) -> u32 {
+        self.port.spad_read(index)
+    }
+
+    fn spad_write(&self, index: u32, value: u32) {
+        self.port.spad_write(index, value);
+    }
+
+    fn peer_spad_write(&self, index: u32, value: u32) {
+        self.port.peer_spad_write(index, value);
+    }
+
+    fn doorbell_unmask_only(&self, bits: u64) {
+        self.port.doorbell_unmask_only(bits);
+    }
+
+    fn peer_doorbell_ring(&self, bits: u64) {
+        if bits & BELL_IRQ != 0 {
+            lock(&self.story).push(Touch::Bell);
+        }
+        self.port.peer_doorbell_ring(bits);
+    }
+
+    fn doorbell_take(&self) -> u64 {
+        self.port.doorbell_take()
+    }
+
+    fn event(&self) -> BorrowedFd<'_> {
+        self.port.event()
+    }
+
+    fn address_space(&self) -> &dyn AddressSpace {
+        self.port.address_space()
+    }
+
+    fn window_fd(&self, index: usize) -> Option<(BorrowedFd<'_>, u64)> {
+        self.port.window_fd(index)
+    }
+}
+
+fn engine(port: Arc<dyn NtbPort>, node: u16) -> Arc<Engine> {
+    let config = EngineConfig {
+        name: format!("order{node}"),
+        node,
+        window_base: PortIova(1 << 32),
+        window_bytes: WINDOW_BYTES,
+        heartbeat_ms: 10,
+        lost_after_ms: 10_000,
+    };
+    Engine::start(port, config).unwrap()
+}
+
+/// What a lender does to its port for one interrupt, on a chip that promises so much.
+fn story_of_an_interrupt(doorbell_ordered: bool) -> Vec<Touch> {
+    let config = SoftPortConfig {
+        window_bytes: [WINDOW_BYTES; 2],
+    };
+    let link = SoftLink::faulty([config; 2], FaultPlan::default()).unwrap();
+    let story = Story::default();
+    let info = PortInfo {
+        doorbell_ordered,
+        ..link.port(0).info().clone()
+    };
+    let watched = Watched {
+        port: link.port(0),
+        info,
+        story: Arc::clone(&story),
+    };
+    let engines = [engine(Arc::new(watched), 1), engine(link.port(1), 2)];
+    let function = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
+    let entry = PoolEntry {
+        bdf: bdf(),
+        ids: FunctionIds::default(),
+        state: PoolState::Available,
+        irq_count: 4,
+        bar_bytes: 8192,
+        serial: 0,
+    };
+    let lent: Arc<dyn Function> = function;
+    engines[0].offer(entry, lent).unwrap();
+    let (_, _, borrowed) = until("the function can be borrowed", || {
+        engines[1].borrow(bdf(), None).ok()
+    });
+    let driver = Driver::new(&*borrowed, ENGINE);
+    driver.start();
+    // The first one is taken as it comes: what it races with is done when it has arrived.
+    driver.copy(4096, 8192, 8);
+    assert!(driver.interrupted());
+    until("the relay has rung", || {
+        (lock(&story).last() == Some(&Touch::Bell)).then_some(())
+    });
+    lock(&story).clear();
+    driver.copy(4096, 8192, 8);
+    assert!(driver.interrupted());
+    until("the relay has rung", || {
+        (lock(&story).last() == Some(&Touch::Bell)).then_some(())
+    });
+    lock(&story).clone()
+}
+
+#[test]
+fn relay_reads_the_fence_stores_the_word_and_rings_in_this_order() {
+    let story = story_of_an_interrupt(true);
+    assert_eq!(story, [Touch::Fence, Touch::Word, Touch::Bell]);
+}
+
+#[test]
+fn relay_reads_its_word_back_before_the_bell_where_bells_may_overtake_stores() {
+    let story = story_of_an_interrupt(false);
+    let whole = [Touch::Fence, Touch::Word, Touch::ReadBack, Touch::Bell];
+    assert_eq!(story, whole);
+}
