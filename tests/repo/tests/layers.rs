@@ -8,6 +8,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("vmm-glue", &["vfio-shim"]),
     ("vfio-shim", &[]),
     ("tests/kvm", &["vfio-shim", "vmm-glue"]),
+    ("tests/mutants", &[]),
     ("tests/repo", &[]),
     ("tests/lab/model", &[]),
     ("tests/lab/agent", &[]),
