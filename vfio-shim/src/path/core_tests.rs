@@ -411,6 +411,8 @@ fn memory_is_unpinned_before_an_unmap_is_answered_and_slices_wait_for_the_lender
     pair.ask(Call::Map(lease, guest_maps(1))).unwrap();
     let free = pair.hosts[1].core.pool().free_bytes();
     let token = pair.call(Call::Unmap(lease, Span::new(0, 1 << 16).unwrap()));
+    let early = pair.hosts[1].answers.contains_key(&token);
+    assert!(!early, "answered before the mapper has");
     // Only the mapper has answered; the lender has not been told yet.
     let event = pair.hosts[1].todo.pop_front().unwrap();
     pair.handle(1, event);
