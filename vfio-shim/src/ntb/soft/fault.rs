@@ -48,6 +48,8 @@ pub enum Fault {
     /// A device's store stays behind in the same way, while those of the processors and bells keep
     /// their order: all that a port promises whose bells stay behind stores.
     DmaHeld(u32),
+    /// A device's store never arrives.
+    DmaLost,
     /// The link goes down at a store, which is lost with all that is under way, and comes back
     /// so many operations later.
     FlapAtStore(u32),
@@ -66,7 +68,7 @@ impl Fault {
             Self::ConfigFails => Operation::Config,
             Self::BellLost | Self::BellLate(_) | Self::FlapAtBell(_) => Operation::Bell,
             Self::StoreHeld(_) | Self::FlapAtStore(_) => Operation::Store,
-            Self::DmaHeld(_) => Operation::Dma,
+            Self::DmaHeld(_) | Self::DmaLost => Operation::Dma,
         }
     }
 }

@@ -167,6 +167,23 @@ fn lent_arc(rig: &Rig) -> (SoftFunction, OwnedFd) {
     (function, event)
 }
 
+#[test]
+fn lost_store_of_a_device_is_missing_and_those_of_the_processors_are_not() {
+    let rig = Rig::new(FaultPlan::default().nth(Fault::DmaLost, 1));
+    let (function, event) = lent_arc(&rig);
+    rig.ports[0].window(0).write_u64(PAGE, 7);
+    let seen = [(); 2].map(|()| {
+        for (register, value) in (ARC.copy)(PAGE, 2 * PAGE, 8) {
+            let written = function.region_write(RegionIndex(0), register, &value);
+            written.unwrap();
+        }
+        let interrupted = rustix::io::read(&event, &mut [0; 8]).is_ok();
+        (rig.ram.read_u64(2 * PAGE), interrupted)
+    });
+    assert_eq!(seen, [(0, true), (7, true)]);
+    assert_eq!(rig.link.struck()[&Fault::DmaLost], 1);
+}
+
 /// Memirq by way of the relay, 1000 times: how often a scan saw the interrupt's word before the
 /// status that the function had written, and how often the bell came before the word.
 fn relayed(fence: bool, read_back: bool) -> (usize, usize) {

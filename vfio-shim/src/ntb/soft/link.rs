@@ -171,6 +171,7 @@ impl Fabric {
         }
         let late = match fault {
             Some(Fault::FlapAtStore(away)) => return self.flap(away),
+            Some(Fault::DmaLost) => return,
             Some(Fault::StoreHeld(late) | Fault::DmaHeld(late)) => Some(u64::from(late)),
             _ => None,
         };
