@@ -3,6 +3,7 @@
 //! ```text
 //! VMM (QEMU, cloud-hypervisor) --unix socket--> vfio_user::Endpoint --> dyn Function
 //! VMM on kvm-ioctls, in this process --> kvm::Attachment --> dyn Function
+//! dyn Function, in a VMM's process = vfio_user::Client --unix socket--> any vfio-user server
 //! ```
 //! It knows `vfio_shim::model` and nothing else of that crate: a function is whatever implements
 //! [`Function`](vfio_shim::model::Function), on this host or on another. The server spawns no threads:

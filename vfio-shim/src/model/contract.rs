@@ -1,7 +1,8 @@
 //! What every function keeps to, whatever is behind it: generic checks over one fresh function that can copy.
 //!
 //! Each check takes a function as it is when opened, after its reset: nothing enabled, nothing
-//! mapped, no triggers.
+//! mapped, no triggers. Other crates have it by the feature `contract`.
+#![allow(missing_docs, reason = "what each check is for is its name")]
 
 use super::{
     Access, Aperture, COMMAND, COMMAND_MASTER, COMMAND_MEMORY, DmaMap, Function, FunctionError,
@@ -19,27 +20,27 @@ const CONFIG: RegionIndex = RegionIndex::CONFIG;
 const WAIT_S: i64 = 20;
 
 /// A register of BAR0, and what is stored there.
-pub(crate) type RegisterStore = (u64, Vec<u8>);
+pub type RegisterStore = (u64, Vec<u8>);
 
 /// How to drive a kind of function.
 #[derive(Clone, Copy)]
-pub(crate) struct Recipe {
+pub struct Recipe {
     /// The index that has its vectors, and one of them.
-    pub(crate) vector: (IrqIndex, u32),
+    pub vector: (IrqIndex, u32),
     /// A 32-bit register of BAR0 that is stored, and 0 after power-on.
-    pub(crate) scratch: u64,
+    pub scratch: u64,
     /// The stores to BAR0 that copy so many bytes from one DMA address to another and then
     /// raise the vector.
-    pub(crate) copy: fn(u64, u64, u32) -> Vec<RegisterStore>,
+    pub copy: fn(u64, u64, u32) -> Vec<RegisterStore>,
     /// What the driver puts into memory once, before the first copy.
-    pub(crate) prepare: fn(&MappedAperture),
+    pub prepare: fn(&MappedAperture),
 }
 
 /// A driver of a function, with its memory.
-pub(crate) struct Driver<'a> {
-    pub(crate) function: &'a dyn Function,
-    pub(crate) recipe: Recipe,
-    pub(crate) ram: MappedAperture,
+pub struct Driver<'a> {
+    pub function: &'a dyn Function,
+    pub recipe: Recipe,
+    pub ram: MappedAperture,
     event: OwnedFd,
 }
 
@@ -48,7 +49,7 @@ fn event() -> OwnedFd {
 }
 
 impl<'a> Driver<'a> {
-    pub(crate) fn new(function: &'a dyn Function, recipe: Recipe) -> Self {
+    pub fn new(function: &'a dyn Function, recipe: Recipe) -> Self {
         let fd = memfd_create("contract", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&fd, RAM_BYTES).unwrap();
         let map = DmaMap {
@@ -56,8 +57,9 @@ impl<'a> Driver<'a> {
             access: Access::READ_WRITE,
             memory: Memory::Fd(fd.as_fd(), 0),
         };
-        function.address_space().map(&[map]).unwrap();
+        // First, as whoever maps it for a device may look whether it is shared with the driver.
         let ram = MappedAperture::memory(fd.as_fd(), 0, RAM_BYTES).unwrap();
+        function.address_space().map(&[map]).unwrap();
         (recipe.prepare)(&ram);
         Self {
             function,
@@ -67,24 +69,24 @@ impl<'a> Driver<'a> {
         }
     }
 
-    pub(crate) fn command(&self, value: u16) {
+    pub fn command(&self, value: u16) {
         let bytes = value.to_le_bytes();
         let written = self.function.region_write(CONFIG, COMMAND.into(), &bytes);
         written.unwrap();
     }
 
-    pub(crate) fn trigger(&self, event: &OwnedFd) {
+    pub fn trigger(&self, event: &OwnedFd) {
         let (index, vector) = self.recipe.vector;
         let trigger = vec![Some(event.try_clone().unwrap())];
         self.function.set_irqs(index, vector, trigger).unwrap();
     }
 
-    pub(crate) fn start(&self) {
+    pub fn start(&self) {
         self.command(COMMAND_MEMORY | COMMAND_MASTER);
         self.trigger(&self.event);
     }
 
-    pub(crate) fn u32(&self, region: RegionIndex, offset: u64) -> u32 {
+    pub fn u32(&self, region: RegionIndex, offset: u64) -> u32 {
         let mut word = [0; 4];
         self.function
             .region_read(region, offset, &mut word)
@@ -92,19 +94,19 @@ impl<'a> Driver<'a> {
         u32::from_le_bytes(word)
     }
 
-    pub(crate) fn copy(&self, source: u64, destination: u64, length: u32) {
+    pub fn copy(&self, source: u64, destination: u64, length: u32) {
         for (register, value) in (self.recipe.copy)(source, destination, length) {
             self.function.region_write(BAR, register, &value).unwrap();
         }
     }
 
     /// Waits for the interrupt.
-    pub(crate) fn interrupted(&self) -> bool {
+    pub fn interrupted(&self) -> bool {
         wait(&self.event)
     }
 
     /// The signals that have come and were not taken.
-    pub(crate) fn pending(&self) -> u64 {
+    pub fn pending(&self) -> u64 {
         let mut count = [0; 8];
         match rustix::io::read(&self.event, &mut count) {
             Ok(_) => u64::from_ne_bytes(count),
@@ -140,7 +142,7 @@ fn wait(event: &OwnedFd) -> bool {
     taken(event)
 }
 
-pub(crate) fn regions_are_sound_and_end_where_they_say(driver: &Driver<'_>) {
+pub fn regions_are_sound_and_end_where_they_say(driver: &Driver<'_>) {
     let info = driver.function.info();
     for index in 0..RegionIndex::COUNT + 2 {
         let region = RegionIndex(index);
@@ -161,7 +163,7 @@ pub(crate) fn regions_are_sound_and_end_where_they_say(driver: &Driver<'_>) {
     }
 }
 
-pub(crate) fn config_space_tells_ids_and_sizes(driver: &Driver<'_>) {
+pub fn config_space_tells_ids_and_sizes(driver: &Driver<'_>) {
     let info = driver.function.info();
     let ids = u32::from(info.ids.device) << 16 | u32::from(info.ids.vendor);
     assert_eq!(driver.u32(CONFIG, 0), ids);
@@ -178,7 +180,7 @@ pub(crate) fn config_space_tells_ids_and_sizes(driver: &Driver<'_>) {
     }
 }
 
-pub(crate) fn registers_need_decoding_and_are_zero_after_a_reset(driver: &Driver<'_>) {
+pub fn registers_need_decoding_and_are_zero_after_a_reset(driver: &Driver<'_>) {
     let scratch = driver.recipe.scratch;
     driver.start();
     driver
@@ -193,7 +195,7 @@ pub(crate) fn registers_need_decoding_and_are_zero_after_a_reset(driver: &Driver
     assert!(driver.interrupted(), "maps stay over a reset");
 }
 
-pub(crate) fn copy_is_there_before_its_interrupt(driver: &Driver<'_>) {
+pub fn copy_is_there_before_its_interrupt(driver: &Driver<'_>) {
     driver.start();
     for round in 1..=100u8 {
         driver.ram.write(4096, &[round; 600]);
@@ -205,7 +207,7 @@ pub(crate) fn copy_is_there_before_its_interrupt(driver: &Driver<'_>) {
     }
 }
 
-pub(crate) fn without_bus_mastering_there_is_no_dma_and_no_interrupt(driver: &Driver<'_>) {
+pub fn without_bus_mastering_there_is_no_dma_and_no_interrupt(driver: &Driver<'_>) {
     driver.start();
     driver.command(COMMAND_MEMORY);
     driver.ram.write_u64(4096, 1);
@@ -219,7 +221,7 @@ pub(crate) fn without_bus_mastering_there_is_no_dma_and_no_interrupt(driver: &Dr
     assert_eq!(driver.ram.read_u64(8192), 1);
 }
 
-pub(crate) fn refused_dma_lands_nowhere_and_the_function_goes_on(driver: &Driver<'_>) {
+pub fn refused_dma_lands_nowhere_and_the_function_goes_on(driver: &Driver<'_>) {
     driver.start();
     driver.ram.write_u64(4096, 1);
     for far in [RAM_BYTES, 0xfee0_0000, u64::MAX - 7] {
@@ -231,7 +233,7 @@ pub(crate) fn refused_dma_lands_nowhere_and_the_function_goes_on(driver: &Driver
     assert_eq!(driver.ram.read_u64(8192), 1);
 }
 
-pub(crate) fn masked_vector_fires_once_at_unmask(driver: &Driver<'_>) {
+pub fn masked_vector_fires_once_at_unmask(driver: &Driver<'_>) {
     driver.start();
     driver.mask(true).unwrap();
     driver.raise();
@@ -244,7 +246,7 @@ pub(crate) fn masked_vector_fires_once_at_unmask(driver: &Driver<'_>) {
     assert!(driver.quiet(), "once");
 }
 
-pub(crate) fn new_trigger_takes_over_and_a_disabled_one_is_silent(driver: &Driver<'_>) {
+pub fn new_trigger_takes_over_and_a_disabled_one_is_silent(driver: &Driver<'_>) {
     driver.start();
     let other = event();
     driver.trigger(&other);
@@ -260,7 +262,7 @@ pub(crate) fn new_trigger_takes_over_and_a_disabled_one_is_silent(driver: &Drive
     assert!(!taken(&other));
 }
 
-pub(crate) fn vectors_that_do_not_exist_are_refused(driver: &Driver<'_>) {
+pub fn vectors_that_do_not_exist_are_refused(driver: &Driver<'_>) {
     for index in IrqIndex::ALL {
         let count = driver.function.info().irqs[index as usize].count;
         for (start, asked) in [(count, 1), (0, count + 1), (u32::MAX, 2)] {
@@ -277,6 +279,7 @@ pub(crate) fn vectors_that_do_not_exist_are_refused(driver: &Driver<'_>) {
 }
 
 /// The names of all checks, for suites that run them.
+#[macro_export]
 macro_rules! function_contract {
     ($with:ident) => {
         $with! {
@@ -292,4 +295,4 @@ macro_rules! function_contract {
         }
     };
 }
-pub(crate) use function_contract;
+pub use crate::function_contract;

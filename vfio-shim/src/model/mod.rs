@@ -3,8 +3,8 @@
 mod addr;
 mod bdf;
 mod config_space;
-#[cfg(test)]
-pub(crate) mod contract;
+#[cfg(any(test, feature = "contract"))]
+pub mod contract;
 mod function;
 mod irq;
 mod region;

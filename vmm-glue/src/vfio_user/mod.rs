@@ -1,4 +1,4 @@
-//! A vfio-user server that shows one function to one VMM at a time.
+//! A vfio-user server that shows one function to one VMM at a time, and a client for VMMs.
 //!
 //! ```text
 //! Endpoint (socket file) --accept--> guest session --> Function, AddressSpace
@@ -7,6 +7,7 @@
 //! Addresses are guest-physical, sizes are in bytes, errors are [`SessionError`] (one guest
 //! session ends, the endpoint accepts the next VMM) and [`EndpointError`] (the endpoint ends).
 
+mod client;
 mod dispatch;
 mod dma;
 mod endpoint;
@@ -22,6 +23,7 @@ pub mod socket;
 pub mod version;
 pub mod wire;
 
+pub use client::{Client, ClientError};
 pub use dma::{MEMORY_FILES_MAX, MapRefusal};
 pub use endpoint::Endpoint;
 pub use error::{EndpointError, SessionError, words};

@@ -17,11 +17,11 @@ const BAR0: u64 = 0xd000_0000;
 const BAR2: u64 = 0x8_0000_0000;
 const MSI: u64 = CONFIG + 0xac;
 const MSI_MASK: u64 = MSI + 0x10;
-const VECTOR: u8 = 0x50;
+pub const VECTOR: u8 = 0x50;
 const MEMIRQ: u64 = DATA + 0x2000;
 const TO: u64 = DATA + 0x1000;
 
-fn place(vm: Vm, function: Arc<dyn Function>) -> Guest {
+pub fn place(vm: Vm, function: Arc<dyn Function>) -> Guest {
     let mut placement = Placement {
         config: CONFIG,
         mapped: true,
@@ -71,7 +71,7 @@ fn take_status() -> Vec<Step> {
     look.into_iter().chain(clear).collect()
 }
 
-fn work(rounds: u64, vram_bytes: u64) -> Vec<Step> {
+pub fn work(rounds: u64, vram_bytes: u64) -> Vec<Step> {
     let mut steps = probe();
     for round in 1..=rounds {
         let vram = vram_bytes - 8 * round;

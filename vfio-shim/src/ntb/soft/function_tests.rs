@@ -1,12 +1,12 @@
 //! Software functions: both shapes keep the functions' contract, and what is special to each.
 
+pub(crate) use super::recipe::{ARC, ENGINE, MEMIRQ, memirq_taken};
 use super::*;
-use crate::model::contract::{self, Driver, Recipe, RegisterStore, function_contract};
+use crate::model::contract::{self, Driver, function_contract};
 use crate::model::{
     Aperture, Bdf, CAP_MSI, CAP_MSIX, ConfigView, EXT_CAP_ATS, EXT_CAP_REBAR, EXT_CAP_SRIOV,
     Function, FunctionError, FunctionIds, IrqIndex, RegionIndex, ShadowConfig,
 };
-use crate::vfio::MappedAperture;
 use std::sync::Arc;
 
 const PAGE: u64 = 4096;
@@ -15,57 +15,6 @@ const VRAM_BYTES: u64 = 256 * MIB;
 const CONFIG: RegionIndex = RegionIndex::CONFIG;
 const BAR0: RegionIndex = RegionIndex(0);
 const VRAM: RegionIndex = RegionIndex(2);
-/// Where the driver of the Arc's shape puts its memirq page.
-pub(crate) const MEMIRQ: u64 = 64 * PAGE;
-
-pub(crate) const ENGINE: Recipe = Recipe {
-    vector: (IrqIndex::Msix, 2),
-    scratch: SCRATCH,
-    copy: engine_copy,
-    prepare: |_| {},
-};
-pub(crate) const ARC: Recipe = Recipe {
-    vector: (IrqIndex::Msi, 0),
-    scratch: ARC_SCRATCH,
-    copy: arc_copy,
-    prepare: |ram| ram.write(MEMIRQ + ARC_MEMIRQ_ENABLE, &0xffffu32.to_le_bytes()),
-};
-
-fn store<const N: usize>(register: u64, value: [u8; N]) -> RegisterStore {
-    (register, value.to_vec())
-}
-
-fn engine_copy(source: u64, destination: u64, length: u32) -> Vec<RegisterStore> {
-    vec![
-        store(SOURCE, source.to_le_bytes()),
-        store(DESTINATION, destination.to_le_bytes()),
-        store(LENGTH, length.to_le_bytes()),
-        store(VECTOR, 2u32.to_le_bytes()),
-        store(DOORBELL, 1u32.to_le_bytes()),
-    ]
-}
-
-fn arc_copy(source: u64, destination: u64, length: u32) -> Vec<RegisterStore> {
-    vec![
-        store(ARC_SOURCE, source.to_le_bytes()),
-        store(ARC_DESTINATION, destination.to_le_bytes()),
-        store(ARC_LENGTH, length.to_le_bytes()),
-        store(ARC_MEMIRQ, MEMIRQ.to_le_bytes()),
-        store(ARC_DOORBELL, 1u32.to_le_bytes()),
-    ]
-}
-
-/// What the driver of the Arc's shape does at an interrupt: true when the copy engine has told.
-pub(crate) fn memirq_taken(ram: &MappedAperture) -> bool {
-    let take = |offset| {
-        let mut byte = [0];
-        ram.read(MEMIRQ + offset, &mut byte);
-        ram.write(MEMIRQ + offset, &[0]);
-        byte == [0xff]
-    };
-    take(ARC_MEMIRQ_SOURCE) && take(ARC_MEMIRQ_STATUS)
-}
-
 fn engine() -> SoftFunction {
     let ids = FunctionIds {
         vendor: 0x5b1e,

@@ -14,6 +14,8 @@ mod function;
 mod host;
 mod link;
 mod port;
+#[cfg(any(test, feature = "contract"))]
+pub mod recipe;
 mod space;
 mod window;
 
