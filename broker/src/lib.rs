@@ -4,5 +4,7 @@
 pub mod cli;
 pub mod config;
 pub mod daemon;
+#[cfg(target_arch = "x86_64")]
+pub mod demo;
 pub mod jail;
 pub mod names;

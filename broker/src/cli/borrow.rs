@@ -50,7 +50,7 @@ impl Args {
 }
 
 /// smartio_tool's block of fields, and the socket.
-pub(super) fn block(borrowed: &BorrowedFunction) -> String {
+pub(crate) fn block(borrowed: &BorrowedFunction) -> String {
     let location = match borrowed.location {
         Location::Local => "local",
         Location::Remote => "remote",

@@ -16,9 +16,18 @@ const REPLY_MAX: usize = 16 << 20;
 const REPLY_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Has the daemon do one verb.
-pub(super) fn request(control: &Path, verb: &Verb) -> Result<Outcome, VerbError> {
+pub(crate) fn request(control: &Path, verb: &Verb) -> Result<Outcome, VerbError> {
     let stream = UnixStream::connect(control).map_err(|e| no_daemon(control, &e))?;
-    let line = match exchange(&stream, verb) {
+    request_on(&stream, control, verb)
+}
+
+/// The same over a connected socket.
+pub(crate) fn request_on(
+    stream: &UnixStream,
+    control: &Path,
+    verb: &Verb,
+) -> Result<Outcome, VerbError> {
+    let line = match exchange(stream, verb) {
         Ok(line) if !line.is_empty() => line,
         Ok(_) => return Err(lost(control, "it closed the connection")),
         Err(e) => return Err(lost(control, &e.to_string())),

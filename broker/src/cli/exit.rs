@@ -50,11 +50,16 @@ pub(super) fn print(outcome: &Outcome, as_json: bool) -> ExitCode {
         }
     };
     let end = if text.is_empty() { "" } else { "\n" };
-    match write!(io::stdout().lock(), "{text}{end}") {
-        Ok(()) => code(None),
+    code(write(&format!("{text}{end}")).err())
+}
+
+/// Writes to stdout.
+pub(super) fn write(text: &str) -> Result<(), ErrorCode> {
+    match io::stdout().lock().write_all(text.as_bytes()) {
+        Ok(()) => Ok(()),
         // `sublet list | head -1` is no error.
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => code(None),
-        Err(_) => code(Some(ErrorCode::Kernel)),
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        Err(_) => Err(ErrorCode::Kernel),
     }
 }
 

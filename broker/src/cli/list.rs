@@ -13,7 +13,7 @@ impl Args {
 }
 
 /// `44a01: VGA compatible controller Intel Corporation Device e212 [available]`
-pub(super) fn line(entry: &ListEntry) -> String {
+pub(crate) fn line(entry: &ListEntry) -> String {
     format!(
         "{}: {} [{}]",
         entry.fdid,

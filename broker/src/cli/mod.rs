@@ -6,6 +6,8 @@ mod bdf;
 mod borrow;
 mod client;
 mod daemon;
+#[cfg(target_arch = "x86_64")]
+mod demo;
 mod exit;
 mod list;
 mod remove;
@@ -17,6 +19,9 @@ mod unavailable;
 use crate::daemon::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
 use clap::{Parser, Subcommand, error::ErrorKind};
 use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use {borrow::block as borrowed_block, client::request_on, list::line as list_line};
 
 /// Lends PCIe virtual functions to virtual machines on other hosts, over an NTB.
 #[derive(Debug, Parser)]
@@ -34,6 +39,11 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    #[cfg(target_arch = "x86_64")]
+    Demo(demo::Args),
+    #[cfg(target_arch = "x86_64")]
+    #[command(hide = true)]
+    DemoVmm(demo::VmmArgs),
     Daemon(daemon::Args),
     Add(add::Args),
     Remove(remove::Args),
@@ -45,11 +55,24 @@ enum Command {
     Status(status::Args),
 }
 
+/// What needs no daemon.
+enum NoVerb<'a> {
+    Daemon(&'a daemon::Args),
+    #[cfg(target_arch = "x86_64")]
+    Demo(&'a demo::Args),
+    #[cfg(target_arch = "x86_64")]
+    DemoVmm(&'a demo::VmmArgs),
+}
+
 impl Command {
-    /// What was typed, as a verb; `None` for the daemon itself, which is none.
-    fn verb(&self) -> Option<Result<Verb, VerbError>> {
-        Some(match self {
-            Self::Daemon(_) => return None,
+    /// What was typed, as a verb, or what is none.
+    fn verb(&self) -> Result<Result<Verb, VerbError>, NoVerb<'_>> {
+        Ok(match self {
+            Self::Daemon(args) => return Err(NoVerb::Daemon(args)),
+            #[cfg(target_arch = "x86_64")]
+            Self::Demo(args) => return Err(NoVerb::Demo(args)),
+            #[cfg(target_arch = "x86_64")]
+            Self::DemoVmm(args) => return Err(NoVerb::DemoVmm(args)),
             Self::Add(args) => args.verb(),
             Self::Remove(args) => args.verb(),
             Self::Available(args) => args.verb(),
@@ -68,10 +91,13 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return unparsable(&error, &args),
     };
-    let done = match (cli.command.verb(), &cli.command) {
-        (Some(verb), _) => verb.and_then(|verb| client::request(&cli.control, &verb)),
-        (None, Command::Daemon(args)) => args.run().map(|()| Outcome::Done),
-        (None, _) => unreachable!("only `daemon` is no verb"),
+    let done = match cli.command.verb() {
+        Ok(verb) => verb.and_then(|verb| client::request(&cli.control, &verb)),
+        Err(NoVerb::Daemon(args)) => args.run().map(|()| Outcome::Done),
+        #[cfg(target_arch = "x86_64")]
+        Err(NoVerb::Demo(args)) => return args.run(cli.json),
+        #[cfg(target_arch = "x86_64")]
+        Err(NoVerb::DemoVmm(args)) => args.run().map(|()| Outcome::Done),
     };
     match done {
         Ok(outcome) => exit::print(&outcome, cli.json),

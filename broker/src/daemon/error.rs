@@ -133,6 +133,8 @@ codes! {
     Kernel "kernel" Internal,
     /// A port could not be opened.
     Port "port" Internal,
+    /// A claim of the demonstration does not hold.
+    Demo "demo" Internal,
     /// A fault of Sublet.
     Internal "internal" Internal,
 }
