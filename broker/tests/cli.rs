@@ -161,11 +161,15 @@ fn the_lenders_verbs_are_silent_when_done() {
         *server.host.verbs.lock().unwrap(),
         [
             Verb::Add { bdf },
-            Verb::Available { bdf },
+            Verb::Available { bdf, port: None },
             Verb::Unavailable { bdf },
             Verb::Remove { bdf }
         ]
     );
+    sublet(&control, &["available", "4a:00.1", "--port", "ntb1"]);
+    let port = Some("ntb1".to_owned());
+    let last = server.host.verbs.lock().unwrap().pop();
+    assert_eq!(last, Some(Verb::Available { bdf, port }));
     let output = sublet(&control, &["add", "4a:00.1", "--json"]);
     assert_eq!(parsed(&output), json!({"done": true}));
 }

@@ -19,11 +19,17 @@ use std::{
     time::Duration,
 };
 use vfio_shim::model::Bdf;
+use vfio_shim::path::borrower::LEASES_MAX;
+use vfio_shim::path::lender::OFFERS_MAX;
 
 /// Most ports of one host.
 pub const PORTS_MAX: usize = 16;
-/// Most functions lent or borrowed through one port.
-pub const FUNCTIONS_PER_PORT_MAX: u32 = 256;
+/// Most functions lent through one port, and most that are borrowed through it: what its engine
+/// takes.
+pub const FUNCTIONS_PER_PORT_MAX: u32 = 64;
+const _: () = assert!(
+    FUNCTIONS_PER_PORT_MAX as usize <= OFFERS_MAX && FUNCTIONS_PER_PORT_MAX as usize <= LEASES_MAX
+);
 /// Most DMA maps of one guest: what a VFIO container takes by default.
 pub const GUEST_MAPS_MAX: u32 = 65_535;
 /// Longest path of a Unix socket: `sun_path` without its NUL and room for a temporary suffix.
@@ -81,7 +87,7 @@ pub enum Peers {
 /// Limits of this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Most functions lent or borrowed through one port.
+    /// Most functions lent through one port, and most borrowed through it.
     pub functions_per_port: u32,
     /// Most bytes of memory that one guest may have mapped; `None` = what its window holds.
     pub guest_mapped_bytes: Option<u64>,

@@ -38,6 +38,9 @@ pub enum Verb {
     Available {
         /// The function.
         bdf: BdfText,
+        /// Through which port, by its name in the configuration; `None` = the only one.
+        #[serde(default)]
+        port: Option<String>,
     },
     /// Takes the offer back.
     Unavailable {

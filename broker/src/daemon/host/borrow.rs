@@ -3,7 +3,7 @@
 use super::claim::Named;
 use super::lend::from_refusal;
 use super::port::OpenPort;
-use super::{LocalHost, refuse};
+use super::{LocalHost, State, refuse};
 use crate::daemon::vocabulary::{
     Availability, BarMode, BdfText, BorrowedFunction as Told, ErrorCode, FdidText,
     FunctionDescription, Hex64, Location, Outcome, VerbError,
@@ -205,9 +205,28 @@ impl LocalHost {
             .filter(|(_, adapter, ..)| *adapter == wish.adapter)
             .map(|(fdid, _, bars, domain)| (fdid, bars, domain));
         let port = &self.ports[wish.adapter];
+        self.check_room_to_borrow(&state, wish.adapter)?;
         trust(port, others, wish.bars, trust_vmm, &wish.domain)?;
         state.wished.insert(fdid, wish);
         Ok(Wished { host: self, fdid })
+    }
+
+    /// Refused when as many as the configuration allows are borrowed through this port, those
+    /// included that other verbs are about to borrow. A lost lease takes no room.
+    fn check_room_to_borrow(&self, state: &State, adapter: usize) -> Result<(), VerbError> {
+        let limit = self.config.limits.functions_per_port as usize;
+        let held = state.borrowed.values();
+        let held = held.filter(|held| held.adapter == adapter && held.lost().is_none());
+        let wished = state.wished.values().filter(|w| w.adapter == adapter);
+        if held.count() + wished.count() < limit {
+            return Ok(());
+        }
+        let text = format!(
+            "{limit} functions are borrowed through port `{}`, its limit: return one first, or \
+             raise limits.functions_per_port",
+            self.ports[adapter].name
+        );
+        Err(refuse(ErrorCode::Limit, text))
     }
 
     fn serve(

@@ -20,6 +20,18 @@ pub(super) struct Offer {
     _open: OpenFunction,
 }
 
+/// An offer that is being made; forgotten on drop.
+struct Offering<'a> {
+    host: &'a LocalHost,
+    bdf: Bdf,
+}
+
+impl Drop for Offering<'_> {
+    fn drop(&mut self) {
+        self.host.state().offering.remove(&self.bdf);
+    }
+}
+
 /// The verb's error for a refusal of an engine, this host's or the peer's.
 pub(super) fn from_refusal(refusal: &Refusal) -> VerbError {
     let code = match refusal.code {
@@ -93,12 +105,22 @@ impl LocalHost {
         }
     }
 
-    pub(super) fn available(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
+    pub(super) fn available(&self, bdf: Bdf, port: Option<&str>) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Local(bdf))?;
-        if self.offered_at(bdf)?.is_some() {
-            return Ok(Outcome::Done);
+        if let Some(held) = self.offered_at(bdf)? {
+            let held = &self.ports[held].name;
+            if port.is_none_or(|wanted| wanted == held) {
+                return Ok(Outcome::Done);
+            }
+            let text = format!(
+                "{bdf} is offered through port `{held}`, and a function goes through one: \
+                 `sublet unavailable {bdf}` first"
+            );
+            return Err(refuse(ErrorCode::WrongState, text));
         }
-        let offer = self.offer(bdf)?;
+        let port = self.way_out(bdf, port)?;
+        let _offering = self.room(bdf, port)?;
+        let offer = self.offer(bdf, port)?;
         if let Some(lent) = self.state().lent.get_mut(&bdf) {
             lent.offer = Some(offer);
         }
@@ -112,14 +134,59 @@ impl LocalHost {
         Ok(lent.offer.as_ref().map(|offer| offer.port))
     }
 
-    fn offer(&self, bdf: Bdf) -> Result<Offer, VerbError> {
-        // With several ports a function goes to the first; choosing among them comes with the
-        // verb `connect`.
-        let port = 0;
-        let Some(open) = self.ports.get(port) else {
-            let text = "the configuration has no [[port]]: nothing can be lent";
-            return Err(refuse(ErrorCode::Config, text));
-        };
+    /// The port that a function is to be offered through. Each leads to one host, so that nobody
+    /// but the operator knows which.
+    fn way_out(&self, bdf: Bdf, named: Option<&str>) -> Result<usize, VerbError> {
+        let names: Vec<&str> = self.ports.iter().map(|port| port.name.as_str()).collect();
+        match (named, &names[..]) {
+            (_, []) => {
+                let text = "the configuration has no [[port]]: nothing can be lent";
+                Err(refuse(ErrorCode::Config, text))
+            }
+            (None, [_]) => Ok(0),
+            (None, [first, ..]) => {
+                let text = format!(
+                    "this host has {} ports ({}), and a function goes through one: `sublet \
+                     available {bdf} --port {first}`",
+                    names.len(),
+                    names.join(", ")
+                );
+                Err(refuse(ErrorCode::Ambiguous, text))
+            }
+            (Some(named), names) => {
+                let found = names.iter().position(|name| *name == named);
+                found.ok_or_else(|| {
+                    let names = names.join(", ");
+                    let text = format!("there is no port `{named}` here: name one of {names}");
+                    refuse(ErrorCode::Config, text)
+                })
+            }
+        }
+    }
+
+    /// Refused when as many as the configuration allows are lent through this port. What it
+    /// returns stands for the offer until that is there: of two verbs at once, the second sees
+    /// the first.
+    fn room(&self, bdf: Bdf, port: usize) -> Result<Offering<'_>, VerbError> {
+        let limit = self.config.limits.functions_per_port as usize;
+        let mut state = self.state();
+        let offers = state.lent.values().filter_map(|lent| lent.offer.as_ref());
+        let offers = offers.map(|offer| offer.port);
+        let taken = offers.chain(state.offering.values().copied());
+        if taken.filter(|taken| *taken == port).count() < limit {
+            state.offering.insert(bdf, port);
+            return Ok(Offering { host: self, bdf });
+        }
+        let text = format!(
+            "{limit} functions are offered through port `{}`, its limit: take one back, use \
+             another port, or raise limits.functions_per_port",
+            self.ports[port].name
+        );
+        Err(refuse(ErrorCode::Limit, text))
+    }
+
+    fn offer(&self, bdf: Bdf, port: usize) -> Result<Offer, VerbError> {
+        let open = &self.ports[port];
         self.check_lendable(bdf)?;
         let function = self.functions.open(bdf)?;
         let entry = entry(bdf, &function);

@@ -5,6 +5,8 @@ mod claim;
 mod functions;
 mod lend;
 mod port;
+#[cfg(test)]
+mod ports_tests;
 mod report;
 #[cfg(test)]
 mod tests;
@@ -63,6 +65,8 @@ struct State {
     claims: Claims,
     /// What is being borrowed: trust is judged with it before it is there.
     wished: BTreeMap<Fdid, Trust>,
+    /// What is being offered, and through which port.
+    offering: BTreeMap<Bdf, usize>,
 }
 
 struct LocalHost {
@@ -184,7 +188,7 @@ impl Host for LocalHost {
         match verb {
             Verb::Add { bdf } => self.add(bdf.0),
             Verb::Remove { bdf } => self.remove(bdf.0),
-            Verb::Available { bdf } => self.available(bdf.0),
+            Verb::Available { bdf, port } => self.available(bdf.0, port.as_deref()),
             Verb::Unavailable { bdf } => self.unavailable(bdf.0),
             Verb::List => self.list(),
             Verb::Borrow {
