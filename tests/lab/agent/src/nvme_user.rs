@@ -189,10 +189,10 @@ pub fn print_registers(bdf: &str) -> Result<()> {
     let registers = Registers::map(bdf, COMMAND_MEMORY)?;
     std::thread::sleep(SETTLE);
     let word = |offset| registers.read(offset);
-    let asq = u64::from(word(ASQ)) | u64::from(word(ASQ + 4)) << 32;
+    let long = |offset| u64::from(word(offset)) | u64::from(word(offset + 4)) << 32;
     let report = serde_json::json!({
         "vs": word(VS), "intms": word(INTMS), "cc": word(CC), "csts": word(CSTS),
-        "aqa": word(AQA), "asq": asq,
+        "aqa": word(AQA), "asq": long(ASQ), "acq": long(ACQ),
     });
     println!("{report}");
     Ok(())

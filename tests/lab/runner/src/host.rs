@@ -26,6 +26,8 @@ const MODULES: [&str; 7] = [
 pub const QUICK: &str = "panic=-1 mitigations=off audit=0 cryptomgr.notests=1 no_timer_check";
 /// Two cores under TCG bring a host up in 6 to 8 s; a busy machine takes longer.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
+/// While a host boots, its QEMU is looked after this often.
+const LOOK_AFTER_QEMU: Duration = Duration::from_secs(3);
 /// Two guests of 128 MiB, and room for their firmware's rounding.
 const GUEST_HUGE_PAGES: u32 = 160;
 const NVME_BYTES: u64 = 64 << 20;
@@ -154,9 +156,15 @@ impl Host {
 
     /// Waits for its agent.
     pub fn wait_ready(&mut self) -> Result<()> {
-        let ready = self.agent.wait_ready(BOOT_TIMEOUT);
-        self.qemu.ensure_alive()?;
-        ready.with_context(|| format!("host {}", self.name))
+        let deadline = Instant::now() + BOOT_TIMEOUT;
+        loop {
+            let ready = self.agent.wait_ready(LOOK_AFTER_QEMU);
+            self.qemu.ensure_alive()?;
+            match ready {
+                Err(_) if Instant::now() < deadline => {}
+                ready => return ready.with_context(|| format!("host {}", self.name)),
+            }
+        }
     }
 
     /// Whether its kernel stands still before the first program of its initramfs. QEMU's TCG does

@@ -118,38 +118,78 @@ pub struct NvmeRegisters {
     pub aqa: u32,
     /// Admin submission queue address.
     pub asq: u64,
+    /// Admin completion queue address.
+    pub acq: u64,
 }
 
 impl NvmeRegisters {
-    /// Fails unless the controller is as after a function level reset. QEMU's leaves AQA and ASQ
-    /// as they are at every reset (tried with 11.1.3: `pattern; echo 1 > reset; read`), so they
-    /// cannot tell anything here.
+    /// Fails unless the controller is as after a function level reset.
     pub fn ensure_reset(&self) -> Result<()> {
         ensure!(
             self.vs != 0 && self.vs != u32::MAX,
             "the function does not answer: {self:x?}"
         );
-        let reset = (self.intms, self.cc, self.csts) == (0, 0, 0);
-        ensure!(reset, "left behind: {self:x?}");
+        let running = (self.intms, self.cc, self.csts) == (0, 0, 0);
+        ensure!(running && self.queues_are_gone(), "left behind: {self:x?}");
         Ok(())
+    }
+
+    /// Whether nothing tells where a tenant's admin queues were.
+    pub fn queues_are_gone(&self) -> bool {
+        (self.aqa, self.asq, self.acq) == (0, 0, 0)
     }
 }
 
 /// Reads them through /dev/mem, past whichever driver has the function.
 pub fn nvme_registers(agent: &Agent, bdf: &str) -> Result<NvmeRegisters> {
     let base = bar_address(agent, bdf, 0)?.to_string();
-    let text = agent.run(&["lab-agent", "devmem", "read", &base, "0x30"])?;
+    let text = agent.run(&["lab-agent", "devmem", "read", &base, "0x38"])?;
     let words = text.lines().map(|hex| u32::from_str_radix(hex, 16));
     let words: Vec<u32> = words.collect::<Result<_, _>>().context("no hex words")?;
     let word = |offset: usize| words.get(offset / 4).copied().context("too few words");
+    let long = |offset: usize| {
+        Ok::<_, anyhow::Error>(u64::from(word(offset)?) | u64::from(word(offset + 4)?) << 32)
+    };
     Ok(NvmeRegisters {
         vs: word(0x08)?,
         intms: word(0x0c)?,
         cc: word(0x14)?,
         csts: word(0x1c)?,
         aqa: word(0x24)?,
-        asq: u64::from(word(0x28)?) | u64::from(word(0x2c)?) << 32,
+        asq: long(0x28)?,
+        acq: long(0x30)?,
     })
+}
+
+/// What is left of a pattern in the admin queues' registers of a function that nobody has, after
+/// the kernel's own reset of it: what this controller's function level reset does by itself.
+pub fn after_own_reset(agent: &Agent, bdf: &str) -> Result<NvmeRegisters> {
+    let base = bar_address(agent, bdf, 0)?;
+    // The kernel lets a function without a driver sleep, and then it does not answer.
+    let power = format!("/sys/bus/pci/devices/{bdf}/power/control");
+    agent.sh(&format!("echo on > {power}"))?;
+    for (offset, value) in [
+        (0x0c, 0x5a5a_a5a5),
+        (0x24, 0x001f_001f),
+        (0x28, 0x5a5a_a000_u32),
+        (0x30, 0xa5a5_5000),
+    ] {
+        let (at, value) = ((base + offset).to_string(), value.to_string());
+        agent.run(&["lab-agent", "devmem", "write", &at, &value])?;
+    }
+    let before = nvme_registers(agent, bdf)?;
+    ensure!(
+        before.intms != 0 && before.aqa != 0 && before.asq != 0 && before.acq != 0,
+        "the pattern is not there: {before:x?}"
+    );
+    agent.sh(&format!("echo 1 > /sys/bus/pci/devices/{bdf}/reset"))?;
+    let after = nvme_registers(agent, bdf)?;
+    agent.sh(&format!("echo auto > {power}"))?;
+    ensure!(
+        after.intms == 0 && after.vs == before.vs,
+        "the function was not reset: {after:x?}"
+    );
+    Ok(after)
 }
 
 /// The first NVMe function of a machine, whether or not a driver has it.

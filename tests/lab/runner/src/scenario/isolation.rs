@@ -1,5 +1,6 @@
 //! Scenario `isolation`: a guest that drives the VF itself reaches its own memory and nothing else.
 
+use super::nvme::{self, Since, Trapped, WORKS_CHECKS};
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, Setup};
 use super::tenant::Neighbour;
 use super::{Scenario, When};
@@ -16,7 +17,7 @@ use std::time::Duration;
 /// The VF's own DMA engine is aimed at what is not the guest's.
 pub const SCENARIO: Scenario = Scenario {
     name: "isolation",
-    checks: ATTACH_CHECKS + 14 + DETACH_CHECKS,
+    checks: ATTACH_CHECKS + 14 + WORKS_CHECKS + DETACH_CHECKS,
     when: When::Gate,
     own_model: None,
     deadline: Duration::from_secs(420),
@@ -35,7 +36,6 @@ const MSI_ADDRESS: u64 = 0xfee0_0000;
 const WINDOW_FAR: u64 = 900 * MIB;
 /// In the mailbox's 64 KiB, behind everything that the protocol uses.
 const MAILBOX_TAIL: u64 = 0xf000;
-const BYTES: u64 = 64 << 10;
 const FAULT_TIMEOUT: Duration = Duration::from_secs(5);
 const FAULT_TRIES_MAX: usize = 5;
 
@@ -62,14 +62,19 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     });
     aim_elsewhere(checks, &attached, &bdf)?;
     checks.check("no port saw a violation", || no_violation(&attached));
-    checks.check("after a reset the same guest writes and reads back", || {
-        let dir = format!("/sys/bus/pci/devices/{bdf}");
-        guest.sh(&format!(
-            "echo 1 > {dir}/reset; echo {bdf} > /sys/bus/pci/drivers/nvme/bind"
-        ))?;
-        steps::wait_namespace(guest)?;
-        steps::write_and_read_back(guest, BYTES)
-    });
+    let mut since = None;
+    checks.must(
+        "after a reset the same guest's driver finds its namespace",
+        || {
+            guest.sh(&format!("echo 1 > /sys/bus/pci/devices/{bdf}/reset"))?;
+            since = Some(Since::now(&attached)?);
+            guest.sh(&format!("echo {bdf} > /sys/bus/pci/drivers/nvme/bind"))?;
+            steps::wait_namespace(guest).map(|()| "")
+        },
+    )?;
+    // All that `nvme` checks.
+    let since = since.context("no counters")?;
+    nvme::works(checks, &attached, &since, Trapped::All)?;
     steps::detach(checks, attached)
 }
 

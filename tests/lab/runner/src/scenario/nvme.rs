@@ -1,6 +1,6 @@
 //! Scenarios `nvme` and `nvme-mapped`: a guest on host B uses a VF of host A with its stock driver.
 
-use super::steps::{self, Attached, Setup, dio};
+use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, Setup, dio};
 use super::{Scenario, When};
 use crate::check::Checks;
 use crate::guest::GuestSpec;
@@ -13,7 +13,7 @@ use std::time::Duration;
 /// BARs by way of the worker.
 pub const TRAPPED: Scenario = Scenario {
     name: "nvme",
-    checks: 12,
+    checks: ATTACH_CHECKS + WORKS_CHECKS + DETACH_CHECKS,
     when: When::Gate,
     own_model: None,
     deadline: Duration::from_secs(300),
@@ -23,7 +23,7 @@ pub const TRAPPED: Scenario = Scenario {
 /// BARs mapped into the VMM.
 pub const MAPPED: Scenario = Scenario {
     name: "nvme-mapped",
-    checks: 12,
+    checks: ATTACH_CHECKS + WORKS_CHECKS + DETACH_CHECKS,
     when: When::Gate,
     own_model: None,
     deadline: Duration::from_secs(300),
@@ -33,7 +33,7 @@ pub const MAPPED: Scenario = Scenario {
 /// The other chip of the family, with windows of unequal size and a link that comes late.
 pub const OTHER_NTB: Scenario = Scenario {
     name: "nvme-0db4",
-    checks: 12,
+    checks: ATTACH_CHECKS + WORKS_CHECKS + DETACH_CHECKS,
     when: When::Full,
     own_model: Some("it asks for another chip, unequal windows and a late link"),
     deadline: Duration::from_secs(300),
@@ -50,8 +50,10 @@ const OTHER_MODEL: &[&str] = &[
 
 /// What the worker's count of trapped BAR accesses must show once the guest is attached.
 #[derive(Clone, Copy)]
-enum Trapped {
+pub enum Trapped {
+    /// Every access goes through the worker.
     All,
+    /// None does.
     None,
 }
 
@@ -75,24 +77,64 @@ fn run(
         },
         spec,
     )?;
-    let trapped_before = trapped_accesses(&attached.lending.b.status()?)?;
-    check_bytes(checks, &attached)?;
-    let Attached { guest, lending, .. } = &attached;
+    // From the start of the path: nothing was raised before.
+    let since = Since {
+        trapped: trapped_accesses(&attached.lending.b.status()?)?,
+        ..Since::default()
+    };
+    works(checks, &attached, &since, trapped)?;
+    steps::detach(checks, attached)
+}
+
+/// How many checks [`works`] makes.
+pub const WORKS_CHECKS: usize = 5;
+
+/// Counters from which on [`works`] counts.
+#[derive(Default)]
+pub struct Since {
+    raised: u64,
+    bells: u64,
+    signals: u64,
+    trapped: u64,
+}
+
+impl Since {
+    /// From now on: the guest's driver has not been given the function yet, and the function has
+    /// just been reset, so that the kernels' own counts begin anew.
+    pub fn now(attached: &Attached) -> Result<Self> {
+        let (lender, borrower) = (attached.lending.a.status()?, attached.lending.b.status()?);
+        Ok(Since {
+            raised: vector_sum(&lender, "lent", "raised")?,
+            bells: vector_sum(&lender, "lent", "bells")?,
+            signals: vector_sum(&borrower, "borrowed", "signals")?,
+            trapped: trapped_accesses(&borrower)?,
+        })
+    }
+}
+
+/// The guest's stock driver has its namespace: its bytes, its interrupts, its way to the BARs.
+pub fn works(
+    checks: &mut Checks,
+    attached: &Attached,
+    since: &Since,
+    trapped: Trapped,
+) -> Result<()> {
+    check_bytes(checks, attached)?;
     checks.check("no interrupt was lost", || {
-        ensure_no_lost_interrupt(&guest.dmesg("polled|timeout")?)
+        ensure_no_lost_interrupt(&attached.guest.dmesg("polled|timeout")?)
     });
     checks.check("interrupts of lender, worker and guest add up", || {
-        interrupts_add_up(&attached)
+        interrupts_add_up(attached, since)
     });
     checks.check("BAR accesses go the way that was asked for", || {
-        let count = trapped_accesses(&lending.b.status()?)? - trapped_before;
+        let count = trapped_accesses(&attached.lending.b.status()?)? - since.trapped;
         match trapped {
             Trapped::All => ensure!(count > 0, "no BAR access was trapped"),
             Trapped::None => ensure!(count == 0, "{count} BAR accesses were trapped"),
         }
         Ok(format!("{count} trapped since the guest is up"))
     });
-    steps::detach(checks, attached)
+    Ok(())
 }
 
 /// What the guest wrote comes back to it, and lies in the lender's own blocks.
@@ -113,7 +155,7 @@ fn check_bytes(checks: &mut Checks, attached: &Attached) -> Result<()> {
 
 /// What host A's kernel counted is what the port read from its eventfds; bells are merged from
 /// those, signals from bells, and a guest may merge signals.
-fn interrupts_add_up(attached: &Attached) -> Result<String> {
+fn interrupts_add_up(attached: &Attached, since: &Since) -> Result<String> {
     let Attached {
         pair,
         lending,
@@ -124,9 +166,9 @@ fn interrupts_add_up(attached: &Attached) -> Result<String> {
     let seen = interrupt_count(&guest.agent, &guest.agent.sh(bdf)?)?;
     let (lender, borrower) = (lending.a.status()?, lending.b.status()?);
     let kernel = interrupt_count(&pair.a.agent, VF_BDF)?;
-    let raised = vector_sum(&lender, "lent", "raised")?;
-    let bells = vector_sum(&lender, "lent", "bells")?;
-    let signals = vector_sum(&borrower, "borrowed", "signals")?;
+    let raised = vector_sum(&lender, "lent", "raised")? - since.raised;
+    let bells = vector_sum(&lender, "lent", "bells")? - since.bells;
+    let signals = vector_sum(&borrower, "borrowed", "signals")? - since.signals;
     let counts =
         format!("lender {kernel}, read {raised}, bells {bells}, signals {signals}, guest {seen}");
     ensure!(kernel == raised && raised > 0, "{counts}");
