@@ -40,7 +40,7 @@ impl Story<'_> {
         let claim = Claim::Pool;
         for (bdf, _) in self.fabric.pf.vfs() {
             let bdf = BdfText::from(bdf);
-            for verb in [Verb::Add { bdf }, Verb::Available { bdf }] {
+            for verb in [Verb::Add { bdf }, Verb::Available { bdf, port: None }] {
                 let done = self.fabric.lender.ask(&verb);
                 done.map_err(|refusal| claim.broken(refusal.text))?;
             }
