@@ -6,5 +6,7 @@ pub mod config;
 pub mod daemon;
 #[cfg(target_arch = "x86_64")]
 pub mod demo;
+pub mod ipc;
 pub mod jail;
 pub mod names;
+pub mod worker;

@@ -15,6 +15,7 @@ mod return_;
 mod status;
 mod table;
 mod unavailable;
+mod worker;
 
 use crate::daemon::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
 use clap::{Parser, Subcommand, error::ErrorKind};
@@ -53,11 +54,14 @@ enum Command {
     Borrow(borrow::Args),
     Return(return_::Args),
     Status(status::Args),
+    #[command(hide = true)]
+    Worker(worker::Args),
 }
 
 /// What needs no daemon.
 enum NoVerb<'a> {
     Daemon(&'a daemon::Args),
+    Worker(&'a worker::Args),
     #[cfg(target_arch = "x86_64")]
     Demo(&'a demo::Args),
     #[cfg(target_arch = "x86_64")]
@@ -69,6 +73,7 @@ impl Command {
     fn verb(&self) -> Result<Result<Verb, VerbError>, NoVerb<'_>> {
         Ok(match self {
             Self::Daemon(args) => return Err(NoVerb::Daemon(args)),
+            Self::Worker(args) => return Err(NoVerb::Worker(args)),
             #[cfg(target_arch = "x86_64")]
             Self::Demo(args) => return Err(NoVerb::Demo(args)),
             #[cfg(target_arch = "x86_64")]
@@ -94,6 +99,7 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
     let done = match cli.command.verb() {
         Ok(verb) => verb.and_then(|verb| client::request(&cli.control, &verb)),
         Err(NoVerb::Daemon(args)) => args.run().map(|()| Outcome::Done),
+        Err(NoVerb::Worker(args)) => args.run().map(|()| Outcome::Done),
         #[cfg(target_arch = "x86_64")]
         Err(NoVerb::Demo(args)) => return args.run(cli.json),
         #[cfg(target_arch = "x86_64")]

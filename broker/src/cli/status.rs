@@ -86,10 +86,24 @@ fn attention(status: &HostStatus) -> Vec<String> {
     for borrowed in &status.borrowed {
         let error = borrowed.last_error.iter();
         findings.extend(error.map(|e| format!("{}: {e}", borrowed.fdid)));
+        findings.extend(worker(borrowed));
     }
     let held = status.quarantine.functions.iter();
     findings.extend(held.map(|f| format!("{}: in quarantine: {}", f.fdid, f.reason)));
     findings
+}
+
+/// What is wrong with a worker process, in words.
+fn worker(borrowed: &BorrowedStatus) -> Option<String> {
+    let (fdid, worker) = (borrowed.fdid, borrowed.worker.as_ref()?);
+    let pid = worker.pid;
+    if !(worker.landlock && worker.seccomp) {
+        return Some(format!(
+            "{fdid}: its worker (process {pid}) runs without a sandbox, as --sandbox=off says: a \
+             VMM that takes it over has this host"
+        ));
+    }
+    (!worker.answers).then(|| format!("{fdid}: its worker (process {pid}) does not answer"))
 }
 
 /// What of a port is in quarantine, in words; `None` = nothing.

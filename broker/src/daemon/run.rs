@@ -3,7 +3,7 @@
 use super::{
     Host,
     control::{Deadlines, serve},
-    host::{self, HostError},
+    host::{self, HostError, Workers},
     socket::{ControlSocket, SocketError},
     vocabulary::{ErrorCode, VerbError},
 };
@@ -61,9 +61,9 @@ impl From<&DaemonError> for VerbError {
 }
 
 /// Runs the daemon until SIGTERM or SIGINT.
-pub fn run(config: &Path) -> Result<(), DaemonError> {
+pub fn run(config: &Path, workers: Workers) -> Result<(), DaemonError> {
     let config = Config::load(config)?;
-    run_with(&config, host::start)
+    run_with(&config, |config| host::start(config, workers))
 }
 
 /// Runs the daemon with whatever `start` gives for a host.

@@ -208,10 +208,28 @@ pub struct BorrowedStatus {
     pub counters: GuestCounters,
     /// Its interrupts.
     pub vectors: Vec<BorrowedVector>,
+    /// The process that serves it; `None` = a thread of the daemon does, or nobody any more.
+    #[serde(default)]
+    pub worker: Option<WorkerStatus>,
     /// The way that its interrupts take.
     pub way: String,
     /// The last error.
     pub last_error: Option<String>,
+}
+
+/// The process that serves a borrowed function.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerStatus {
+    /// Its process id.
+    pub pid: u32,
+    /// Whether it has answered when it was asked.
+    pub answers: bool,
+    /// Whether Landlock shuts it off from files and network.
+    pub landlock: bool,
+    /// Whether seccomp holds it to its list of system calls.
+    pub seccomp: bool,
+    /// The namespaces of its own; where not permitted, none.
+    pub namespaces: Vec<String>,
 }
 
 /// Counters of one guest session.

@@ -5,7 +5,7 @@ use super::functions::SoftFunctions;
 use crate::cli::request_on;
 use crate::config::Config;
 use crate::daemon::control::{Deadlines, serve};
-use crate::daemon::host::{Machine, start_on};
+use crate::daemon::host::{Machine, Workers, start_on};
 use crate::daemon::socket::ControlSocket;
 use crate::daemon::status::HostStatus;
 use crate::daemon::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
@@ -125,7 +125,7 @@ impl Node {
         let socket = socket.map_err(setup("have a control socket"))?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(setup("have an eventfd"))?;
         let stopped = stop.try_clone().map_err(setup("have an eventfd"))?;
-        let host = start_on(&config, machine).map_err(setup("start a host"))?;
+        let host = start_on(&config, machine, Workers::Threads).map_err(setup("start a host"))?;
         let builder = std::thread::Builder::new().name(format!("control-{node}"));
         let serve = move || serve(&socket, &host, stopped.as_fd(), Deadlines::default());
         let thread = builder.spawn(serve).map_err(setup("start a host"))?;

@@ -22,7 +22,7 @@ pub use descriptors::{check as check_descriptors, keep_from_children};
 pub use limits::Limit;
 
 use serde::{Deserialize, Serialize};
-use std::io;
+use std::{io, os::fd::RawFd};
 
 /// What the operator said.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -132,8 +132,12 @@ pub struct Confined {
 }
 
 /// Gives up everything but system calls. For the only thread of a process: threads that are there
-/// already would keep what they have.
-pub fn confine(role: &'static Role, sandbox: Sandbox) -> Result<Confined, JailError> {
+/// already would keep what they have. `own` are all descriptors that it was handed.
+pub fn confine(
+    role: &'static Role,
+    sandbox: Sandbox,
+    own: &[RawFd],
+) -> Result<Confined, JailError> {
     let failed = |act| {
         move |source: io::Error| JailError::Kernel {
             role: role.name,
@@ -141,7 +145,7 @@ pub fn confine(role: &'static Role, sandbox: Sandbox) -> Result<Confined, JailEr
             source,
         }
     };
-    let found = descriptors::check(&[0, 1, 2]).map_err(failed("look at its own descriptors"))?;
+    let found = descriptors::check(own).map_err(failed("look at its own descriptors"))?;
     if !found.is_empty() {
         return Err(JailError::Descriptors {
             role: role.name,

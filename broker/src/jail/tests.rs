@@ -15,6 +15,7 @@ use std::{
 /// Names the part that a child plays.
 const PART: &str = "SUBLET_JAIL_TEST_PART";
 const SIGSYS: i32 = 31;
+const STDIO: [i32; 3] = [0, 1, 2];
 
 /// Runs the test of this name once more, in a process of its own that plays the part.
 fn child(test: &str, part: &str) -> Output {
@@ -88,7 +89,9 @@ static LITTLE: Role = Role {
 #[test]
 fn descriptor_that_somebody_left_open_is_told_and_refuses_the_process() {
     if part().is_some() {
-        let error = confine(&LITTLE, Sandbox::Off).unwrap_err().to_string();
+        let error = confine(&LITTLE, Sandbox::Off, &STDIO)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("eventfd"), "{error}");
         exit(0);
     }
@@ -105,7 +108,7 @@ fn descriptor_that_somebody_left_open_is_told_and_refuses_the_process() {
 #[test]
 fn descriptor_kept_from_children_is_not_in_a_child() {
     if part().is_some() {
-        assert_eq!(check_descriptors(&[0, 1, 2]).unwrap(), Vec::<String>::new());
+        assert_eq!(check_descriptors(&STDIO).unwrap(), Vec::<String>::new());
         exit(0);
     }
     let open = eventfd(0, EventfdFlags::empty()).unwrap();
@@ -117,7 +120,7 @@ fn descriptor_kept_from_children_is_not_in_a_child() {
 #[test]
 fn confined_process_reaches_no_file_no_network_and_no_capability() {
     if part().is_some() {
-        let confined = confine(&LITTLE, Sandbox::On).unwrap();
+        let confined = confine(&LITTLE, Sandbox::On, &STDIO).unwrap();
         assert!(File::open("/proc/self/status").is_err(), "a file");
         assert!(File::create("/tmp/sublet-jail-test").is_err(), "a new file");
         assert!(std::fs::read_dir("/").is_err(), "a folder");
@@ -144,7 +147,10 @@ fn confined_process_reaches_no_file_no_network_and_no_capability() {
 fn sealed_process_makes_the_calls_of_its_list_and_dies_of_any_other() {
     let test = "sealed_process_makes_the_calls_of_its_list_and_dies_of_any_other";
     if let Some(part) = part() {
-        let report = confine(&LITTLE, Sandbox::On).unwrap().seal().unwrap();
+        let report = confine(&LITTLE, Sandbox::On, &STDIO)
+            .unwrap()
+            .seal()
+            .unwrap();
         assert!(report.is_closed());
         let fd = std::io::stderr();
         match part.as_str() {
@@ -212,18 +218,23 @@ fn kernel_without_landlock_or_seccomp_is_refused_unless_told_so() {
         match part.as_str() {
             "landlock" => {
                 take_away(libc::SYS_landlock_create_ruleset, libc::EOPNOTSUPP);
-                let error = confine(&LITTLE, Sandbox::On).unwrap_err().to_string();
+                let error = confine(&LITTLE, Sandbox::On, &STDIO)
+                    .unwrap_err()
+                    .to_string();
                 assert!(error.contains("--sandbox=off"), "{error}");
             }
             "seccomp" => {
                 take_away(libc::SYS_seccomp, libc::ENOSYS);
-                let confined = confine(&LITTLE, Sandbox::On).unwrap();
+                let confined = confine(&LITTLE, Sandbox::On, &STDIO).unwrap();
                 let error = confined.seal().unwrap_err().to_string();
                 assert!(error.contains("CONFIG_SECCOMP_FILTER"), "{error}");
             }
             "off" => {
                 take_away(libc::SYS_landlock_create_ruleset, libc::EOPNOTSUPP);
-                let report = confine(&LITTLE, Sandbox::Off).unwrap().seal().unwrap();
+                let report = confine(&LITTLE, Sandbox::Off, &STDIO)
+                    .unwrap()
+                    .seal()
+                    .unwrap();
                 assert_eq!(report, Report::default());
                 assert!(!report.is_closed());
             }

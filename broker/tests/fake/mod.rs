@@ -139,6 +139,7 @@ pub fn status() -> HostStatus {
                 mapped_bytes: 128 << 20,
                 ..GuestCounters::default()
             },
+            worker: None,
             vectors: vec![
                 BorrowedVector {
                     index: 0,

@@ -14,7 +14,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("tests/lab/agent", &[]),
     ("tests/lab/contracts", &["vfio-shim"]),
     ("tests/lab/runner", &["lab-agent"]),
-    ("tests/fuzz", &["vfio-shim", "vmm-glue"]),
+    ("tests/fuzz", &["sublet", "vfio-shim", "vmm-glue"]),
     ("tests/sim", &["vfio-shim", "vmm-glue"]),
 ];
 

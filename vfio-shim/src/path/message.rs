@@ -195,6 +195,29 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// The same request for another lease; one that is about none stays as it is.
+    #[must_use]
+    pub fn of(mut self, lease: LeaseId) -> Self {
+        match &mut self {
+            Self::Hello { .. } | Self::List { .. } | Self::Borrow { .. } => {}
+            Self::Return { lease: named }
+            | Self::Open { lease: named, .. }
+            | Self::Config { lease: named, .. }
+            | Self::Map { lease: named, .. }
+            | Self::Unmap { lease: named, .. }
+            | Self::Irqs { lease: named, .. }
+            | Self::Mask { lease: named, .. }
+            | Self::BusMaster { lease: named, .. }
+            | Self::Reset { lease: named }
+            | Self::RegionRead { lease: named, .. }
+            | Self::RegionWrite { lease: named, .. }
+            | Self::Revoked { lease: named, .. } => *named = lease,
+        }
+        self
+    }
+}
+
 /// What came of a request. (A reply is made, sent and dropped; boxing the large one gains nothing.)
 #[expect(clippy::large_enum_variant)]
 #[derive(Clone, Debug, PartialEq, Eq)]

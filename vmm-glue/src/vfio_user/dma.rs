@@ -5,7 +5,7 @@
 //! cached or merged. Maps without an fd are remembered and never programmed.
 
 use super::{
-    memory_check::{Inode, MemoryError, MemoryMap, check_fd},
+    memory_check::{Inode, MemoryError, MemoryMaps, check_fd},
     options::{MemoryCheck, Options},
     version::MAPS_MAX,
     wire,
@@ -13,8 +13,8 @@ use super::{
 use std::{
     collections::BTreeMap,
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
     rc::{Rc, Weak},
+    sync::Arc,
 };
 use vfio_bindings::bindings::vfio::{
     VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_DMA_UNMAP_FLAG_ALL,
@@ -115,8 +115,8 @@ pub struct Dma<'f> {
     usable: Vec<Span>,
     maps_max: u32,
     bytes_max: u64,
-    /// Where to read which process's memory map; `None` = not checked.
-    check: Option<(PathBuf, i32)>,
+    /// Who tells of which process's memory map; `None` = not checked.
+    check: Option<(Arc<dyn MemoryMaps>, i32)>,
     maps: BTreeMap<u64, Map>,
     files: Vec<Weak<MemoryFile>>,
     bytes: u64,
@@ -127,7 +127,7 @@ impl<'f> Dma<'f> {
     /// No maps yet; `pid` is the VMM.
     pub fn new(space: &'f dyn AddressSpace, options: &Options, pid: i32) -> Self {
         let check = match options.memory_check {
-            MemoryCheck::On => Some((options.proc_root.clone(), pid)),
+            MemoryCheck::On => Some((Arc::clone(&options.memory_maps), pid)),
             MemoryCheck::Off => None,
         };
         Self {
@@ -211,8 +211,8 @@ impl<'f> Dma<'f> {
             return Err(MapRefusal::TooMuch { bytes, max });
         }
         let inode = check_fd(fd.as_fd(), range, access)?;
-        if let Some((proc_root, pid)) = &self.check {
-            MemoryMap::read(proc_root, *pid)?.check_shared(inode, range)?;
+        if let Some((maps, pid)) = &self.check {
+            maps.check_shared(*pid, &[(inode, range)])?;
         }
         self.files.retain(|file| file.strong_count() != 0);
         let mut held = self.files.iter().filter_map(Weak::upgrade);
@@ -287,13 +287,11 @@ impl<'f> Dma<'f> {
             return Ok(());
         }
         let maps: Vec<DmaMap<'_>> = self.maps.values().filter_map(Map::programmable).collect();
-        if let Some((proc_root, pid)) = &self.check
+        if let Some((memory_maps, pid)) = &self.check
             && !maps.is_empty()
         {
-            let memory_map = MemoryMap::read(proc_root, *pid)?;
-            for (inode, range) in self.maps.values().filter_map(Map::file_range) {
-                memory_map.check_shared(inode, range)?;
-            }
+            let ranges: Vec<_> = self.maps.values().filter_map(Map::file_range).collect();
+            memory_maps.check_shared(*pid, &ranges)?;
         }
         // Also where it fails: what was reached must then be undone.
         self.programmed = true;

@@ -35,8 +35,9 @@ const BACKLOG: i32 = 4;
 pub struct Endpoint {
     listener: OwnedFd,
     path: PathBuf,
-    /// Device and inode of the socket's file: whatever else is there later is not ours.
-    made: (u64, u64),
+    /// Device and inode of the socket's file: whatever else is there later is not ours. `None`
+    /// where another process has made it.
+    made: Option<(u64, u64)>,
 }
 
 fn identity(stat: &Stat) -> (u64, u64) {
@@ -94,8 +95,22 @@ impl Endpoint {
         Ok(Self {
             listener,
             path: path.to_owned(),
-            made,
+            made: Some(made),
         })
+    }
+
+    /// Listens on a socket that another process has made, and removes when it is done with it.
+    pub fn adopt(listener: OwnedFd, path: &Path) -> Self {
+        Self {
+            listener,
+            path: path.to_owned(),
+            made: None,
+        }
+    }
+
+    /// The listening socket, to be handed to a process that serves on it.
+    pub fn listener(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
     }
 
     /// Where it listens.
@@ -158,7 +173,8 @@ impl Endpoint {
 
 impl Drop for Endpoint {
     fn drop(&mut self) {
-        let ours = lstat(&self.path).is_ok_and(|stat| identity(&stat) == self.made);
+        let Some(made) = self.made else { return };
+        let ours = lstat(&self.path).is_ok_and(|stat| identity(&stat) == made);
         // Nothing can be done where it fails: the next `bind` replaces a socket nobody listens on.
         if ours && let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!(path = %self.path.display(), %error, "the socket could not be removed");

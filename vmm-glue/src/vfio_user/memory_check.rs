@@ -7,6 +7,7 @@ use rustix::{
     io::Errno,
 };
 use std::{
+    fmt,
     fs::File,
     io::{self, Read},
     os::fd::BorrowedFd,
@@ -66,6 +67,9 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// Whoever looks for this process found it so.
+    #[error("{0}")]
+    Told(String),
     /// The kernel does not tell what the fd is.
     #[error("cannot look at the memory's fd")]
     Stat(#[source] io::Error),
@@ -112,6 +116,22 @@ pub fn check_fd(fd: BorrowedFd<'_>, range: Span, access: Access) -> Result<Inode
         device: u64::from(major(file.st_dev)) << 32 | u64::from(minor(file.st_dev)),
         number: file.st_ino,
     })
+}
+
+/// Tells whether memory is shared with a process. A process that is shut off from `/proc` has
+/// another look there for it.
+pub trait MemoryMaps: fmt::Debug + Send + Sync {
+    /// Whether the process maps every byte of these ranges of files shared.
+    fn check_shared(&self, pid: i32, ranges: &[(Inode, Span)]) -> Result<(), MemoryError>;
+}
+
+/// Where the kernel shows processes.
+impl MemoryMaps for PathBuf {
+    fn check_shared(&self, pid: i32, ranges: &[(Inode, Span)]) -> Result<(), MemoryError> {
+        let map = MemoryMap::read(self, pid)?;
+        let mut ranges = ranges.iter();
+        ranges.try_for_each(|(inode, range)| map.check_shared(*inode, *range))
+    }
 }
 
 /// A process's memory map, as `/proc/PID/maps` tells it.

@@ -1,6 +1,6 @@
 //! What the owner decides about a guest session.
 
-use super::version::MAPS_MAX;
+use super::{memory_check::MemoryMaps, version::MAPS_MAX};
 use std::{path::PathBuf, sync::Arc};
 use vfio_shim::model::{OsRuntime, Runtime};
 
@@ -36,8 +36,8 @@ pub struct Options {
     pub maps_max: u32,
     /// The most bytes of guest memory mapped at once, over all maps.
     pub bytes_max: u64,
-    /// Where the kernel shows processes: `/proc`.
-    pub proc_root: PathBuf,
+    /// Where memory maps of processes are read, or who is asked.
+    pub memory_maps: Arc<dyn MemoryMaps>,
     /// What the serving thread stands on.
     pub runtime: Arc<dyn Runtime>,
 }
@@ -49,7 +49,7 @@ impl Default for Options {
             memory_check: MemoryCheck::default(),
             maps_max: MAPS_MAX,
             bytes_max: u64::MAX,
-            proc_root: PathBuf::from("/proc"),
+            memory_maps: Arc::new(PathBuf::from("/proc")),
             runtime: Arc::new(OsRuntime),
         }
     }

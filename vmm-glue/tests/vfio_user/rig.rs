@@ -51,7 +51,7 @@ impl Rig {
         let shared = Arc::new(SessionShared::default());
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
         let mut options = Options {
-            proc_root: dir.path().join("proc"),
+            memory_maps: Arc::new(dir.path().join("proc")),
             ..Options::default()
         };
         change(&mut options);

@@ -1,21 +1,19 @@
-//! The borrower's verbs: a function of another host, served to one VMM by a worker thread.
+//! The borrower's verbs: a function of another host, served to one VMM by a worker.
 
 use super::claim::Named;
 use super::lend::from_refusal;
 use super::port::OpenPort;
+use super::served::Server;
 use super::{LocalHost, State, refuse};
 use crate::daemon::vocabulary::{
     Availability, BarMode, BdfText, BorrowedFunction as Told, ErrorCode, FdidText,
     FunctionDescription, Hex64, Location, Outcome, VerbError,
 };
-use rustix::event::{EventfdFlags, eventfd};
-use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use vfio_shim::model::{Fdid, Function};
-use vfio_shim::path::{BorrowedFunction, CallError, Engine, LeaseId, PoolEntry};
-use vmm_glue::vfio_user::{self, Endpoint, MemoryCheck, Options, SessionShared, SessionState};
+use vfio_shim::model::Fdid;
+use vfio_shim::path::{CallError, Engine, LeaseId, PoolEntry};
+use vmm_glue::vfio_user::{Endpoint, SessionState};
 
 /// What the operator wishes.
 pub(super) struct Wish {
@@ -54,50 +52,25 @@ pub(super) struct Borrowed {
     pub(super) ram: Option<u64>,
     pub(super) adapter: usize,
     pub(super) trust_domain: String,
-    pub(super) shared: Arc<SessionShared>,
     pub(super) lost: Option<String>,
-    pub(super) worker: Option<Worker>,
+    pub(super) worker: Option<Arc<Server>>,
     engine: Arc<Engine>,
-}
-
-/// The worker thread of one borrowed function.
-pub(super) struct Worker {
-    pub(super) function: Arc<BorrowedFunction>,
-    stop: OwnedFd,
-    handle: JoinHandle<()>,
-}
-
-impl Worker {
-    /// Ends the guest session, undoing it, and the endpoint.
-    fn end(self) {
-        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-        let _ = self.handle.join();
-    }
 }
 
 impl Borrowed {
     /// Ends the guest session and gives the lease back.
     pub(super) fn end(mut self) -> Option<CallError> {
-        let worker = self.worker.take()?;
-        let lost = worker.function.lost().is_some();
-        worker.end();
-        if lost {
-            return None;
-        }
-        self.engine.give_back(self.lease).err()
+        self.worker.take()?.end(&self.engine, self.lease)
     }
 
     /// Why the lease is lost, if it is.
     pub(super) fn lost(&self) -> Option<String> {
-        let now = self
-            .worker
-            .as_ref()
-            .and_then(|worker| worker.function.lost());
+        let now = self.worker.as_ref().and_then(|worker| worker.lost());
         now.or_else(|| self.lost.clone())
     }
 }
 
-fn from_call(error: &CallError) -> VerbError {
+pub(super) fn from_call(error: &CallError) -> VerbError {
     match error {
         CallError::Refused(refusal) => from_refusal(refusal),
         CallError::Timeout(_) => refuse(ErrorCode::Timeout, error.to_string()),
@@ -110,22 +83,32 @@ impl LocalHost {
     /// Ends the workers of lost leases whose VMM has gone; the leases stay in `status` as lost
     /// until they are returned or borrowed again.
     pub(super) fn reap(&self) {
-        let mut ended = Vec::new();
-        for held in self.state().borrowed.values_mut() {
-            let connected = matches!(
-                held.shared.state(),
-                SessionState::Connected { .. } | SessionState::Undoing { .. }
-            );
-            let lost = held
-                .worker
-                .as_ref()
-                .and_then(|worker| worker.function.lost());
-            if let (Some(why), false) = (lost, connected) {
-                held.lost = Some(why);
-                ended.extend(held.worker.take());
+        let lost = |(fdid, held): (&Fdid, &Borrowed)| {
+            let worker = Arc::clone(held.worker.as_ref()?);
+            let why = worker.lost()?;
+            Some((*fdid, worker, why))
+        };
+        // A worker in another process is asked, which takes its time: not under the lock.
+        let lost: Vec<_> = self.state().borrowed.iter().filter_map(lost).collect();
+        for (fdid, worker, why) in lost {
+            if worker.view().is_connected() {
+                continue;
+            }
+            let ended = {
+                let mut state = self.state();
+                let held = state.borrowed.get_mut(&fdid);
+                let same = |held: &Arc<Server>| Arc::ptr_eq(held, &worker);
+                let held = held.filter(|held| held.worker.as_ref().is_some_and(same));
+                held.map(|held| {
+                    held.lost = Some(why);
+                    held.worker = None;
+                    (Arc::clone(&held.engine), held.lease)
+                })
+            };
+            if let Some((engine, lease)) = ended {
+                worker.end(&engine, lease);
             }
         }
-        ended.into_iter().for_each(Worker::end);
     }
 
     pub(super) fn borrow(&self, fdid: Fdid, wish: Wish) -> Result<Outcome, VerbError> {
@@ -144,13 +127,8 @@ impl LocalHost {
         let path = self.config.socket_path(&wish.socket);
         let endpoint = Endpoint::bind(&path)
             .map_err(|error| refuse(ErrorCode::Socket, vfio_shim::path::words(&error)))?;
-        let borrowed = port.engine.borrow(fdid.bdf, wish.ram);
-        let (lease, entry, function) = borrowed.map_err(|error| from_call(&error))?;
-        let shared = Arc::new(SessionShared::default());
-        let worker = self.serve(endpoint, &function, bars, &shared);
-        let worker = worker.inspect_err(|_| {
-            let _ = port.engine.give_back(lease);
-        })?;
+        let wanted = (fdid.bdf, wish.ram);
+        let (lease, entry, server) = self.serve(&port.engine, wanted, endpoint, bars)?;
         let held = Borrowed {
             lease,
             entry,
@@ -159,9 +137,8 @@ impl LocalHost {
             ram: wish.ram,
             adapter,
             trust_domain: domain,
-            shared,
             lost: None,
-            worker: Some(worker),
+            worker: Some(Arc::new(server)),
             engine: Arc::clone(&port.engine),
         };
         let told = told(fdid, &held);
@@ -229,64 +206,24 @@ impl LocalHost {
         Err(refuse(ErrorCode::Limit, text))
     }
 
-    fn serve(
-        &self,
-        endpoint: Endpoint,
-        function: &Arc<BorrowedFunction>,
-        bars: BarMode,
-        shared: &Arc<SessionShared>,
-    ) -> Result<Worker, VerbError> {
-        let failed = |error: std::io::Error| refuse(ErrorCode::Kernel, error.to_string());
-        let options = Options {
-            bars: match bars {
-                BarMode::Trapped => vfio_user::BarMode::Trapped,
-                BarMode::Mapped => vfio_user::BarMode::Mapped,
-            },
-            memory_check: match self.config.policy.memory_check {
-                true => MemoryCheck::On,
-                false => MemoryCheck::Off,
-            },
-            maps_max: self.config.limits.guest_maps,
-            bytes_max: self.config.limits.guest_mapped_bytes.unwrap_or(u64::MAX),
-            ..Options::default()
-        };
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let stop = eventfd(0, flags).map_err(|error| failed(error.into()))?;
-        let stopped = stop.try_clone().map_err(failed)?;
-        let served: Arc<dyn Function> = function.clone();
-        let shared = Arc::clone(shared);
-        let builder = std::thread::Builder::new().name(format!("vmm-lease-{}", function.lease()));
-        let handle = builder.spawn(move || {
-            if let Err(error) = endpoint.serve(&served, &options, stopped.as_fd(), &shared) {
-                tracing::error!("a worker has ended: {}", vfio_shim::path::words(&error));
-            }
-        });
-        Ok(Worker {
-            function: Arc::clone(function),
-            stop,
-            handle: handle.map_err(failed)?,
-        })
-    }
-
     pub(super) fn give_back(&self, fdid: Fdid) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Far(fdid))?;
-        let held = {
-            let mut state = self.state();
+        let worker = {
+            let state = self.state();
             let Some(held) = state.borrowed.get(&fdid) else {
                 let text = format!("{fdid} is not borrowed here: see `sublet status`");
                 return Err(refuse(ErrorCode::NoLease, text));
             };
-            if let (BarMode::Mapped, SessionState::Connected { pid }) =
-                (held.bars, held.shared.state())
-            {
-                let text = format!(
-                    "the VMM (process {pid}) has the NTB's window mapped: end it first, or its \
-                     stores could reach the next tenant"
-                );
-                return Err(refuse(ErrorCode::Busy, text));
-            }
-            state.borrowed.remove(&fdid)
+            held.worker.clone().filter(|_| held.bars == BarMode::Mapped)
         };
+        if let Some(SessionState::Connected { pid }) = worker.and_then(|w| w.view().state) {
+            let text = format!(
+                "the VMM (process {pid}) has the NTB's window mapped: end it first, or its \
+                 stores could reach the next tenant"
+            );
+            return Err(refuse(ErrorCode::Busy, text));
+        }
+        let held = self.state().borrowed.remove(&fdid);
         match held.and_then(Borrowed::end) {
             None => Ok(Outcome::Done),
             Some(error) => Err(from_call(&error)),
@@ -367,7 +304,7 @@ fn told(fdid: Fdid, held: &Borrowed) -> Told {
 mod tests {
     use super::*;
     use crate::config::Config;
-    use crate::daemon::host::{KernelFunctions, Machine};
+    use crate::daemon::host::{KernelFunctions, Machine, Workers};
     use std::path::Path;
     use vfio_shim::ntb::soft::{SoftLink, SoftPortConfig};
     use vfio_shim::sysfs::Sysfs;
@@ -383,7 +320,7 @@ mod tests {
         let text = "[node]\nid = 4\nname = \"a\"\n\n[[port]]\nname = \"soft\"\nbdf = \"01:00.0\"\n\
                     peers = \"cable\"\ntrust_domain = \"a\"\ntrust_vmm = true\n";
         let config = Config::parse(Path::new("test.toml"), text).unwrap();
-        LocalHost::new(&config, machine).unwrap()
+        LocalHost::new(&config, machine, Workers::Threads).unwrap()
     }
 
     #[test]

@@ -7,7 +7,9 @@ mod lend;
 mod port;
 #[cfg(test)]
 mod ports_tests;
+mod process;
 mod report;
+mod served;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +31,7 @@ use vfio_shim::path::{EngineError, PortStatus};
 use vfio_shim::sysfs::Sysfs;
 
 pub use functions::{Functions, OpenFunction};
+pub use served::Workers;
 
 /// Why the host could not start.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +75,7 @@ struct State {
 struct LocalHost {
     config: Config,
     functions: Arc<dyn Functions>,
+    workers: Workers,
     started: Instant,
     state: Mutex<State>,
     unclaimed: Condvar,
@@ -110,13 +114,17 @@ impl Machine {
 }
 
 /// Opens this machine's ports and starts their threads.
-pub fn start(config: &Config) -> Result<Arc<dyn Host>, HostError> {
-    start_on(config, Machine::of_the_kernel(config)?)
+pub fn start(config: &Config, workers: Workers) -> Result<Arc<dyn Host>, HostError> {
+    start_on(config, Machine::of_the_kernel(config)?, workers)
 }
 
 /// The same on another machine, such as one of the soft fabric.
-pub fn start_on(config: &Config, machine: Machine) -> Result<Arc<dyn Host>, HostError> {
-    Ok(Arc::new(LocalHost::new(config, machine)?))
+pub fn start_on(
+    config: &Config,
+    machine: Machine,
+    workers: Workers,
+) -> Result<Arc<dyn Host>, HostError> {
+    Ok(Arc::new(LocalHost::new(config, machine, workers)?))
 }
 
 fn refuse(code: ErrorCode, text: impl Into<String>) -> VerbError {
@@ -124,13 +132,14 @@ fn refuse(code: ErrorCode, text: impl Into<String>) -> VerbError {
 }
 
 impl LocalHost {
-    fn new(config: &Config, machine: Machine) -> Result<Self, HostError> {
+    fn new(config: &Config, machine: Machine, workers: Workers) -> Result<Self, HostError> {
         assert_eq!(machine.ports.len(), config.ports.len(), "one NTB each");
         let ports = config.ports.iter().zip(machine.ports);
         let ports = ports.map(|(port, open)| OpenPort::start(config.node_id, port, open));
         Ok(Self {
             config: config.clone(),
             functions: machine.functions,
+            workers,
             started: Instant::now(),
             state: Mutex::default(),
             unclaimed: Condvar::new(),

@@ -60,7 +60,7 @@ fn host(node: u16, ports: Vec<Arc<dyn NtbPort>>, limit: u32, dir: &Path) -> Loca
     );
     let config = Config::parse(Path::new("test.toml"), &text).unwrap();
     let functions = Arc::new(Willing);
-    LocalHost::new(&config, Machine { ports, functions }).unwrap()
+    LocalHost::new(&config, Machine { ports, functions }, Workers::Threads).unwrap()
 }
 
 /// Node 4 lends by two ports; nodes 8 and 9 are at their far ends.

@@ -2,6 +2,7 @@
 
 use super::borrow::Borrowed;
 use super::port::OpenPort;
+use super::served::View;
 use super::{LocalHost, refuse};
 use crate::daemon::vocabulary::{
     Availability, BdfText, BorrowedStatus, BorrowedVector, DoorbellCounters, ErrorCode, FdidText,
@@ -9,6 +10,8 @@ use crate::daemon::vocabulary::{
     ListEntry, Location, MailboxCounters, NodeStatus, Outcome, PortQuarantine, PortStatus,
     QuarantineStatus, QuarantinedFunction, SessionStatus, VerbError, WindowStatus,
 };
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use vfio_shim::model::Fdid;
 use vfio_shim::path::{self, OfferState, PoolState};
 use vmm_glue::vfio_user::SessionState;
@@ -107,12 +110,7 @@ impl LocalHost {
                 .map(|(port, status)| port_status(port, status.as_ref()))
                 .collect(),
             lent,
-            borrowed: self
-                .state()
-                .borrowed
-                .iter()
-                .map(|(fdid, held)| self.borrowed(*fdid, held))
-                .collect(),
+            borrowed: self.borrows(),
         }
     }
 
@@ -148,59 +146,70 @@ impl LocalHost {
         }
     }
 
-    fn borrowed(&self, fdid: Fdid, held: &Borrowed) -> BorrowedStatus {
-        let counters = &held.shared.counters;
-        let signals = held
-            .worker
-            .as_ref()
-            .map(|w| w.function.signals())
-            .unwrap_or_default();
-        let scanned = held
-            .worker
-            .as_ref()
-            .map(|w| w.function.scanned())
-            .unwrap_or_default();
-        let vectors = scanned.iter().zip(&signals).zip(0..);
-        let session = held.shared.state();
-        let lost = held.lost();
-        BorrowedStatus {
-            fdid: FdidText::from(fdid),
-            lease: Hex64(held.lease.0),
-            socket: held.socket.clone(),
-            state: match (&lost, session) {
-                (Some(_), _) => "lost",
-                (None, SessionState::Closed) => "closed",
-                (None, SessionState::Waiting) => "waiting",
-                (None, SessionState::Connected { .. }) => "connected",
-                (None, SessionState::Undoing { .. }) => "undoing",
-            }
-            .to_owned(),
-            vmm_pid: match session {
-                SessionState::Connected { pid } | SessionState::Undoing { pid } => {
-                    u32::try_from(pid).ok().filter(|pid| *pid != 0)
-                }
-                _ => None,
-            },
-            bars: held.bars,
-            ram_bytes: held.ram,
-            counters: GuestCounters {
-                trapped_reads: counters.bar_reads.get(),
-                trapped_writes: counters.bar_writes.get(),
-                config_reads: counters.config_reads.get(),
-                dma_maps: counters.maps_now.get(),
-                mapped_bytes: counters.bytes_now.get(),
-                messages: counters.messages.get(),
-            },
-            vectors: vectors
-                .map(|((&scanned, &signals), index)| BorrowedVector {
-                    index,
-                    scanned,
-                    signals,
-                })
-                .collect(),
-            way: "doorbell".to_owned(),
-            last_error: lost.or_else(|| held.shared.last_error()),
+    fn borrows(&self) -> Vec<BorrowedStatus> {
+        let workers = |(fdid, held): (&Fdid, &Borrowed)| Some((*fdid, held.worker.clone()?));
+        let workers: Vec<_> = self.state().borrowed.iter().filter_map(workers).collect();
+        // Asked without the lock: a worker in another process may take its time.
+        let views = workers.into_iter().map(|(fdid, worker)| {
+            let view = worker.view();
+            (fdid, (worker, view))
+        });
+        let mut views: BTreeMap<_, _> = views.collect();
+        let state = self.state();
+        let borrowed = state.borrowed.iter().map(|(fdid, held)| {
+            let asked = views.remove(fdid).filter(|(worker, _)| {
+                let now = held.worker.as_ref();
+                now.is_some_and(|now| Arc::ptr_eq(now, worker))
+            });
+            let view = asked.map_or_else(View::default, |(_, view)| view);
+            borrowed(*fdid, held, view)
+        });
+        borrowed.collect()
+    }
+}
+
+fn borrowed(fdid: Fdid, held: &Borrowed, view: View) -> BorrowedStatus {
+    let vectors = view.scanned.iter().enumerate();
+    let vectors = vectors.map(|(index, scanned)| BorrowedVector {
+        index: index as u32,
+        scanned: *scanned,
+        signals: view.signals.get(index).copied().unwrap_or_default(),
+    });
+    let lost = held.lost();
+    let [reads, writes, config_reads, maps, bytes, messages] = view.counters;
+    BorrowedStatus {
+        fdid: FdidText::from(fdid),
+        lease: Hex64(held.lease.0),
+        socket: held.socket.clone(),
+        state: match (&lost, view.state) {
+            (Some(_), _) => "lost",
+            (None, None) => "silent",
+            (None, Some(SessionState::Closed)) => "closed",
+            (None, Some(SessionState::Waiting)) => "waiting",
+            (None, Some(SessionState::Connected { .. })) => "connected",
+            (None, Some(SessionState::Undoing { .. })) => "undoing",
         }
+        .to_owned(),
+        vmm_pid: match view.state {
+            Some(SessionState::Connected { pid } | SessionState::Undoing { pid }) => {
+                u32::try_from(pid).ok().filter(|pid| *pid != 0)
+            }
+            _ => None,
+        },
+        bars: held.bars,
+        ram_bytes: held.ram,
+        counters: GuestCounters {
+            trapped_reads: reads,
+            trapped_writes: writes,
+            config_reads,
+            dma_maps: maps,
+            mapped_bytes: bytes,
+            messages,
+        },
+        vectors: vectors.collect(),
+        worker: view.worker,
+        way: "doorbell".to_owned(),
+        last_error: lost.or(view.last_error),
     }
 }
 

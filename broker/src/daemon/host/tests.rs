@@ -83,7 +83,7 @@ fn host(config: &Config, port: Arc<SoftPort>, sysfs: &Path) -> LocalHost {
         ports: vec![port],
         functions: Arc::new(KernelFunctions::new(Sysfs::new(sysfs))),
     };
-    LocalHost::new(config, machine).unwrap()
+    LocalHost::new(config, machine, Workers::Threads).unwrap()
 }
 
 impl Rig {

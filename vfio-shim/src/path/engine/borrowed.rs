@@ -1,15 +1,17 @@
 //! The borrowed function: the borrower's end of a path as a `Function`, for the vfio-user server.
 
-use super::{Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, lock};
+use super::path_port::{PathPort, SliceAperture};
+use super::{Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, Signals, lock};
 use crate::model::{
     AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds, FunctionInfo,
-    IrqIndex, MapError, Mapping, Memory, RegionIndex, ShadowConfig, Span, Task, WindowOffset,
+    IrqIndex, MapError, Memory, OsRuntime, RegionIndex, ShadowConfig, Span, Task, WindowOffset,
 };
 use crate::path::borrower::{Answer, Call, CallError, GuestMap, MAPS_MAX, OpenedPath};
 use crate::path::message::{LeaseId, Request};
 use crate::path::refusal::RefusalCode;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::collections::{HashMap, hash_map::Entry};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
 
 /// Interrupt requests on x86: an address space of guest RAM never maps them (Intel SDM 3A, 12.11).
@@ -33,7 +35,7 @@ struct Triggers {
 
 /// A function of another host, as this host's VMM sees it.
 pub struct BorrowedFunction {
-    engine: Arc<Engine>,
+    port: Arc<dyn PathPort>,
     lease: LeaseId,
     info: FunctionInfo,
     slices: [Option<WindowOffset>; BAR_COUNT],
@@ -44,58 +46,49 @@ pub struct BorrowedFunction {
     signaller: Mutex<Option<Task>>,
 }
 
-/// A BAR of the far function as this process loads and stores it: its slice of the window.
-struct SliceAperture {
-    window: Arc<dyn Aperture>,
-    base: u64,
-    len: u64,
-    state: Arc<LeaseShared>,
-}
-
-impl SliceAperture {
-    /// An access within the slice, while the lease is held: it cannot be lost in between, as its
-    /// slice may then be another tenant's.
-    fn within(&self, offset: u64, len: usize, access: impl FnOnce()) -> bool {
-        let inside = offset
-            .checked_add(len as u64)
-            .is_some_and(|end| end <= self.len);
-        let lost = self.state.runtime.lock(&self.state.lost);
-        let open = inside && lost.is_none();
-        if open {
-            access();
-        }
-        open
-    }
-}
-
-impl Aperture for SliceAperture {
-    fn len(&self) -> u64 {
-        self.len
-    }
-
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        let len = data.len();
-        data.fill(0xff);
-        self.within(offset, len, || self.window.read(self.base + offset, data));
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) {
-        let write = || self.window.write(self.base + offset, data);
-        self.within(offset, data.len(), write);
-    }
-
-    fn mapping(&self) -> Option<&dyn Mapping> {
-        None
-    }
-}
-
 impl BorrowedFunction {
+    /// Served in the port's own process: a thread of it writes the VMM's eventfds.
     pub(super) fn start(
         engine: Arc<Engine>,
         lease: LeaseId,
         (ids, opened): (FunctionIds, OpenedPath),
         state: Arc<LeaseShared>,
     ) -> Result<Arc<Self>, CallError> {
+        let runtime = Arc::clone(engine.runtime());
+        let function = Self::of(engine, lease, (ids, opened), state)?;
+        let failed = |error: std::io::Error| CallError::Gone(error.to_string());
+        let signaller = Signaller {
+            state: Arc::clone(&function.state),
+            triggers: Arc::clone(&function.triggers),
+            stop: function.stop.try_clone().map_err(failed)?,
+        };
+        let name = format!("irq-lease-{lease}");
+        let spawned = runtime.spawn(name, Box::new(|| signaller.run()));
+        *lock(&function.signaller) = Some(spawned.map_err(failed)?);
+        Ok(Arc::new(function))
+    }
+
+    /// Served in a worker's own process, whose owner waits for `wake_fd` and then calls `deliver`.
+    pub fn at(
+        port: Arc<dyn PathPort>,
+        lease: LeaseId,
+        (ids, opened): (FunctionIds, OpenedPath),
+    ) -> Result<Self, CallError> {
+        let failed = |error: std::io::Error| CallError::Gone(error.to_string());
+        let irqs = &opened.function.irqs;
+        let count = irqs[IrqIndex::Msi as usize].count;
+        let count = count.max(irqs[IrqIndex::Msix as usize].count);
+        let signals = Signals::new(count).map_err(failed)?;
+        let state = LeaseShared::new(Arc::new(OsRuntime), signals);
+        Self::of(port, lease, (ids, opened), state)
+    }
+
+    fn of(
+        port: Arc<dyn PathPort>,
+        lease: LeaseId,
+        (ids, opened): (FunctionIds, OpenedPath),
+        state: Arc<LeaseShared>,
+    ) -> Result<Self, CallError> {
         let (info, slices) = opened.function.into_parts();
         let info = told(info, ids);
         let shadow = ShadowConfig::new(&opened.config, &info)
@@ -107,35 +100,44 @@ impl BorrowedFunction {
             held: false,
             signals: 0,
         };
-        let vectors = (0..count).map(|_| vector()).collect();
         let triggers = Triggers {
             armed: None,
-            vectors,
+            vectors: (0..count).map(|_| vector()).collect(),
             request: None,
         };
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let failed = |error: std::io::Error| CallError::Gone(error.to_string());
-        let stop = eventfd(0, flags).map_err(|error| failed(error.into()))?;
-        let triggers = Arc::new(Mutex::new(triggers));
-        let signaller = Signaller {
-            state: Arc::clone(&state),
-            triggers: Arc::clone(&triggers),
-            stop: stop.try_clone().map_err(failed)?,
-        };
-        let name = format!("irq-lease-{lease}");
-        let spawned = engine.runtime().spawn(name, Box::new(|| signaller.run()));
-        let handle = spawned.map_err(failed)?;
-        Ok(Arc::new(Self {
-            engine,
+        let stop = eventfd(0, flags);
+        Ok(Self {
+            port,
             lease,
             info,
             slices,
             shadow: Mutex::new(shadow),
             state,
-            triggers,
-            stop,
-            signaller: Mutex::new(Some(handle)),
-        }))
+            triggers: Arc::new(Mutex::new(triggers)),
+            stop: stop.map_err(|error| CallError::Gone(error.to_string()))?,
+            signaller: Mutex::new(None),
+        })
+    }
+
+    /// Readable when `deliver` has something to look at.
+    pub fn wake_fd(&self) -> BorrowedFd<'_> {
+        self.state.signals.wake_fd()
+    }
+
+    /// A vector was raised at the port.
+    pub fn raise(&self, vector: u32) {
+        self.state.signals.raise(vector);
+    }
+
+    /// Writes the VMM's eventfds of all vectors that were raised and are not masked.
+    pub fn deliver(&self) {
+        deliver(&self.state, &self.triggers);
+    }
+
+    /// The lease is over: when it returns, no load or store of it is under way and none begins.
+    pub fn lose(&self, why: &str) {
+        self.state.lose(why.to_owned());
     }
 
     /// The lease.
@@ -171,9 +173,7 @@ impl BorrowedFunction {
         if let Some(why) = self.lost() {
             return Err(FunctionError::Gone(why));
         }
-        let answer = self
-            .engine
-            .call(Call::Forward(self.lease, request), wait_ms);
+        let answer = self.port.call(Call::Forward(self.lease, request), wait_ms);
         answer.map_err(|error| match error {
             CallError::Gone(why) => FunctionError::Gone(why),
             CallError::Timeout(ms) => FunctionError::Timeout { act, ms },
@@ -412,9 +412,10 @@ impl Function for BorrowedFunction {
 
     fn bar(&self, region: RegionIndex) -> Option<Arc<dyn Aperture>> {
         let slice = self.slices[region.bar()?]?;
+        let (window, base) = self.port.window(region.bar()?, slice);
         Some(Arc::new(SliceAperture {
-            window: self.engine.port().window(0),
-            base: slice.0,
+            window,
+            base,
             len: self.info.region(region)?.size,
             state: Arc::clone(&self.state),
         }))
@@ -422,7 +423,7 @@ impl Function for BorrowedFunction {
 
     fn mmap_fd(&self, region: RegionIndex) -> Option<(BorrowedFd<'_>, u64)> {
         let slice = self.slices[region.bar()?]?;
-        let (fd, window) = self.engine.port().window_fd(0)?;
+        let (fd, window) = self.port.window_fd()?;
         Some((fd, window + slice.0))
     }
 
@@ -545,26 +546,34 @@ impl AddressSpace for BorrowedFunction {
 
     fn map(&self, maps: &[DmaMap<'_>]) -> Result<(), MapError> {
         let mut guest = Vec::with_capacity(maps.len());
+        // A guest's memory is in few files, however many maps it is cut into.
+        let mut files: HashMap<RawFd, Arc<OwnedFd>> = HashMap::new();
         for map in maps {
             let Memory::Fd(fd, fd_offset) = map.memory else {
                 return Err(MapError::NoMapping(map.span));
             };
-            let fd = fd.try_clone_to_owned();
-            let fd = fd.map_err(|source| MapError::Kernel {
-                act: "map",
-                span: map.span,
-                source,
-            })?;
             let (span, access) = (map.span, map.access);
+            let fd = match files.entry(fd.as_raw_fd()) {
+                Entry::Occupied(held) => Arc::clone(held.get()),
+                Entry::Vacant(room) => {
+                    let failed = |source| MapError::Kernel {
+                        act: "map",
+                        span,
+                        source,
+                    };
+                    let fd = fd.try_clone_to_owned().map_err(failed)?;
+                    Arc::clone(room.insert(Arc::new(fd)))
+                }
+            };
             guest.push(GuestMap {
                 span,
                 access,
-                fd: Arc::new(fd),
+                fd,
                 fd_offset,
             });
         }
         let all = maps.first().map_or(EMPTY, |map| map.span);
-        match self.engine.call(Call::Map(self.lease, guest), MAP_WAIT_MS) {
+        match self.port.call(Call::Map(self.lease, guest), MAP_WAIT_MS) {
             Ok(_) => Ok(()),
             Err(error) => Err(map_error(all, error)),
         }
@@ -575,7 +584,7 @@ impl AddressSpace for BorrowedFunction {
             // The session's end has unmapped all.
             return Ok(0);
         }
-        match self.engine.call(Call::Unmap(self.lease, span), MAP_WAIT_MS) {
+        match self.port.call(Call::Unmap(self.lease, span), MAP_WAIT_MS) {
             Ok(Answer::Unmapped(bytes)) => Ok(bytes),
             Ok(_) | Err(CallError::Gone(_)) => Ok(0),
             Err(error) => Err(map_error(span, error)),
@@ -633,26 +642,26 @@ impl Signaller {
             if !fds[1].revents().is_empty() {
                 return;
             }
-            self.deliver();
+            deliver(&self.state, &self.triggers);
         }
     }
+}
 
-    fn deliver(&self) {
-        let mut held = lock(&self.triggers);
-        self.state.signals.take(|vector| {
-            if let Some(vector) = held.vectors.get_mut(vector as usize) {
-                vector.held = true;
-            }
-        });
-        for vector in held
-            .vectors
-            .iter_mut()
-            .filter(|vector| vector.held && !vector.masked)
-        {
-            if let Some(fd) = &vector.fd {
-                vector.held = false;
-                vector.signals += u64::from(signal(fd.as_fd()));
-            }
+fn deliver(state: &LeaseShared, triggers: &Mutex<Triggers>) {
+    let mut held = lock(triggers);
+    state.signals.take(|vector| {
+        if let Some(vector) = held.vectors.get_mut(vector as usize) {
+            vector.held = true;
+        }
+    });
+    for vector in held
+        .vectors
+        .iter_mut()
+        .filter(|vector| vector.held && !vector.masked)
+    {
+        if let Some(fd) = &vector.fd {
+            vector.held = false;
+            vector.signals += u64::from(signal(fd.as_fd()));
         }
     }
 }
@@ -684,8 +693,7 @@ fn signal(fd: BorrowedFd<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::OsRuntime;
-    use crate::path::engine::Signals;
+    use crate::model::Mapping;
     use std::sync::mpsc;
 
     /// A window whose stores arrive when they are let through.
@@ -725,11 +733,8 @@ mod tests {
     fn lease_is_not_lost_before_a_store_under_way_has_left() {
         let (entered, store_began) = mpsc::channel();
         let (let_go, go) = mpsc::channel();
-        let state = Arc::new(LeaseShared {
-            runtime: Arc::new(OsRuntime),
-            signals: Arc::new(Signals::new(1).unwrap()),
-            lost: Mutex::new(None),
-        });
+        let runtime = Arc::new(OsRuntime);
+        let state = LeaseShared::new(runtime, Signals::new(1).unwrap());
         let bar = SliceAperture {
             window: Arc::new(Slow {
                 entered,

@@ -19,6 +19,7 @@ mod irq;
 mod mapper;
 #[cfg(test)]
 mod order_tests;
+mod path_port;
 mod scrub;
 mod signals;
 #[cfg(test)]
@@ -30,9 +31,10 @@ mod undo_tests;
 
 pub use borrowed::BorrowedFunction;
 pub use control::{BellStatus, LentStatus, PortStatus, SessionStatus, VectorStatus};
+pub use path_port::{BorrowedPath, PathPort, Tell};
 pub use signals::Signals;
 
-use super::borrower::{Answer, Call, CallError, Token};
+use super::borrower::{Answer, Call, CallError, OpenedPath, Token};
 use super::grant::{LeasePool, VolatilePool};
 use super::lender::OfferState;
 use super::message::{LeaseId, PoolEntry, Refusal};
@@ -106,13 +108,42 @@ pub(crate) struct LeaseShared {
     pub(crate) runtime: Arc<dyn Runtime>,
     pub(crate) signals: Arc<Signals>,
     pub(crate) lost: Mutex<Option<String>>,
+    /// Makes a worker in another process let go of the lease's slices.
+    pub(crate) let_go: Mutex<Option<LetGo>>,
 }
 
+type LetGo = Box<dyn FnOnce(&str) + Send>;
+
 impl LeaseShared {
+    pub(crate) fn new(runtime: Arc<dyn Runtime>, signals: Signals) -> Arc<Self> {
+        Arc::new(Self {
+            runtime,
+            signals: Arc::new(signals),
+            lost: Mutex::new(None),
+            let_go: Mutex::new(None),
+        })
+    }
+
     /// When it returns, no load or store of the lease is under way and none begins.
     pub(crate) fn lose(&self, why: String) {
-        self.runtime.lock(&self.lost).get_or_insert(why);
+        let why = self.runtime.lock(&self.lost).get_or_insert(why).clone();
         self.signals.wake();
+        self.ask_to_let_go(&why);
+    }
+
+    pub(crate) fn on_lost(&self, let_go: LetGo) {
+        *lock(&self.let_go) = Some(let_go);
+        let lost = self.runtime.lock(&self.lost).clone();
+        if let Some(why) = lost {
+            self.ask_to_let_go(&why);
+        }
+    }
+
+    fn ask_to_let_go(&self, why: &str) {
+        let let_go = lock(&self.let_go).take();
+        if let Some(let_go) = let_go {
+            let_go(why);
+        }
     }
 }
 
@@ -233,11 +264,13 @@ impl Engine {
         bdf: Bdf,
         ram: Option<u64>,
     ) -> Result<(LeaseId, PoolEntry, Arc<BorrowedFunction>), CallError> {
-        let (lease, entry) = match self.call(Call::Borrow(bdf, ram), MAP_WAIT_MS)? {
-            Answer::Borrowed(lease, entry) => (lease, entry),
-            other => return Err(unexpected(&other)),
-        };
-        match self.open(lease, &entry) {
+        let (lease, entry) = self.lease(bdf, ram)?;
+        let opened = self.open(lease, &entry, Signals::new);
+        let function = opened.and_then(|(opened, state)| {
+            let ids = entry.ids;
+            BorrowedFunction::start(Arc::clone(self), lease, (ids, opened), state)
+        });
+        match function {
             Ok(function) => Ok((lease, entry, function)),
             Err(error) => {
                 let _ = self.give_back(lease);
@@ -246,33 +279,26 @@ impl Engine {
         }
     }
 
+    fn lease(&self, bdf: Bdf, ram: Option<u64>) -> Result<(LeaseId, PoolEntry), CallError> {
+        match self.call(Call::Borrow(bdf, ram), MAP_WAIT_MS)? {
+            Answer::Borrowed(lease, entry) => Ok((lease, entry)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     fn open(
-        self: &Arc<Self>,
+        &self,
         lease: LeaseId,
         entry: &PoolEntry,
-    ) -> Result<Arc<BorrowedFunction>, CallError> {
-        let signals = Signals::new(entry.irq_count).map_err(|e| CallError::Gone(e.to_string()))?;
-        let state = Arc::new(LeaseShared {
-            runtime: Arc::clone(&self.shared.runtime),
-            signals: Arc::new(signals),
-            lost: Mutex::new(None),
-        });
+        signals: impl FnOnce(u32) -> std::io::Result<Signals>,
+    ) -> Result<(OpenedPath, Arc<LeaseShared>), CallError> {
+        let signals = signals(entry.irq_count).map_err(|e| CallError::Gone(e.to_string()))?;
+        let state = LeaseShared::new(Arc::clone(&self.shared.runtime), signals);
         lock(&self.shared.borrowed).insert(lease, Arc::clone(&state));
-        let opened = self
-            .call(Call::Open(lease), RESET_WAIT_MS)
-            .and_then(|answer| match answer {
-                Answer::Opened(path) => BorrowedFunction::start(
-                    Arc::clone(self),
-                    lease,
-                    (entry.ids, *path),
-                    Arc::clone(&state),
-                ),
-                other => Err(unexpected(&other)),
-            });
-        if opened.is_err() {
-            lock(&self.shared.borrowed).remove(&lease);
+        match self.call(Call::Open(lease), RESET_WAIT_MS)? {
+            Answer::Opened(path) => Ok((*path, state)),
+            other => Err(unexpected(&other)),
         }
-        opened
     }
 
     /// Ends a lease. The guest session must have ended.

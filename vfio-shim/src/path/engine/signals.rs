@@ -1,5 +1,6 @@
 //! Which vectors of a borrowed function were raised: set by the irq thread, taken by the worker.
 
+use super::Tell;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,6 +11,8 @@ pub struct Signals {
     bits: Box<[AtomicU64]>,
     wake: OwnedFd,
     scanned: Box<[AtomicU64]>,
+    /// Of a worker in another process.
+    tell: Option<Tell>,
 }
 
 impl Signals {
@@ -23,6 +26,16 @@ impl Signals {
             bits,
             wake,
             scanned,
+            tell: None,
+        })
+    }
+
+    /// For a worker in another process, which hears of each raise. No thread of this one waits.
+    pub fn told(vectors: u32, tell: Tell) -> io::Result<Self> {
+        let tell = Some(tell);
+        Ok(Self {
+            tell,
+            ..Self::new(vectors)?
         })
     }
 
@@ -31,8 +44,12 @@ impl Signals {
         let Some(word) = self.bits.get(vector as usize / 64) else {
             return;
         };
-        if let Some(count) = self.scanned.get(vector as usize) {
-            count.fetch_add(1, Ordering::Relaxed);
+        let Some(scanned) = self.scanned.get(vector as usize) else {
+            return;
+        };
+        let count = scanned.fetch_add(1, Ordering::Relaxed) + 1;
+        if let Some(tell) = &self.tell {
+            return tell(vector, count);
         }
         word.fetch_or(1 << (vector % 64), Ordering::Release);
         self.wake();

@@ -1,0 +1,27 @@
+//! `sublet worker`: the process that faces one VMM; started by the daemon alone.
+
+use super::daemon::log;
+use crate::{
+    daemon::vocabulary::{ErrorCode, VerbError},
+    jail::Sandbox,
+    worker,
+};
+
+/// Serve one borrowed function; started by `sublet daemon` alone.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The daemon's process, with which this one dies.
+    #[arg(long, value_name = "PID")]
+    parent: i32,
+    /// Whether it gives up its rights.
+    #[arg(long, value_enum, value_name = "WHETHER", default_value_t)]
+    sandbox: Sandbox,
+}
+
+impl Args {
+    pub fn run(&self) -> Result<(), VerbError> {
+        log();
+        let ended = worker::run(self.parent, self.sandbox, &worker::ROLE);
+        ended.map_err(|error| VerbError::new(ErrorCode::Kernel, vfio_shim::path::words(&error)))
+    }
+}

@@ -1,0 +1,236 @@
+//! Who serves a borrowed function to its VMM: a thread of this process, or a worker's own.
+
+use super::process::{self, Settings, StartError, WorkerProcess};
+use super::{LocalHost, refuse};
+use crate::daemon::host::borrow::from_call;
+use crate::daemon::vocabulary::{BarMode, ErrorCode, VerbError, WorkerStatus};
+use crate::ipc::Start;
+use crate::jail::Sandbox;
+use rustix::event::{EventfdFlags, eventfd};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use vfio_shim::model::{Bdf, Function};
+use vfio_shim::path::{BorrowedFunction, CallError, Engine, LeaseId, PoolEntry};
+use vmm_glue::vfio_user::{self, Endpoint, MemoryCheck, Options, SessionShared, SessionState};
+
+/// How borrowed functions are served.
+#[derive(Clone, Debug, Default)]
+pub enum Workers {
+    /// By threads of this process: for tests, and where no VMM is hostile.
+    #[default]
+    Threads,
+    /// Each by a process of its own.
+    Processes {
+        /// The `sublet` program.
+        program: PathBuf,
+        /// Whether they give up their rights.
+        sandbox: Sandbox,
+    },
+}
+
+/// How a guest session stands.
+#[derive(Default)]
+pub(super) struct View {
+    /// `None` where the worker does not say.
+    pub(super) state: Option<SessionState>,
+    pub(super) last_error: Option<String>,
+    /// As in [`crate::ipc::Told`].
+    pub(super) counters: [u64; 6],
+    pub(super) signals: Vec<u64>,
+    pub(super) scanned: Vec<u64>,
+    pub(super) worker: Option<WorkerStatus>,
+}
+
+impl View {
+    pub(super) fn is_connected(&self) -> bool {
+        matches!(
+            self.state,
+            Some(SessionState::Connected { .. } | SessionState::Undoing { .. })
+        )
+    }
+}
+
+/// The server of one borrowed function.
+pub(super) enum Server {
+    Thread(ThreadServer),
+    Process(Arc<WorkerProcess>),
+}
+
+/// A thread of this process.
+pub(super) struct ThreadServer {
+    function: Arc<BorrowedFunction>,
+    shared: Arc<SessionShared>,
+    stop: OwnedFd,
+    handle: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl ThreadServer {
+    /// Ends the guest session, undoing it, and the endpoint.
+    fn end(&self) {
+        let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+        let mut handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(handle) = handle.take() {
+            let _ = handle.join();
+        }
+    }
+}
+
+impl Server {
+    /// Why the lease is lost, if it is.
+    pub(super) fn lost(&self) -> Option<String> {
+        match self {
+            Self::Thread(thread) => thread.function.lost(),
+            Self::Process(worker) => worker.ended().or_else(|| worker.path().lost()),
+        }
+    }
+
+    /// How the guest session stands. A process is asked, and may take its time.
+    pub(super) fn view(&self) -> View {
+        match self {
+            Self::Thread(thread) => {
+                let counters = &thread.shared.counters;
+                View {
+                    state: Some(thread.shared.state()),
+                    last_error: thread.shared.last_error(),
+                    counters: [
+                        counters.bar_reads.get(),
+                        counters.bar_writes.get(),
+                        counters.config_reads.get(),
+                        counters.maps_now.get(),
+                        counters.bytes_now.get(),
+                        counters.messages.get(),
+                    ],
+                    signals: thread.function.signals(),
+                    scanned: thread.function.scanned(),
+                    worker: None,
+                }
+            }
+            Self::Process(worker) => {
+                let told = worker.tell();
+                let answers = told.is_some();
+                let told = told.unwrap_or_default();
+                let report = worker.report();
+                View {
+                    state: answers.then_some(told.state),
+                    last_error: told.last_error,
+                    counters: told.counters,
+                    signals: told.signals,
+                    scanned: worker.path().scanned(),
+                    worker: Some(WorkerStatus {
+                        pid: worker.pid(),
+                        answers,
+                        landlock: report.landlock,
+                        seccomp: report.seccomp,
+                        namespaces: report.namespaces,
+                    }),
+                }
+            }
+        }
+    }
+
+    /// Ends the guest session, and the lease where that has not ended.
+    pub(super) fn end(&self, engine: &Engine, lease: LeaseId) -> Option<CallError> {
+        match self {
+            Self::Thread(thread) => {
+                let lost = thread.function.lost().is_some();
+                thread.end();
+                match lost {
+                    true => None,
+                    false => engine.give_back(lease).err(),
+                }
+            }
+            Self::Process(worker) => worker.end(engine),
+        }
+    }
+}
+
+impl LocalHost {
+    /// Borrows a function through `engine` and serves it on `endpoint`.
+    pub(super) fn serve(
+        &self,
+        engine: &Arc<Engine>,
+        (bdf, ram): (Bdf, Option<u64>),
+        endpoint: Endpoint,
+        bars: BarMode,
+    ) -> Result<(LeaseId, PoolEntry, Server), VerbError> {
+        match &self.workers {
+            Workers::Threads => {
+                let borrowed = engine.borrow(bdf, ram);
+                let (lease, entry, function) = borrowed.map_err(|error| from_call(&error))?;
+                let served = self.serve_by_thread(endpoint, &function, bars);
+                let thread = served.inspect_err(|_| {
+                    let _ = engine.give_back(lease);
+                })?;
+                Ok((lease, entry, Server::Thread(thread)))
+            }
+            Workers::Processes { program, sandbox } => {
+                let start = Start {
+                    lease: 0,
+                    path: endpoint.path().display().to_string(),
+                    mapped: bars == BarMode::Mapped,
+                    memory_check: self.config.policy.memory_check,
+                    maps_max: self.config.limits.guest_maps,
+                    bytes_max: self.config.limits.guest_mapped_bytes.unwrap_or(u64::MAX),
+                    window: None,
+                };
+                let settings = Settings {
+                    program: program.clone(),
+                    sandbox: *sandbox,
+                };
+                let worker = process::start(engine, (bdf, ram), endpoint, start, &settings);
+                let worker = worker.map_err(|error| from_start(&error))?;
+                let (lease, entry) = (worker.lease(), *worker.path().entry());
+                Ok((lease, entry, Server::Process(worker)))
+            }
+        }
+    }
+
+    fn serve_by_thread(
+        &self,
+        endpoint: Endpoint,
+        function: &Arc<BorrowedFunction>,
+        bars: BarMode,
+    ) -> Result<ThreadServer, VerbError> {
+        let failed = |error: std::io::Error| refuse(ErrorCode::Kernel, error.to_string());
+        let options = Options {
+            bars: match bars {
+                BarMode::Trapped => vfio_user::BarMode::Trapped,
+                BarMode::Mapped => vfio_user::BarMode::Mapped,
+            },
+            memory_check: match self.config.policy.memory_check {
+                true => MemoryCheck::On,
+                false => MemoryCheck::Off,
+            },
+            maps_max: self.config.limits.guest_maps,
+            bytes_max: self.config.limits.guest_mapped_bytes.unwrap_or(u64::MAX),
+            ..Options::default()
+        };
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let stop = eventfd(0, flags).map_err(|error| failed(error.into()))?;
+        let stopped = stop.try_clone().map_err(failed)?;
+        let served: Arc<dyn Function> = function.clone();
+        let shared = Arc::new(SessionShared::default());
+        let told = Arc::clone(&shared);
+        let builder = std::thread::Builder::new().name(format!("vmm-lease-{}", function.lease()));
+        let handle = builder.spawn(move || {
+            if let Err(error) = endpoint.serve(&served, &options, stopped.as_fd(), &told) {
+                tracing::error!("a worker has ended: {}", vfio_shim::path::words(&error));
+            }
+        });
+        Ok(ThreadServer {
+            function: Arc::clone(function),
+            shared,
+            stop,
+            handle: Mutex::new(Some(handle.map_err(failed)?)),
+        })
+    }
+}
+
+fn from_start(error: &StartError) -> VerbError {
+    match error {
+        StartError::Call(error) => from_call(error),
+        error => refuse(ErrorCode::Kernel, vfio_shim::path::words(error)),
+    }
+}

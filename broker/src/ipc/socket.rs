@@ -1,0 +1,178 @@
+//! The channel: datagrams with descriptors, each received whole or refused.
+
+use super::{
+    codec::MessageError,
+    message::{ToPort, ToWorker},
+};
+use rustix::{
+    io::Errno,
+    net::{
+        AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+        SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType,
+        recvmsg, sendmsg, shutdown, socketpair,
+    },
+};
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+/// The most bytes of a message.
+pub const MESSAGE_BYTES_MAX: usize = vfio_shim::path::wire::PAYLOAD_BYTES_MAX;
+/// The most descriptors with one message.
+pub const FDS_MAX: usize = 64;
+
+/// Why a channel cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The kernel refused.
+    #[error("cannot {act} the channel")]
+    Io {
+        /// `make`, `receive from` or `send to`.
+        act: &'static str,
+        /// Its error.
+        #[source]
+        source: io::Error,
+    },
+    /// A message that cannot be.
+    #[error("a message that cannot be")]
+    Message(#[from] MessageError),
+}
+
+/// What came of sending without waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// It is on its way.
+    Sent,
+    /// There is no room: the other end does not read.
+    Full,
+    /// The other end has gone.
+    Closed,
+}
+
+/// One end of a channel.
+#[derive(Debug)]
+pub struct Channel {
+    socket: OwnedFd,
+}
+
+fn failed(act: &'static str) -> impl Fn(Errno) -> ChannelError {
+    move |errno| ChannelError::Io {
+        act,
+        source: errno.into(),
+    }
+}
+
+impl Channel {
+    /// Both ends.
+    pub fn pair() -> Result<(Self, Self), ChannelError> {
+        let flags = SocketFlags::CLOEXEC;
+        let made = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
+        let (one, other) = made.map_err(failed("make"))?;
+        Ok((Self { socket: one }, Self { socket: other }))
+    }
+
+    /// The end that this socket is.
+    pub fn of(socket: OwnedFd) -> Self {
+        Self { socket }
+    }
+
+    /// The socket, to be handed to a child.
+    pub fn into_fd(self) -> OwnedFd {
+        self.socket
+    }
+
+    /// Ends it: whoever waits at either end sees its end.
+    pub fn close(&self) {
+        // Fails where the other end has gone.
+        let _ = shutdown(&self.socket, Shutdown::Both);
+    }
+
+    fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>], wait: bool) -> Result<Sent, ChannelError> {
+        if bytes.len() > MESSAGE_BYTES_MAX || fds.len() > FDS_MAX {
+            return Err(MessageError::TooLong(bytes.len(), fds.len()).into());
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(fds));
+        }
+        let mut flags = SendFlags::NOSIGNAL;
+        flags.set(SendFlags::DONTWAIT, !wait);
+        loop {
+            return match sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, flags) {
+                Ok(_) => Ok(Sent::Sent),
+                Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) => Ok(Sent::Full),
+                Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => Ok(Sent::Closed),
+                Err(errno) => Err(failed("send to")(errno)),
+            };
+        }
+    }
+
+    /// The next datagram; `None` at the end.
+    fn receive(&self, room: &mut [u8]) -> Result<Option<(usize, Vec<OwnedFd>)>, ChannelError> {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let mut slices = [IoSliceMut::new(room)];
+            match recvmsg(
+                &self.socket,
+                &mut slices,
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            ) {
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET) => return Ok(None),
+                other => break other.map_err(failed("receive from"))?,
+            }
+        };
+        let mut fds = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(brought) = message {
+                fds.extend(brought);
+            }
+        }
+        let cut = ReturnFlags::TRUNC | ReturnFlags::CTRUNC;
+        if received.flags.intersects(cut) {
+            return Err(MessageError::TooLong(received.bytes, fds.len()).into());
+        }
+        // No message is empty: nothing means that the other end is closed.
+        Ok((received.bytes != 0).then_some((received.bytes, fds)))
+    }
+
+    /// The next message of a worker; `None` when it has gone.
+    pub fn receive_from_worker(&self) -> Result<Option<ToPort>, ChannelError> {
+        let mut room = [0; MESSAGE_BYTES_MAX];
+        let Some((bytes, fds)) = self.receive(&mut room)? else {
+            return Ok(None);
+        };
+        Ok(Some(ToPort::decode(&room[..bytes], fds)?))
+    }
+
+    /// The next message of the port; `None` when it has gone.
+    pub fn receive_from_port(&self) -> Result<Option<ToWorker>, ChannelError> {
+        let mut room = [0; MESSAGE_BYTES_MAX];
+        let Some((bytes, fds)) = self.receive(&mut room)? else {
+            return Ok(None);
+        };
+        Ok(Some(ToWorker::decode(&room[..bytes], fds)?))
+    }
+
+    /// To the port, waiting for room.
+    pub fn send_to_port(&self, message: &ToPort) -> Result<Sent, ChannelError> {
+        self.send(&message.encode()?, &message.fds(), true)
+    }
+
+    /// To a worker: `wait` only in the thread that serves this worker alone.
+    pub fn send_to_worker(&self, message: &ToWorker, wait: bool) -> Result<Sent, ChannelError> {
+        self.send(&message.encode()?, &message.fds(), wait)
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

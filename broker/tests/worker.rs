@@ -1,0 +1,398 @@
+//! The worker as a process: what it holds, what it may do, and what its life and death do to a lease.
+
+#[allow(dead_code, reason = "each test program uses a part of it")]
+mod soft;
+
+use rustix::process::Signal;
+use soft::{Rig, Vmm, descriptors, lives, signal, status, until};
+use std::{
+    env, fs,
+    io::{BufRead, BufReader},
+    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+    path::{Path, PathBuf},
+    process::{Command, Stdio, exit},
+};
+use sublet::{
+    daemon::vocabulary::ErrorCode,
+    ipc::{Channel, ToPort, Token},
+    jail::{Call, Role, Sandbox, confine},
+    worker::{self, ROLE},
+};
+
+/// What a child of this program is to be.
+const PART: &str = "SUBLET_WORKER_TEST_PART";
+const SIGSYS: i32 = 31;
+
+/// What the tests below start as a process of its own; not a test by itself.
+#[test]
+fn the_process_of_the_other_tests() {
+    let Ok(part) = env::var(PART) else { return };
+    let (part, argument) = part.split_once(' ').unwrap_or((&part, ""));
+    until("a harness that waits", || harness_waits().then_some(()));
+    match part {
+        "worker-without" => {
+            let parent = argument.split_once(' ').expect("a parent and a name");
+            let role = without(parent.1);
+            let ended = worker::run(parent.0.parse().unwrap(), Sandbox::On, role);
+            exit(i32::from(ended.is_err()));
+        }
+        "exercise-without" => {
+            let confined = confine(without(argument), Sandbox::On, &[0, 1, 2]).unwrap();
+            worker::look_up();
+            confined.seal().unwrap();
+            exercise();
+            exit(0);
+        }
+        "hostile" => hostile(argument),
+        "daemon" => daemon(),
+        other => panic!("{other}"),
+    }
+}
+
+/// Whether the test harness's own thread has nothing more to do than wait for this one: the
+/// sandbox is put on it as well.
+fn harness_waits() -> bool {
+    let me = rustix::thread::gettid().as_raw_nonzero().to_string();
+    fs::read_dir("/proc/self/task").unwrap().all(|task| {
+        let task = task.unwrap();
+        let stat = fs::read_to_string(task.path().join("stat")).unwrap();
+        task.file_name() == *me || stat.contains(") S ")
+    })
+}
+
+fn without(name: &str) -> &'static Role {
+    let calls = ROLE.calls.iter().copied().filter(|call| call.name != name);
+    let calls: Vec<Call> = calls.collect();
+    Box::leak(Box::new(Role {
+        name: "worker",
+        limits: ROLE.limits,
+        calls: Box::leak(calls.into_boxed_slice()),
+    }))
+}
+
+/// A program that is this one in a part; `$PARENT` in it is the process that starts it.
+fn program(dir: &Path, part: &str) -> PathBuf {
+    let path = dir.join("worker.sh");
+    let me = env::current_exe().unwrap();
+    let part = part.replace("$PARENT", "$(echo $2 | cut -d= -f2)");
+    let text = format!(
+        "#!/bin/sh\n{PART}=\"{part}\" exec {} --exact the_process_of_the_other_tests --nocapture\n",
+        me.display()
+    );
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+#[test]
+fn worker_serves_a_vmm_from_a_sandbox_and_holds_nothing_but_its_own() {
+    let rig = Rig::new();
+    rig.borrow().unwrap();
+    let worker = rig.worker();
+    assert!(
+        worker.answers && worker.landlock && worker.seccomp,
+        "{worker:?}"
+    );
+    // Before the VMM's first byte: its channel (and stdin, which it came by), stdout, the log, the
+    // listening socket, the table of interrupts, its grip, and eventfds of its own.
+    let mut held = descriptors(worker.pid);
+    held.retain(|target| !target.starts_with("anon_inode:[eventfd]"));
+    let sockets = held.iter().filter(|t| t.starts_with("socket:")).count();
+    held.retain(|target| !target.starts_with("socket:"));
+    let pipes = held.iter().filter(|t| t.starts_with("pipe:")).count();
+    held.retain(|target| !target.starts_with("pipe:"));
+    held.sort();
+    assert_eq!(sockets, 3, "{held:?}");
+    assert!((1..=2).contains(&pipes), "the grip, and where the log goes");
+    assert!(held.contains(&"/memfd:sublet-interrupts (deleted)".to_owned()));
+    assert!(
+        held.iter().all(|target| !target.contains("vfio")),
+        "{held:?}"
+    );
+    let status = fs::read_to_string(format!("/proc/{}/status", worker.pid)).unwrap();
+    for line in [
+        "CapEff:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+        "Threads:\t2",
+    ] {
+        assert!(status.contains(line), "{line} is not in {status}");
+    }
+
+    let mut vmm = Vmm::start(&rig).unwrap();
+    vmm.work().unwrap();
+    let told = rig.borrowed();
+    assert_eq!(
+        (told.state.as_str(), told.counters.dma_maps),
+        ("connected", 1)
+    );
+    assert_eq!(told.vmm_pid, Some(std::process::id()));
+    assert!(told.vectors[0].scanned >= 2 && told.vectors[0].signals >= 2);
+    drop(vmm);
+    until("an idle worker", || {
+        let idle = rig.borrowed().state == "waiting";
+        (idle && rig.function.space().maps().is_empty()).then_some(())
+    });
+    let again = Vmm::start(&rig).unwrap().work();
+    again.unwrap();
+    rig.give_back().unwrap();
+    assert!(!lives(worker.pid), "gone before the lease is another's");
+    assert!(!rig.socket().exists());
+    rig.wait_clean();
+    rig.end();
+}
+
+#[test]
+fn killed_worker_costs_its_lease_and_the_function_is_reset_by_the_port() {
+    let rig = Rig::new();
+    rig.borrow().unwrap();
+    let mut vmm = Vmm::start(&rig).unwrap();
+    vmm.work().unwrap();
+    let resets = rig.function.resets();
+    let pid = rig.worker().pid;
+    signal(pid, Signal::KILL);
+    rig.wait_clean();
+    assert!(
+        rig.function.resets() > resets,
+        "no reset after a dead worker"
+    );
+    let told = until("a lost lease", || {
+        Some(rig.borrowed()).filter(|b| b.state == "lost")
+    });
+    let why = told.last_error.unwrap();
+    assert_eq!(
+        why,
+        format!("its worker (process {pid}) has ended: signal: 9 (SIGKILL)")
+    );
+    assert!(vmm.ident().is_err(), "the VMM is told by its socket's end");
+    // The next one needs no return.
+    rig.borrow().unwrap();
+    Vmm::start(&rig).unwrap().work().unwrap();
+    rig.give_back().unwrap();
+    rig.end();
+}
+
+#[test]
+fn frozen_worker_goes_on_where_it_stood() {
+    let rig = Rig::new();
+    rig.borrow().unwrap();
+    let mut vmm = Vmm::start(&rig).unwrap();
+    vmm.copy(1).unwrap();
+    let pid = rig.worker().pid;
+    signal(pid, Signal::STOP);
+    let silent = until("a silent worker", || {
+        Some(rig.borrowed()).filter(|b| b.state == "silent")
+    });
+    assert!(!silent.worker.unwrap().answers);
+    signal(pid, Signal::CONT);
+    vmm.copy(2).unwrap();
+    rig.give_back().unwrap();
+    rig.end();
+}
+
+#[test]
+fn frozen_worker_of_a_lost_lease_is_ended_before_anything_goes_on() {
+    let rig = Rig::new();
+    rig.borrow().unwrap();
+    let mut vmm = Vmm::start(&rig).unwrap();
+    vmm.copy(1).unwrap();
+    let pid = rig.worker().pid;
+    signal(pid, Signal::STOP);
+    rig.link.cut();
+    until("an ended worker", || (!lives(pid)).then_some(()));
+    rig.link.plug();
+    rig.wait_clean();
+    until("the next lease", || rig.borrow().ok());
+    Vmm::start(&rig).unwrap().work().unwrap();
+    rig.end();
+}
+
+#[test]
+fn vmm_of_a_lost_lease_stays_connected_and_reads_ones() {
+    let rig = Rig::new();
+    rig.borrow().unwrap();
+    let mut vmm = Vmm::start(&rig).unwrap();
+    vmm.work().unwrap();
+    let pid = rig.worker().pid;
+    rig.link.cut();
+    until("ones", || (vmm.ident().unwrap() == u32::MAX).then_some(()));
+    assert!(lives(pid));
+    let told = until("a lost lease", || {
+        Some(rig.borrowed()).filter(|b| b.state == "lost")
+    });
+    assert_eq!(told.vmm_pid, Some(std::process::id()));
+    drop(vmm);
+    until("no worker", || {
+        (status(rig.borrower()).borrowed[0].worker.is_none()).then_some(())
+    });
+    assert!(!lives(pid));
+    rig.end();
+}
+
+#[test]
+fn worker_dies_with_its_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = program(dir.path(), "daemon");
+    let mut child = Command::new(program)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let pid: u32 = until("the worker's process", || {
+        let line = lines.next().expect("a line").unwrap();
+        line.strip_prefix("worker ")?.parse().ok()
+    });
+    assert!(lives(pid));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    until("no worker without its daemon", || {
+        (!lives(pid)).then_some(())
+    });
+}
+
+/// A daemon that is killed while its worker has nobody else to end it.
+fn daemon() -> ! {
+    let rig = Rig::new();
+    rig.borrow().unwrap();
+    println!("\nworker {}", rig.worker().pid);
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn worker_that_a_stranger_starts_serves_nobody() {
+    for (argument, words) in [
+        ("--parent=1", "is not its parent"),
+        (&*format!("--parent={}", std::process::id()), "the channel"),
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sublet"));
+        let output = command
+            .args(["worker", argument])
+            .stdin(Stdio::null())
+            .output();
+        let output = output.unwrap();
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && text.contains(words), "{text}");
+    }
+}
+
+/// A worker that was taken over, and says what none says.
+fn hostile(what: &str) -> ! {
+    use std::os::fd::AsFd;
+    let channel = Channel::of(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
+    let impossible = ToPort::Load(Token(1), 5, 0, 4);
+    if what == "a BAR" {
+        channel.send_to_port(&impossible).unwrap();
+    } else {
+        rustix::net::send(
+            channel.as_fd(),
+            &[0xff; 64],
+            rustix::net::SendFlags::empty(),
+        )
+        .unwrap();
+    }
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn worker_that_says_what_cannot_be_is_ended_and_its_lease_given_back() {
+    for (what, words) in [
+        ("a BAR", "it asked for what no worker asks for: a BAR"),
+        ("bytes", "a message that cannot be"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let program = program(dir.path(), &format!("hostile {what}"));
+        let rig = Rig::with(&program, Sandbox::On);
+        let refused = rig.borrow().unwrap_err();
+        assert_eq!(refused.code, ErrorCode::Kernel);
+        assert!(refused.text.contains(words), "{refused}");
+        rig.wait_clean();
+        assert!(status(rig.borrower()).borrowed.is_empty());
+        assert_eq!(status(rig.lender()).lent[0].lease, None);
+        rig.end();
+    }
+}
+
+#[test]
+fn sandbox_that_is_off_is_told() {
+    let rig = Rig::with(Path::new(env!("CARGO_BIN_EXE_sublet")), Sandbox::Off);
+    rig.borrow().unwrap();
+    let worker = rig.worker();
+    assert!(!worker.landlock && !worker.seccomp && worker.answers);
+    Vmm::start(&rig).unwrap().work().unwrap();
+    rig.end();
+}
+
+/// What a worker's libraries do at times that no test can bring about from outside: the allocator
+/// of both threads under load, a lock that others hold, a clock that only the kernel can read.
+fn exercise() {
+    let fill = || {
+        let small: Vec<Vec<u8>> = (0..20_000).map(|_| vec![1; 200]).collect();
+        let mut large = vec![1u8; 1 << 20];
+        for _ in 0..4 {
+            large.reserve_exact(large.capacity() + (1 << 20));
+        }
+        drop((small, large));
+    };
+    fill();
+    std::thread::yield_now();
+    let _ = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+}
+
+#[test]
+fn each_system_call_of_a_worker_is_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = exercised("none of them");
+    assert_eq!(whole.code(), Some(0), "{whole}");
+    let mut idle = Vec::new();
+    let rig = Rig::with(
+        &program(dir.path(), "worker-without $PARENT none of them"),
+        Sandbox::On,
+    );
+    life(&rig).expect("the whole list is enough");
+    rig.end();
+    for call in ROLE.calls {
+        if exercised(call.name).signal() == Some(SIGSYS) {
+            continue;
+        }
+        let part = format!("worker-without $PARENT {}", call.name);
+        let rig = Rig::with(&program(dir.path(), &part), Sandbox::On);
+        if life(&rig).is_ok() {
+            idle.push(call.name);
+        }
+        rig.end();
+    }
+    assert!(idle.is_empty(), "nothing needs {idle:?}");
+}
+
+fn exercised(without: &str) -> std::process::ExitStatus {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command.args(["--exact", "the_process_of_the_other_tests", "--nocapture"]);
+    command.env(PART, format!("exercise-without {without}"));
+    command.env(worker::ALLOCATOR.0, worker::ALLOCATOR.1);
+    sublet::jail::keep_from_children();
+    command.stdout(Stdio::null()).status().unwrap()
+}
+
+/// A worker's whole life; an error where the worker does not live through it.
+fn life(rig: &Rig) -> Result<(), String> {
+    rig.borrow().map_err(|error| error.to_string())?;
+    let pid = rig.worker().pid;
+    let mut vmm = Vmm::start(rig)?;
+    vmm.work()?;
+    signal(pid, Signal::STOP);
+    until("a silent worker", || {
+        (rig.borrowed().state == "silent").then_some(())
+    });
+    signal(pid, Signal::CONT);
+    vmm.copy(3)?;
+    drop(vmm);
+    Vmm::start(rig)?.work()?;
+    match rig.borrowed().state.as_str() {
+        "lost" => Err("the worker has died".into()),
+        _ => rig.give_back().map_err(|error| error.to_string()),
+    }
+}

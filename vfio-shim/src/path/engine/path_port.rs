@@ -1,0 +1,195 @@
+//! A port as whoever serves a borrowed function reaches it: in this process, or from a worker's own.
+
+use super::{CallReply, Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, Signals};
+use crate::model::{Aperture, BAR_COUNT, Mapping, WindowOffset};
+use crate::path::borrower::{Answer, Call, CallError, OpenedPath};
+use crate::path::message::{LeaseId, PoolEntry, Request};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+/// The port's side of one borrowed lease.
+pub trait PathPort: Send + Sync {
+    /// Asks and waits for the answer. Of the lease's own calls only; the lease in it is not looked
+    /// at where the port knows it by the way that it was asked.
+    fn call(&self, call: Call, wait_ms: u64) -> Result<Answer, CallError>;
+    /// What a BAR's slice is reached through, and where in that its first byte is.
+    fn window(&self, bar: usize, slice: WindowOffset) -> (Arc<dyn Aperture>, u64);
+    /// The outbound window's descriptor and where in it the window begins, for a trusted VMM.
+    fn window_fd(&self) -> Option<(BorrowedFd<'_>, u64)>;
+}
+
+impl PathPort for Engine {
+    fn call(&self, call: Call, wait_ms: u64) -> CallReply {
+        Engine::call(self, call, wait_ms)
+    }
+
+    fn window(&self, _bar: usize, slice: WindowOffset) -> (Arc<dyn Aperture>, u64) {
+        (self.port().window(0), slice.0)
+    }
+
+    fn window_fd(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.port().window_fd(0)
+    }
+}
+
+/// A BAR of the far function as this process loads and stores it: its slice of the window.
+pub(super) struct SliceAperture {
+    pub(super) window: Arc<dyn Aperture>,
+    pub(super) base: u64,
+    pub(super) len: u64,
+    pub(super) state: Arc<LeaseShared>,
+}
+
+impl SliceAperture {
+    /// An access within the slice, while the lease is held: it cannot be lost in between, as its
+    /// slice may then be another tenant's.
+    fn within(&self, offset: u64, len: usize, access: impl FnOnce()) -> bool {
+        let inside = offset
+            .checked_add(len as u64)
+            .is_some_and(|end| end <= self.len);
+        let lost = self.state.runtime.lock(&self.state.lost);
+        let open = inside && lost.is_none();
+        if open {
+            access();
+        }
+        open
+    }
+}
+
+impl Aperture for SliceAperture {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let len = data.len();
+        data.fill(0xff);
+        self.within(offset, len, || self.window.read(self.base + offset, data));
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let write = || self.window.write(self.base + offset, data);
+        self.within(offset, data.len(), write);
+    }
+
+    fn mapping(&self) -> Option<&dyn Mapping> {
+        None
+    }
+}
+
+/// A borrowed lease with an open path, as the port keeps it for a worker in another process. What
+/// it does not do is end the lease: that is `Engine::give_back`.
+pub struct BorrowedPath {
+    engine: Arc<Engine>,
+    lease: LeaseId,
+    entry: PoolEntry,
+    opened: OpenedPath,
+    state: Arc<LeaseShared>,
+}
+
+/// Tells a worker that a vector was raised, and how often by now.
+pub type Tell = Box<dyn Fn(u32, u64) + Send + Sync>;
+
+impl Engine {
+    /// Borrows a function and opens the path to it, for a worker in another process, which `tell`
+    /// gives the way to for a number of vectors. Nothing is left behind on failure.
+    pub fn borrow_path(
+        self: &Arc<Self>,
+        bdf: crate::model::Bdf,
+        ram: Option<u64>,
+        tell: impl FnOnce(u32) -> io::Result<Tell>,
+    ) -> Result<BorrowedPath, CallError> {
+        let (lease, entry) = self.lease(bdf, ram)?;
+        let signals = |count| Signals::told(count, tell(count)?);
+        match self.open(lease, &entry, signals) {
+            Ok((opened, state)) => Ok(BorrowedPath {
+                engine: Arc::clone(self),
+                lease,
+                entry,
+                opened,
+                state,
+            }),
+            Err(error) => {
+                let _ = self.give_back(lease);
+                Err(error)
+            }
+        }
+    }
+}
+
+impl BorrowedPath {
+    /// The lease.
+    pub fn lease(&self) -> LeaseId {
+        self.lease
+    }
+
+    /// The function in the lender's pool.
+    pub fn entry(&self) -> &PoolEntry {
+        &self.entry
+    }
+
+    /// What the lender told of it.
+    pub fn opened(&self) -> &OpenedPath {
+        &self.opened
+    }
+
+    /// Why the lease is lost, if it is.
+    pub fn lost(&self) -> Option<String> {
+        self.state.runtime.lock(&self.state.lost).clone()
+    }
+
+    /// Per vector: how often a scan found it raised.
+    pub fn scanned(&self) -> Vec<u64> {
+        self.state.signals.scanned()
+    }
+
+    /// What has to be done before the lease's slices may be anybody else's; at once where it is
+    /// lost already. It is called once, by the thread that ends the lease, which waits for it.
+    pub fn on_lost(&self, let_go: Box<dyn FnOnce(&str) + Send>) {
+        self.state.on_lost(let_go);
+    }
+
+    /// Asks the lender for what it does at once, whatever lease the request names.
+    pub fn forward(&self, request: Request) -> Result<Answer, CallError> {
+        let wait_ms = match request {
+            Request::Reset { .. } | Request::Irqs { .. } => RESET_WAIT_MS,
+            _ => MAP_WAIT_MS,
+        };
+        self.call(Call::Forward(self.lease, request.of(self.lease)), wait_ms)
+    }
+
+    /// Maps guest memory: all or none.
+    pub fn map(&self, maps: Vec<crate::path::borrower::GuestMap>) -> Result<Answer, CallError> {
+        self.call(Call::Map(self.lease, maps), MAP_WAIT_MS)
+    }
+
+    /// Takes all maps away that lie within the span.
+    pub fn unmap(&self, span: crate::model::Span) -> Result<Answer, CallError> {
+        self.call(Call::Unmap(self.lease, span), MAP_WAIT_MS)
+    }
+
+    fn call(&self, call: Call, wait_ms: u64) -> CallReply {
+        match self.lost() {
+            Some(why) => Err(CallError::Gone(why)),
+            None => self.engine.call(call, wait_ms),
+        }
+    }
+
+    /// A BAR by way of this process, for a worker that cannot map the window.
+    pub fn bar(&self, bar: usize) -> Option<Arc<dyn Aperture>> {
+        let region = self.opened.function.regions.get(bar)?;
+        let slice = region.slice.filter(|_| bar < BAR_COUNT)?;
+        Some(Arc::new(SliceAperture {
+            window: self.engine.port().window(0),
+            base: slice.0,
+            len: region.info.size,
+            state: Arc::clone(&self.state),
+        }))
+    }
+
+    /// The window that its BARs are slices of, where that is memory.
+    pub fn window_fd(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.engine.port().window_fd(0)
+    }
+}
