@@ -148,7 +148,12 @@ impl Rig {
         };
         let bdf = || BdfText::from(VF.parse::<Bdf>().unwrap());
         rig.lender().handle(Verb::Add { bdf: bdf() }).unwrap();
-        rig.lender().handle(Verb::Available { bdf: bdf() }).unwrap();
+        rig.lender()
+            .handle(Verb::Available {
+                bdf: bdf(),
+                port: None,
+            })
+            .unwrap();
         until("a session", || {
             let open = |host: &Arc<dyn Host>| status(host).ports[0].session.peer_node.is_some();
             rig.hosts.iter().all(open).then_some(())
