@@ -9,4 +9,5 @@ pub mod demo;
 pub mod ipc;
 pub mod jail;
 pub mod names;
+pub mod pool;
 pub mod worker;

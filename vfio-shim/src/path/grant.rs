@@ -106,10 +106,21 @@ impl fmt::Display for EndCause {
 pub enum Undone {
     /// There was none.
     NoPath,
-    /// Undone, and the function is reset.
-    Reset,
+    /// Undone, and the function is reset; what was done about its memory.
+    Reset(Scrub),
     /// A step failed: nobody gets the function.
     Failed(String),
+}
+
+/// What was done so that a function's own memory keeps nothing of a tenant. Never proved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scrub {
+    /// Nothing but the reset.
+    No,
+    /// Its driver was waited for, which tells when it has cleared it.
+    Waited,
+    /// So long was waited that it should be cleared.
+    Assumed,
 }
 
 /// The way from the pool to a port: called by any thread, and never waits.

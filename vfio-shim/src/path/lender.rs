@@ -19,7 +19,7 @@ mod tests;
 
 pub(super) use grants::taken;
 
-use super::grant::{AskId, EndCause, LeaseEnd, ToPool, Undone};
+use super::grant::{AskId, EndCause, LeaseEnd, Scrub, ToPool, Undone};
 use super::message::{
     LeaseId, OpId, PoolEntry, PoolState, Refusal, RefusalCode, RemoteFunction, Reply, Request,
     Secret,
@@ -405,7 +405,7 @@ impl Lender {
         };
         let lease = offer.lease.map(|(lease, _)| lease);
         let undone = match &result {
-            Ok(_) => Undone::Reset,
+            Ok(_) => Undone::Reset(Scrub::No),
             Err(refusal) => Undone::Failed(refusal.text.clone()),
         };
         let mut actions: Vec<_> = offer.end_lease(cause.clone(), undone).into_iter().collect();
@@ -451,7 +451,7 @@ impl Offer {
     fn end_lease(&mut self, cause: EndCause, undone: Undone) -> Option<LenderAction> {
         self.state = match &undone {
             Undone::Failed(why) => OfferState::Quarantine(why.clone()),
-            Undone::NoPath | Undone::Reset => OfferState::Available,
+            Undone::NoPath | Undone::Reset(_) => OfferState::Available,
         };
         self.slices = [None; BAR_COUNT];
         self.last_end = Some(cause.to_string());

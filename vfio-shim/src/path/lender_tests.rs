@@ -273,7 +273,7 @@ fn bar_slices_of_a_revoked_lease_are_nobodys_until_the_borrower_has_confirmed() 
     let job = job(&actions);
     let actions = rig.lender.done(job, Ok(WorkOutcome::Done), &mut rig.slices);
     let end = &ends(&actions)[0].1;
-    assert_eq!(end.undone, Undone::Reset);
+    assert_eq!(end.undone, Undone::Reset(Scrub::No));
     assert_eq!(rig.state(), OfferState::Available);
     assert_eq!(rig.slices.free_bytes(), free - BAR_BYTES, "in quarantine");
     rig.lender.revoke_confirmed(LeaseId(1), &mut rig.slices);

@@ -1,0 +1,221 @@
+//! The pool's thread: it alone waits for the disk, and ports are answered over their lines.
+
+use super::Pool;
+use super::lease::{Ask, Event, LeaseStatus, Now};
+use super::record::{FunctionKey, JournalEntry};
+use super::store::{LeaseStore, StoreError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use vfio_shim::model::Bdf;
+use vfio_shim::path::grant::{PortLine, ToPool, ToPort};
+use vfio_shim::path::{LeasePool, Refusal, RefusalCode};
+
+/// What `status` tells of the pool.
+#[derive(Clone, Debug, Default)]
+pub struct PoolStatus {
+    /// Every function that was ever lent.
+    pub leases: Vec<LeaseStatus>,
+    /// What the store said last, if that was an error.
+    pub store_error: Option<String>,
+}
+
+enum Input {
+    Connect(String, Arc<PortLine>),
+    Event(Event),
+    Status(mpsc::Sender<PoolStatus>),
+    Journal(usize, mpsc::Sender<Result<Vec<JournalEntry>, StoreError>>),
+    Stop,
+}
+
+/// The pool at work, in a thread of its own. Dropped after the ports: it writes down their ends.
+pub struct PoolService {
+    inbox: mpsc::Sender<Input>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Thread<S> {
+    pool: Pool<S>,
+    lines: HashMap<String, Arc<PortLine>>,
+    start: Instant,
+}
+
+impl PoolService {
+    /// Reads the store and starts the thread.
+    pub fn start<S: LeaseStore + 'static>(store: S, ttl_ms: u64) -> Result<Self, StoreError> {
+        let thread = Thread {
+            pool: Pool::open(store, ttl_ms)?,
+            lines: HashMap::new(),
+            start: Instant::now(),
+        };
+        let (inbox, inputs) = mpsc::channel();
+        let builder = std::thread::Builder::new().name("pool".into());
+        let spawned = builder.spawn(move || thread.run(&inputs));
+        let thread = spawned.map_err(|source| StoreError::failed("served", source))?;
+        Ok(Self {
+            inbox,
+            thread: Some(thread),
+        })
+    }
+
+    /// What a port's engine is given. Ports have names of their own.
+    pub fn port(&self, name: &str) -> Arc<dyn LeasePool> {
+        Arc::new(PortPool {
+            name: name.to_owned(),
+            inbox: self.inbox.clone(),
+            line: Mutex::default(),
+        })
+    }
+
+    /// All ports have been started: what nobody holds by now is reclaimed.
+    pub fn settle(&self) {
+        let _ = self.inbox.send(Input::Event(Event::Settle));
+    }
+
+    /// What `status` tells; `None` when the thread is gone.
+    pub fn status(&self) -> Option<PoolStatus> {
+        let (reply, answer) = mpsc::channel();
+        self.inbox.send(Input::Status(reply)).ok()?;
+        answer.recv().ok()
+    }
+
+    /// The newest moves, oldest first.
+    pub fn journal(&self, most: usize) -> Result<Vec<JournalEntry>, StoreError> {
+        let stopped = |_| StoreError::failed("read", "the pool has stopped");
+        let (reply, answer) = mpsc::channel();
+        let sent = self.inbox.send(Input::Journal(most, reply));
+        sent.map_err(|_| StoreError::failed("read", "the pool has stopped"))?;
+        answer.recv().map_err(stopped)?
+    }
+}
+
+impl Drop for PoolService {
+    fn drop(&mut self) {
+        let _ = self.inbox.send(Input::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl<S: LeaseStore> Thread<S> {
+    fn run(mut self, inputs: &mpsc::Receiver<Input>) {
+        loop {
+            match self.wait(inputs) {
+                Ok(Input::Connect(port, line)) => {
+                    self.lines.insert(port.clone(), line);
+                    let holds = Vec::new();
+                    self.handle(Event::Connected { port, holds });
+                }
+                Ok(Input::Event(event)) => self.handle(event),
+                Ok(Input::Status(reply)) => {
+                    let status = PoolStatus {
+                        leases: self.pool.status(self.now()),
+                        store_error: self.pool.last_error().map(str::to_owned),
+                    };
+                    let _ = reply.send(status);
+                }
+                Ok(Input::Journal(most, reply)) => {
+                    let _ = reply.send(self.pool.journal(most));
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => self.handle(Event::Tick),
+                Ok(Input::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    /// Sleeps for ever while nothing is due.
+    fn wait(&self, inputs: &mpsc::Receiver<Input>) -> Result<Input, mpsc::RecvTimeoutError> {
+        let Some(due_ms) = self.pool.next_ms() else {
+            let gone = |_| mpsc::RecvTimeoutError::Disconnected;
+            return inputs.recv().map_err(gone);
+        };
+        let left_ms = due_ms.saturating_sub(self.now().ms);
+        inputs.recv_timeout(Duration::from_millis(left_ms))
+    }
+
+    fn handle(&mut self, event: Event) {
+        let now = self.now();
+        for (port, message) in self.pool.handle(event, now) {
+            if let Some(line) = self.lines.get(&port) {
+                line(message);
+            }
+        }
+    }
+
+    fn now(&self) -> Now {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH);
+        Now {
+            ms: self.start.elapsed().as_millis() as u64,
+            unix_ms: unix.map_or(0, |unix| unix.as_millis() as u64),
+        }
+    }
+}
+
+/// The pool as one port sees it.
+struct PortPool {
+    name: String,
+    inbox: mpsc::Sender<Input>,
+    line: Mutex<Option<Arc<PortLine>>>,
+}
+
+impl PortPool {
+    fn event(&self, message: ToPool) -> Event {
+        let port = self.name.clone();
+        // An address today; a PF's identity and a VF's index once what is lent outlives a reboot.
+        let function = |bdf: Bdf| FunctionKey::from(bdf);
+        match message {
+            ToPool::Grant {
+                ask,
+                bdf,
+                borrower,
+                secret,
+            } => Event::Ask(Ask {
+                port,
+                ask,
+                function: function(bdf),
+                borrower,
+                secret,
+            }),
+            ToPool::Opened { bdf, lease } => Event::Opened {
+                port,
+                function: function(bdf),
+                epoch: lease.0,
+            },
+            ToPool::Ended { bdf, lease, end } => Event::Ended {
+                port,
+                function: function(bdf),
+                epoch: lease.0,
+                end: end.into(),
+            },
+            ToPool::Gone => Event::Gone { port },
+        }
+    }
+}
+
+impl LeasePool for PortPool {
+    fn connect(&self, port: PortLine) {
+        let line = Arc::new(port);
+        let mut own = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        *own = Some(Arc::clone(&line));
+        let _ = self.inbox.send(Input::Connect(self.name.clone(), line));
+    }
+
+    fn tell(&self, message: ToPool) {
+        let ask = match &message {
+            ToPool::Grant { ask, .. } => Some(*ask),
+            _ => None,
+        };
+        let event = self.event(message);
+        // A pool that is gone grants nothing, and whoever asks is not kept waiting.
+        if let (Err(_), Some(ask)) = (self.inbox.send(Input::Event(event)), ask) {
+            let text = "the lender's pool has stopped: see its daemon's log, and start it again";
+            let refusal = Refusal::new(RefusalCode::WrongState, 0, text);
+            let line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(line) = &*line {
+                line(ToPort::Granted(ask, Err(refusal)));
+            }
+        }
+    }
+}
