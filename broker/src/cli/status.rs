@@ -88,6 +88,8 @@ fn attention(status: &HostStatus) -> Vec<String> {
         findings.extend(error.map(|e| format!("{}: {e}", borrowed.fdid)));
         findings.extend(worker(borrowed));
     }
+    let store = status.store.last_error.iter();
+    findings.extend(store.map(|e| format!("store in {}: {e}", status.store.folder.display())));
     let held = status.quarantine.functions.iter();
     findings.extend(held.map(|f| format!("{}: in quarantine: {}", f.fdid, f.reason)));
     findings
@@ -165,7 +167,18 @@ fn port(port: &PortStatus) -> String {
 
 fn lent(lent: &[LentStatus]) -> String {
     let header = [
-        "fdid", "state", "to node", "lease", "maps", "mapped", "raised", "fences", "bells",
+        "fdid",
+        "state",
+        "to node",
+        "epoch",
+        "for",
+        "expires in",
+        "last end",
+        "maps",
+        "mapped",
+        "raised",
+        "fences",
+        "bells",
     ];
     let row = |one: &LentStatus| {
         let sum = |of: fn(&_) -> u64| one.vectors.iter().map(of).sum::<u64>().to_string();
@@ -173,7 +186,10 @@ fn lent(lent: &[LentStatus]) -> String {
             one.fdid.to_string(),
             word(one.state).to_owned(),
             dash(one.borrower_node),
-            dash(one.lease),
+            dash(one.epoch),
+            dash(one.age_ms.map(ago)),
+            dash(one.ttl_ms.map(ago)),
+            dash(one.last_end.as_ref()),
             one.maps.to_string(),
             bytes(one.mapped_bytes),
             sum(|v| v.raised),
@@ -252,6 +268,9 @@ mod tests {
             fdid: "44a01".parse::<vfio_shim::model::Fdid>().unwrap().into(),
             state: Availability::InUse,
             lease: None,
+            epoch: Some(3),
+            age_ms: None,
+            ttl_ms: None,
             borrower_node: Some(8),
             vectors: [false, true]
                 .into_iter()

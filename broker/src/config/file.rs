@@ -30,6 +30,7 @@ pub(super) struct Node {
 pub(super) struct Daemon {
     pub control: Option<Spanned<String>>,
     pub sockets: Option<Spanned<String>>,
+    pub state: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -52,6 +53,7 @@ pub(super) struct Limits {
     pub functions_per_port: Option<Spanned<i64>>,
     pub guest_mapped_bytes: Option<Spanned<Size>>,
     pub guest_maps: Option<Spanned<i64>>,
+    pub lease_ttl_ms: Option<Spanned<i64>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -34,6 +34,8 @@ const _: () = assert!(
 pub const GUEST_MAPS_MAX: u32 = 65_535;
 /// Longest path of a Unix socket: `sun_path` without its NUL and room for a temporary suffix.
 pub const SOCKET_PATH_MAX: usize = 90;
+/// Longest path of the state folder.
+pub const STATE_PATH_MAX: usize = 1024;
 /// Longest configuration file in bytes.
 pub const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -48,6 +50,8 @@ pub struct Config {
     pub control: PathBuf,
     /// Where `borrow --socket NAME` puts a socket that is named without a directory.
     pub sockets: PathBuf,
+    /// The folder in which the daemon keeps what has to outlive it.
+    pub state: PathBuf,
     /// This host's NTB functions.
     pub ports: Vec<PortConfig>,
     /// Limits.
@@ -93,6 +97,8 @@ pub struct Limits {
     pub guest_mapped_bytes: Option<u64>,
     /// Most DMA maps of one guest.
     pub guest_maps: u32,
+    /// How long a lease lives without an open path.
+    pub lease_ttl: Duration,
 }
 
 /// What this host lets happen.

@@ -44,8 +44,29 @@ fn defaults_fill_what_is_not_said() {
     assert_eq!(config.ports[0].lost_after, Duration::from_millis(1500));
     assert!(!config.ports[0].trust_vmm);
     assert_eq!(config.limits.guest_maps, 65_535);
+    assert_eq!(config.state, Path::new("/var/lib/sublet"));
+    assert_eq!(config.limits.lease_ttl, Duration::from_secs(60));
     assert!(config.policy.memory_check);
     assert_eq!(config.policy.bars, BarMode::Trapped);
+}
+
+#[test]
+fn state_folder_and_time_to_live_are_taken_and_their_bounds_told() {
+    let state = format!("/{}", "s".repeat(STATE_PATH_MAX - 1));
+    let said = |state: &str, ttl: u32| {
+        parse(&format!(
+            "{GOOD}\n[daemon]\nstate = \"{state}\"\n[limits]\nlease_ttl_ms = {ttl}\n"
+        ))
+    };
+    let config = said(&state, 20_000).unwrap();
+    assert_eq!(config.state, Path::new(&state));
+    assert_eq!(config.limits.lease_ttl, Duration::from_secs(20));
+    let long = said(&format!("{state}s"), 20_000).unwrap_err().to_string();
+    assert!(long.contains("at most 1024 bytes"), "{long}");
+    let short = said("/s", 19_999).unwrap_err().to_string();
+    assert!(short.contains("write 20000 to 86400000"), "{short}");
+    let relative = said("state", 20_000).unwrap_err().to_string();
+    assert!(relative.contains("write an absolute path"), "{relative}");
 }
 
 #[test]

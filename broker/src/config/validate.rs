@@ -2,7 +2,7 @@
 
 use super::{
     BdfPattern, Config, ConfigError, FUNCTIONS_PER_PORT_MAX, GUEST_MAPS_MAX, Limits, PORTS_MAX,
-    Peers, Policy, PortConfig, SOCKET_PATH_MAX,
+    Peers, Policy, PortConfig, SOCKET_PATH_MAX, STATE_PATH_MAX,
     error::{Places, nearest},
     file, parse_size,
 };
@@ -13,11 +13,15 @@ use vfio_shim::model::Bdf;
 
 const CONTROL_DEFAULT: &str = "/run/sublet/control.sock";
 const SOCKETS_DEFAULT: &str = "/run/sublet";
+const STATE_DEFAULT: &str = "/var/lib/sublet";
 const NAME_BYTES_MAX: usize = 64;
 const HEARTBEAT_MS_DEFAULT: u64 = 250;
 const LOST_AFTER_MS_DEFAULT: u64 = 1_500;
 const HEARTBEAT_MS: RangeInclusive<i64> = 10..=60_000;
 const LOST_AFTER_MS_MAX: i64 = 600_000;
+const LEASE_TTL_MS_DEFAULT: u64 = 60_000;
+/// Long enough for a reset at the path's opening, and a day.
+const LEASE_TTL_MS: RangeInclusive<i64> = 20_000..=86_400_000;
 const FUNCTIONS_PER_PORT_DEFAULT: u32 = 64;
 /// A window is cut into huge pages of 2 MiB, and the first of them holds the mailbox.
 const WINDOW_STEP_BYTES: u64 = 2 << 20;
@@ -27,8 +31,11 @@ type Result<T> = std::result::Result<T, ConfigError>;
 pub(super) fn config(at: &Places<'_>, file: file::File) -> Result<Config> {
     let node_id = ranged(at, "id", &file.node.id, 0..=0xffff)? as u16;
     let node_name = name(at, "name", file.node.name)?;
-    let control = socket_dir_or_file(at, "control", file.daemon.control, CONTROL_DEFAULT)?;
-    let sockets = socket_dir_or_file(at, "sockets", file.daemon.sockets, SOCKETS_DEFAULT)?;
+    let daemon = file.daemon;
+    let socket = |key, said, default| absolute(at, key, said, default, SOCKET_PATH_MAX);
+    let control = socket("control", daemon.control, CONTROL_DEFAULT)?;
+    let sockets = socket("sockets", daemon.sockets, SOCKETS_DEFAULT)?;
+    let state = absolute(at, "state", daemon.state, STATE_DEFAULT, STATE_PATH_MAX)?;
     let ports = ports(at, file.port)?;
     let limits = limits(at, file.limits)?;
     let policy = policy(at, file.policy)?;
@@ -37,6 +44,7 @@ pub(super) fn config(at: &Places<'_>, file: file::File) -> Result<Config> {
         node_name,
         control,
         sockets,
+        state,
         ports,
         limits,
         policy,
@@ -138,6 +146,10 @@ fn limits(at: &Places<'_>, said: file::Limits) -> Result<Limits> {
             GUEST_MAPS_MAX,
             GUEST_MAPS_MAX,
         )?,
+        lease_ttl: Duration::from_millis(match &said.lease_ttl_ms {
+            Some(ms) => ranged(at, "lease_ttl_ms", ms, LEASE_TTL_MS)?,
+            None => LEASE_TTL_MS_DEFAULT,
+        }),
     })
 }
 
@@ -224,19 +236,20 @@ fn choice<T: Copy>(
     Err(at.error(value.span(), format!("`{key}` is {said:?}"), mend))
 }
 
-fn socket_dir_or_file(
+fn absolute(
     at: &Places<'_>,
     key: &str,
     said: Option<Spanned<String>>,
     default: &str,
+    bytes_max: usize,
 ) -> Result<PathBuf> {
     let Some(said) = said else {
         return Ok(default.into());
     };
     let path = PathBuf::from(said.get_ref());
-    if !path.is_absolute() || said.get_ref().len() > SOCKET_PATH_MAX {
+    if !path.is_absolute() || said.get_ref().len() > bytes_max {
         let cause = format!("`{key}` is {:?}", said.get_ref());
-        let mend = format!("write an absolute path of at most {SOCKET_PATH_MAX} bytes");
+        let mend = format!("write an absolute path of at most {bytes_max} bytes");
         return Err(at.error(said.span(), cause, mend));
     }
     Ok(path)

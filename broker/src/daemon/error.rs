@@ -135,6 +135,8 @@ codes! {
     Port "port" Internal,
     /// A claim of the demonstration does not hold.
     Demo "demo" Internal,
+    /// The store of leases cannot be had.
+    Store "store" Internal,
     /// A fault of Sublet.
     Internal "internal" Internal,
 }

@@ -47,6 +47,7 @@ impl From<&DaemonError> for VerbError {
                 ErrorCode::DaemonRunning
             }
             DaemonError::Socket(_) => ErrorCode::Socket,
+            DaemonError::Host(HostError::Store(_)) => ErrorCode::Store,
             DaemonError::Host(_) => ErrorCode::Port,
             DaemonError::Kernel { .. } => ErrorCode::Kernel,
         };

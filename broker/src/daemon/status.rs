@@ -20,6 +20,17 @@ pub struct HostStatus {
     pub borrowed: Vec<BorrowedStatus>,
     /// What is held back until it is proved that nothing maps it.
     pub quarantine: QuarantineStatus,
+    /// Where its leases are written down.
+    pub store: StoreStatus,
+}
+
+/// The store of leases.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreStatus {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What went wrong at its last use; until it is mended nothing is lent.
+    pub last_error: Option<String>,
 }
 
 /// Who a host is.
@@ -155,6 +166,12 @@ pub struct LentStatus {
     pub state: Availability,
     /// The lease, if somebody has it.
     pub lease: Option<Hex64>,
+    /// The newest lease's epoch: grows with every lease, and is the number of the one in force.
+    pub epoch: Option<u64>,
+    /// For how long the lease has been in force.
+    pub age_ms: Option<u64>,
+    /// How long it still lives if no path is opened; none, while one is open.
+    pub ttl_ms: Option<u64>,
     /// Whose lease.
     pub borrower_node: Option<u16>,
     /// Its interrupts.

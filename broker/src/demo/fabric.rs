@@ -102,6 +102,7 @@ fn config(node: u16, folder: &Path) -> String {
          [daemon]\n\
          control = \"{folder}/control.sock\"\n\
          sockets = \"{folder}\"\n\
+         state = \"{folder}/state\"\n\
          [[port]]\n\
          name = \"ntb0\"\n\
          bdf = \"0000:17:00.0\"\n\

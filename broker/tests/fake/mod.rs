@@ -156,6 +156,7 @@ pub fn status() -> HostStatus {
             last_error: None,
         }],
         quarantine: QuarantineStatus::default(),
+        store: StoreStatus::default(),
     }
 }
 

@@ -101,6 +101,7 @@ fn config(node: u16, dir: &Path) -> Config {
         [daemon]
         control = "{dir}/control.sock"
         sockets = "{dir}"
+        state = "{dir}/state{node}"
         [[port]]
         name = "ntb0"
         bdf = "0000:02:00.0"

@@ -16,6 +16,7 @@ mod tests;
 use super::Host;
 use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
 use crate::config::{Config, PortConfig};
+use crate::pool::{PoolService, RedbStore, StoreError};
 use borrow::{Borrowed, Trust};
 use claim::Claims;
 use functions::KernelFunctions;
@@ -56,6 +57,9 @@ pub enum HostError {
         #[source]
         source: EngineError,
     },
+    /// The store of leases cannot be had.
+    #[error(transparent)]
+    Store(#[from] StoreError),
 }
 
 /// Everything that the verbs act on. The lock is held for look-ups and changes only; a verb that
@@ -80,6 +84,8 @@ struct LocalHost {
     state: Mutex<State>,
     unclaimed: Condvar,
     ports: Vec<OpenPort>,
+    /// After the ports: it writes down how their leases ended.
+    pool: PoolService,
 }
 
 /// How long `stop` lets verbs under way end by themselves.
@@ -107,7 +113,11 @@ impl Machine {
             Ok(Arc::new(opened) as Arc<dyn NtbPort>)
         };
         Ok(Self {
-            ports: config.ports.iter().map(open).collect::<Result<_, _>>()?,
+            ports: config
+                .ports
+                .iter()
+                .map(open)
+                .collect::<Result<_, HostError>>()?,
             functions: Arc::new(KernelFunctions::new(sysfs)),
         })
     }
@@ -135,7 +145,14 @@ impl LocalHost {
     fn new(config: &Config, machine: Machine, workers: Workers) -> Result<Self, HostError> {
         assert_eq!(machine.ports.len(), config.ports.len(), "one NTB each");
         let ports = config.ports.iter().zip(machine.ports);
-        let ports = ports.map(|(port, open)| OpenPort::start(config.node_id, port, open));
+        // No port takes a message before the leases of the last daemon are known.
+        let store = RedbStore::open(&config.state)?;
+        let pool = PoolService::start(store, config.limits.lease_ttl.as_millis() as u64)?;
+        let start = |(port, open): (&PortConfig, _)| {
+            OpenPort::start(config.node_id, port, open, pool.port(&port.name))
+        };
+        let ports = ports.map(start).collect::<Result<_, HostError>>()?;
+        pool.settle();
         Ok(Self {
             config: config.clone(),
             functions: machine.functions,
@@ -143,7 +160,8 @@ impl LocalHost {
             started: Instant::now(),
             state: Mutex::default(),
             unclaimed: Condvar::new(),
-            ports: ports.collect::<Result<_, _>>()?,
+            ports,
+            pool,
         })
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vfio_shim::iova::window_base;
 use vfio_shim::model::Bdf;
 use vfio_shim::ntb::NtbPort;
-use vfio_shim::path::{Engine, EngineConfig};
+use vfio_shim::path::{Engine, EngineConfig, LeasePool};
 
 /// An open port. Fields drop in order: the engine's threads end before the NTB is closed.
 pub(super) struct OpenPort {
@@ -20,11 +20,12 @@ pub(super) struct OpenPort {
 }
 
 impl OpenPort {
-    /// Starts the threads of an open NTB.
+    /// Starts the threads of an open NTB; this pool grants its leases.
     pub(super) fn start(
         node: u16,
         config: &PortConfig,
         port: Arc<dyn NtbPort>,
+        pool: Arc<dyn LeasePool>,
     ) -> Result<Self, HostError> {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| HostError::Open {
             name: config.name.clone(),
@@ -35,17 +36,15 @@ impl OpenPort {
         let window_bytes = port.info().window_bytes[0].min(limit);
         let usable = port.address_space().usable();
         let base = window_base(&usable, window_bytes).map_err(|error| failed(error.into()))?;
-        let engine = Engine::start(
-            Arc::clone(&port),
-            EngineConfig {
-                name: config.name.clone(),
-                node,
-                window_base: base,
-                window_bytes,
-                heartbeat_ms: config.heartbeat.as_millis() as u64,
-                lost_after_ms: config.lost_after.as_millis() as u64,
-            },
-        );
+        let told = EngineConfig {
+            name: config.name.clone(),
+            node,
+            window_base: base,
+            window_bytes,
+            heartbeat_ms: config.heartbeat.as_millis() as u64,
+            lost_after_ms: config.lost_after.as_millis() as u64,
+        };
+        let engine = Engine::start_with_pool(Arc::clone(&port), told, pool);
         let engine = engine.map_err(|source| HostError::Start {
             name: config.name.clone(),
             source,

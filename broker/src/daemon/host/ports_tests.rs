@@ -54,7 +54,7 @@ fn host(node: u16, ports: Vec<Arc<dyn NtbPort>>, limit: u32, dir: &Path) -> Loca
     let dir = dir.display();
     let text = format!(
         "[node]\nid = {node}\nname = \"n{node}\"\n[daemon]\ncontrol = \"{dir}/c.sock\"\n\
-         sockets = \"{dir}\"\n{}[limits]\nfunctions_per_port = {limit}\n\
+         sockets = \"{dir}\"\nstate = \"{dir}/state{node}\"\n{}[limits]\nfunctions_per_port = {limit}\n\
          [policy]\nallow = [\"0000:01:*\"]\n",
         port_lines(ports.len())
     );

@@ -8,8 +8,9 @@ use crate::daemon::vocabulary::{
     Availability, BdfText, BorrowedStatus, BorrowedVector, DoorbellCounters, ErrorCode, FdidText,
     FunctionDescription, GuestCounters, Hex64, HostStatus, LentStatus, LentVector, LinkState,
     ListEntry, Location, MailboxCounters, NodeStatus, Outcome, PortQuarantine, PortStatus,
-    QuarantineStatus, QuarantinedFunction, SessionStatus, VerbError, WindowStatus,
+    QuarantineStatus, QuarantinedFunction, SessionStatus, StoreStatus, VerbError, WindowStatus,
 };
+use crate::pool::{FunctionKey, PoolStatus};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use vfio_shim::model::Fdid;
@@ -89,10 +90,11 @@ impl LocalHost {
             .iter()
             .map(|port| (port, port.engine.status()))
             .collect();
+        let pool = self.pool.status().unwrap_or_default();
         let lent = ports.iter().flat_map(|(_, status)| {
             let peer = port_peer(status.as_ref());
             let lent = status.iter().flat_map(|status| &status.lent);
-            lent.map(move |lent| self.lent(lent, peer))
+            lent.map(|lent| self.lent(lent, peer, &pool))
                 .collect::<Vec<_>>()
         });
         let lent: Vec<LentStatus> = lent.collect();
@@ -111,10 +113,18 @@ impl LocalHost {
                 .collect(),
             lent,
             borrowed: self.borrows(),
+            store: StoreStatus {
+                folder: self.config.state.clone(),
+                last_error: pool.store_error,
+            },
         }
     }
 
-    fn lent(&self, lent: &path::LentStatus, peer: Option<u16>) -> LentStatus {
+    fn lent(&self, lent: &path::LentStatus, peer: Option<u16>, pool: &PoolStatus) -> LentStatus {
+        let function = FunctionKey::from(lent.offer.entry.bdf);
+        let lease = pool.leases.iter().find(|one| one.function == function);
+        // What ended before this daemon's time is in the store only.
+        let stored_end = || Some(lease?.last_end.as_ref()?.cause.to_string());
         let vectors = lent
             .vectors
             .iter()
@@ -134,11 +144,14 @@ impl LocalHost {
             }),
             state: availability(&lent.offer.state),
             lease: lent.offer.lease.map(|lease| Hex64(lease.0)),
+            epoch: lease.map(|lease| lease.epoch),
+            age_ms: lease.and_then(|lease| lease.age_ms),
+            ttl_ms: lease.and_then(|lease| lease.ttl_ms),
             borrower_node: lent.offer.lease.and(peer),
             vectors: vectors.collect(),
             maps: lent.maps.0,
             mapped_bytes: lent.maps.1,
-            last_end: lent.offer.last_end.clone(),
+            last_end: lent.offer.last_end.clone().or_else(stored_end),
             last_error: match &lent.offer.state {
                 OfferState::Quarantine(why) => Some(why.clone()),
                 _ => None,

@@ -1,7 +1,10 @@
 //! The verbs on two hosts of one process, joined by a soft NTB: every refusal in its words, and nothing left of it.
 
 use super::*;
-use crate::daemon::vocabulary::{BarMode, BdfText, FdidText, PortQuarantine};
+use crate::daemon::vocabulary::{Availability, BarMode, BdfText, FdidText, Hex64, PortQuarantine};
+use crate::pool::{
+    Cause, Change, FunctionKey, Holder, JournalEntry, LeaseRecord, LeaseStore, Move,
+};
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -50,9 +53,10 @@ struct Rig {
     link: SoftLink,
     function: Arc<SoftFunction>,
     dir: tempfile::TempDir,
+    state: tempfile::TempDir,
 }
 
-fn config(node: u16, dir: &Path) -> Config {
+fn config(node: u16, dir: &Path, state: &Path) -> Config {
     let text = format!(
         r#"
         [node]
@@ -61,6 +65,7 @@ fn config(node: u16, dir: &Path) -> Config {
         [daemon]
         control = "{dir}/control.sock"
         sockets = "{dir}"
+        state = "{state}/{node}"
         [[port]]
         name = "ntb0"
         bdf = "{NTB}"
@@ -73,6 +78,7 @@ fn config(node: u16, dir: &Path) -> Config {
         allow = ["0000:01:00.*", "{NTB}"]
         "#,
         dir = dir.display(),
+        state = state.display(),
         trust = node == 8,
     );
     Config::parse(Path::new("test.toml"), &text).unwrap()
@@ -88,7 +94,12 @@ fn host(config: &Config, port: Arc<SoftPort>, sysfs: &Path) -> LocalHost {
 
 impl Rig {
     fn new() -> Self {
-        let rig = Self::apart();
+        Self::on(tempfile::tempdir().unwrap())
+    }
+
+    /// With what earlier daemons have left in their stores.
+    fn on(state: tempfile::TempDir) -> Self {
+        let rig = Self::apart(state);
         let ids = FunctionIds {
             vendor: 0x5b1e,
             device: 1,
@@ -114,21 +125,24 @@ impl Rig {
     }
 
     /// Both hosts, and nothing offered.
-    fn apart() -> Self {
+    fn apart(state: tempfile::TempDir) -> Self {
         let port = SoftPortConfig {
             window_bytes: [WINDOW_BYTES; 2],
         };
         let link = SoftLink::new([port; 2]).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let sysfs = dir.path().join("sys");
-        let hosts = [(4, 0), (8, 1)]
-            .map(|(node, side)| host(&config(node, dir.path()), link.port(side), &sysfs));
+        let hosts = [(4, 0), (8, 1)].map(|(node, side)| {
+            let config = config(node, dir.path(), state.path());
+            host(&config, link.port(side), &sysfs)
+        });
         let function = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
         Self {
             hosts,
             link,
             function,
             dir,
+            state,
         }
     }
 
@@ -258,7 +272,7 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Option<String>> {
 
 #[test]
 fn functions_that_cannot_be_lent_are_refused_in_words_and_left_alone() {
-    let rig = Rig::apart();
+    let rig = Rig::apart(tempfile::tempdir().unwrap());
     rig.wait_session();
     let refused = |bdf: &str, code: ErrorCode, text: &str| {
         let before = rig.left();
@@ -318,7 +332,7 @@ fn functions_that_cannot_be_lent_are_refused_in_words_and_left_alone() {
 
 #[test]
 fn what_changed_since_it_was_added_is_refused_when_it_is_offered() {
-    let rig = Rig::apart();
+    let rig = Rig::apart(tempfile::tempdir().unwrap());
     rig.wait_session();
     let bdf = BdfText::from(bdf("0000:01:00.0"));
     rig.function("0000:01:00.0", 3, None);
@@ -459,7 +473,7 @@ fn mapped_bars_without_trust_are_refused_in_words() {
 
 #[test]
 fn peer_with_another_protocol_version_is_told_by_status_and_by_borrow() {
-    let rig = Rig::apart();
+    let rig = Rig::apart(tempfile::tempdir().unwrap());
     let [lender, borrower] = &rig.hosts;
     lender.ports[0].engine.stop();
     let peer = rig.link.port(0);
@@ -523,5 +537,77 @@ fn revoke_that_the_peer_has_not_confirmed_shows_in_status_until_it_has() {
     assert_eq!(
         after.window.free,
         before.window.free.map(|free| free + bytes)
+    );
+}
+
+#[test]
+fn lease_is_written_down_and_status_tells_its_epoch_and_age_but_no_secret() {
+    let rig = Rig::new();
+    rig.borrow(|_| {}).unwrap();
+    let lent = until("the open path is written down", || {
+        let lent = rig.hosts[0].report().lent.remove(0);
+        (lent.ttl_ms.is_none() && lent.age_ms.is_some()).then_some(lent)
+    });
+    assert_eq!((lent.epoch, lent.lease), (Some(1), Some(Hex64(1))));
+    let Outcome::Status(status) = rig.hosts[0].handle(Verb::Status).unwrap() else {
+        panic!("no status")
+    };
+    let json = serde_json::to_string(&status).unwrap();
+    assert!(!json.contains("secret"), "{json}");
+    assert_eq!(status.store.folder, rig.state.path().join("4"));
+    assert_eq!(status.store.last_error, None);
+    let moves = rig.hosts[0].pool.journal(9).unwrap();
+    assert!(matches!(&moves[0].moved, Move::Granted(holder) if holder.borrower == Some(8)));
+    assert_eq!(moves[1].moved, Move::Opened);
+    let fdid = fdid("40101");
+    rig.hosts[1].handle(Verb::Return { fdid }).unwrap();
+    until("the end is written down", || {
+        let newest = rig.hosts[0].pool.journal(1).unwrap().remove(0).moved;
+        matches!(newest, Move::Ended(end) if end.cause == Cause::Returned).then_some(())
+    });
+}
+
+#[test]
+fn lease_of_a_daemon_that_was_killed_is_reclaimed_and_the_next_epoch_is_greater() {
+    let state = tempfile::tempdir().unwrap();
+    let folder = state.path().join("4");
+    let holder = Holder {
+        port: "ntb0".into(),
+        borrower: Some(8),
+        since_unix_ms: 0,
+    };
+    let record = LeaseRecord {
+        function: FunctionKey::from(bdf(VF)),
+        epoch: 41,
+        holder: Some(holder.clone()),
+        last_end: None,
+    };
+    let entry = JournalEntry {
+        unix_ms: 0,
+        function: record.function.clone(),
+        epoch: 41,
+        moved: Move::Granted(holder),
+    };
+    let change = Change {
+        expect: None,
+        record,
+        entry,
+    };
+    RedbStore::open(&folder).unwrap().commit(&change).unwrap();
+    let rig = Rig::on(state);
+    let lent = rig.hosts[0].report().lent.remove(0);
+    assert_eq!(lent.state, Availability::Available);
+    assert_eq!(lent.last_end.as_deref(), Some("reclaimed"));
+    let newest = rig.hosts[0].pool.journal(1).unwrap().remove(0);
+    assert!(matches!(newest.moved, Move::Ended(end) if end.cause == Cause::Reclaimed));
+    let Outcome::Borrowed(borrowed) = rig.borrow(|_| {}).unwrap() else {
+        panic!("not borrowed")
+    };
+    assert_eq!(borrowed.lease, Hex64(42));
+    // Its store is its own: a second daemon on it does not start.
+    let error = RedbStore::open(&folder).err().unwrap();
+    assert!(
+        error.to_string().contains("stop the other daemon"),
+        "{error}"
     );
 }

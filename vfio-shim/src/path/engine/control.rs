@@ -246,16 +246,17 @@ impl Control {
             "mapper thread",
             run,
         )?);
-        let run = move || self.run(&events);
-        spawn(&*runtime, format!("{name}-ctl"), "control thread", run)
-    }
-
-    fn run(mut self, events: &mpsc::Receiver<Input>) {
+        // Here and not in the thread: whoever started the port knows that the pool has heard of it.
         let inbox = self.inbox.clone();
         self.pool.connect(Box::new(move |message| {
             // A port that has stopped said so by `ToPool::Gone`.
             let _ = inbox.send(Input::Event(Event::Pool(message)));
         }));
+        let run = move || self.run(&events);
+        spawn(&*runtime, format!("{name}-ctl"), "control thread", run)
+    }
+
+    fn run(mut self, events: &mpsc::Receiver<Input>) {
         let runtime = Arc::clone(&self.shared.runtime);
         while let Ok(input) = runtime.receive(events, None) {
             self.input(input);
