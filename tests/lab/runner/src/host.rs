@@ -5,6 +5,7 @@ use crate::cache::{Cache, Kernel};
 use crate::initramfs::{Initramfs, PORT_NAME, Port};
 use crate::log::Log;
 use crate::program::{Program, arguments};
+use crate::tsc;
 use anyhow::{Context, Result};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -167,13 +168,6 @@ impl Host {
         }
     }
 
-    /// Whether its kernel stands still before the first program of its initramfs. QEMU's TCG does
-    /// that now and then on a busy machine (2 of about 30 boots), its processor spinning.
-    pub fn stands_still(&mut self) -> bool {
-        let alive = self.qemu.ensure_alive().is_ok();
-        alive && self.qemu.log.lines_with("Run /init").is_empty()
-    }
-
     /// A path of the scenario's folder as this host sees it.
     pub fn shared(&self, name: &str) -> String {
         format!("{RUN_IN_HOST}/{name}")
@@ -224,7 +218,7 @@ fn machine(
         -serial stdio
         -kernel {kernel}
         -initrd {initramfs}
-        -append console=ttyS0 {QUICK} intel_iommu=on iomem=relaxed hugepages={huge_pages} {cmdline}
+        -append console=ttyS0 {QUICK} {tsc} intel_iommu=on iomem=relaxed hugepages={huge_pages} {cmdline}
         -device intel-iommu,intremap=on,caching-mode=on
         -device pcie-root-port,id=rp0,slot=1,addr=5
         -device pcie-root-port,id=rp1,slot=2,addr=6
@@ -236,6 +230,7 @@ fn machine(
         kernel = spec.kernel.image.display(),
         initramfs = initramfs.display(),
         huge_pages = spec.huge_pages,
+        tsc = tsc::parameters(),
         cmdline = spec.cmdline,
         socket = socket.display(),
         cache = cache.root.display(),

@@ -6,7 +6,6 @@ use crate::host::{Host, HostSpec, RUN_IN_HOST};
 use crate::ntb::{Half, Ntb};
 use crate::snapshot::Snapshot;
 use anyhow::{Context, Result};
-use std::cell::Cell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -36,8 +35,6 @@ pub struct Lab {
     pub dir: PathBuf,
     /// The zero of all stamps.
     pub since: Instant,
-    /// How often hosts were booted once more.
-    pub boots_again: Cell<usize>,
 }
 
 /// Two hosts and what lies between them. The NTB goes last: a host without it hangs at its end.
@@ -65,7 +62,6 @@ impl Lab {
             cache,
             dir,
             since,
-            boots_again: Cell::new(0),
         })
     }
 
@@ -90,26 +86,14 @@ impl Lab {
         self.boot(&a, &b, ntb)
     }
 
-    /// Boots any two hosts at once; once more, printed and counted, if a kernel stands still
-    /// before anything of this project has run in it.
+    /// Boots any two hosts at once.
     pub fn boot(&self, a: &HostSpec, b: &HostSpec, ntb: Option<Ntb>) -> Result<Pair> {
-        loop {
-            // QEMU dies with the thread that started it: both are started here.
-            let mut one = Host::start(a, &self.cache, &self.dir, self.since)?;
-            let mut two = Host::start(b, &self.cache, &self.dir, self.since)?;
-            let Err(error) = one.wait_ready().and_then(|()| two.wait_ready()) else {
-                return Ok(Pair {
-                    a: one,
-                    b: two,
-                    ntb,
-                });
-            };
-            let still = one.stands_still() || two.stands_still();
-            if !still || self.boots_again.replace(1) > 0 {
-                return Err(error);
-            }
-            println!("retry of the hosts' boot: {error:#}");
-        }
+        // QEMU dies with the thread that started it: both are started here.
+        let mut a = Host::start(a, &self.cache, &self.dir, self.since)?;
+        let mut b = Host::start(b, &self.cache, &self.dir, self.since)?;
+        a.wait_ready()?;
+        b.wait_ready()?;
+        Ok(Pair { a, b, ntb })
     }
 
     /// The program that runs guests, put where a host sees it.

@@ -15,3 +15,4 @@ pub mod program;
 pub mod scenario;
 pub mod snapshot;
 pub mod sublet;
+pub mod tsc;

@@ -84,17 +84,6 @@ impl Log {
             None => bail!("no `{text}` in {} within {timeout:?}", self.path.display()),
         }
     }
-
-    /// All lines so far that contain this text.
-    pub fn lines_with(&self, text: &str) -> Vec<String> {
-        let state = self.state.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state
-            .lines
-            .iter()
-            .filter(|line| line.contains(text))
-            .cloned()
-            .collect()
-    }
 }
 
 /// Every log file of a scenario's folder.

@@ -49,11 +49,9 @@ fn run(args: &[String]) -> Result<bool> {
         scenario.with_context(|| format!("no scenario {name}; lab list names them all"))?;
     let options = options(rest)?;
     scenario.ensure_fits(&options)?;
-    let mut retried = 0;
     for attempt in 1..=TRIES_MAX {
         let tried = attempt_once(scenario, &options)?;
         let (passed, failed) = tried.counts;
-        retried += tried.boots_again;
         if failed > 0 && tried.nested_fault && attempt < TRIES_MAX {
             println!(
                 "retry {attempt} of {name}: the log has `{}`",
@@ -61,6 +59,7 @@ fn run(args: &[String]) -> Result<bool> {
             );
             continue;
         }
+        let retried = attempt - 1;
         println!("scenario {name}: {passed} passed, {failed} failed, {retried} retried");
         return Ok(failed == 0);
     }
@@ -95,8 +94,6 @@ struct Try {
     counts: (usize, usize),
     /// Whether the one known fault of others was seen.
     nested_fault: bool,
-    /// How often hosts were booted once more.
-    boots_again: usize,
 }
 
 fn attempt_once(scenario: &Scenario, options: &Options) -> Result<Try> {
@@ -129,7 +126,6 @@ fn attempt_once(scenario: &Scenario, options: &Options) -> Result<Try> {
     Ok(Try {
         counts: (passed, failed),
         nested_fault,
-        boots_again: lab.boots_again.get(),
     })
 }
 
