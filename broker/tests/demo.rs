@@ -161,6 +161,33 @@ fn demo_that_is_stopped_by_a_signal_leaves_no_file_and_no_process() {
     assert_empty(&folder);
 }
 
+#[test]
+fn linux_guest_needs_a_qemu_that_has_vfio_user() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = tempfile::tempdir().unwrap();
+    let qemu = place.path().join("qemu");
+    let kernel = place.path().join("vmlinuz");
+    let words = |version: &str| {
+        fs::write(&qemu, format!("#!/bin/sh\necho '{version}'\n")).unwrap();
+        fs::set_permissions(&qemu, fs::Permissions::from_mode(0o755)).unwrap();
+        let mut command = demo(&folder);
+        command.args(["--linux", "--kernel"]).arg(&kernel);
+        let output = command.arg("--qemu").arg(&qemu).output().unwrap();
+        assert_eq!(output.status.code(), Some(5));
+        assert_empty(&folder);
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let old = words("QEMU emulator version 10.0.9 (Debian)");
+    assert!(
+        old.contains("vfio-user-pci is in QEMU 10.1 and newer"),
+        "{old}"
+    );
+    let none = words("QEMU emulator version 10.1.0");
+    assert!(none.contains("vmlinuz cannot be read"), "{none}");
+    let alone = demo(&folder).arg("--linux").output().unwrap();
+    assert_eq!(alone.status.code(), Some(2), "no kernel");
+}
+
 /// A claim made false on purpose: the demo fails, names it, and had got so far.
 fn breaks(claim: &str) {
     let folder = tempfile::tempdir().unwrap();

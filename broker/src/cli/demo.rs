@@ -2,8 +2,9 @@
 
 use super::exit;
 use crate::daemon::vocabulary::{ErrorCode, VerbError};
-use crate::demo::{self, Claim, DemoError, GuestKind, Report, Step, Watch};
+use crate::demo::{self, Claim, DemoError, GuestKind, Qemu, Report, Step, Watch, Wish};
 use indicatif::{ProgressBar, ProgressStyle};
+use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -24,6 +25,34 @@ pub(super) struct Args {
     /// name the claim.
     #[arg(long, value_enum, value_name = "CLAIM")]
     fault: Option<Claim>,
+    /// Boot a Linux guest under QEMU (10.1 or newer) instead of the tiny one; it runs nothing but
+    /// this program.
+    #[arg(long, requires = "kernel")]
+    linux: bool,
+    /// The guest's kernel image, such as /boot/vmlinuz-VERSION.
+    #[arg(long, value_name = "FILE", requires = "linux")]
+    kernel: Option<PathBuf>,
+    /// The QEMU to be used.
+    #[arg(
+        long,
+        value_name = "PATH",
+        requires = "linux",
+        default_value = "qemu-system-x86_64"
+    )]
+    qemu: PathBuf,
+    /// QEMU's accelerator (kvm, tcg); by default KVM where /dev/kvm opens.
+    #[arg(long, value_name = "NAME", requires = "linux")]
+    accel: Option<String>,
+}
+
+/// A process of the demonstration beside the one that was started by hand.
+pub(super) trait Helper {
+    fn main(&self) -> io::Result<()>;
+
+    fn run(&self) -> Result<(), VerbError> {
+        let done = self.main();
+        done.map_err(|error| VerbError::new(ErrorCode::Kernel, error.to_string()))
+    }
 }
 
 /// The demonstration's VMM.
@@ -37,10 +66,36 @@ pub(super) struct VmmArgs {
     parent: i32,
 }
 
-impl VmmArgs {
-    pub fn run(&self) -> Result<(), VerbError> {
+/// What becomes QEMU.
+#[derive(Debug, clap::Args)]
+pub(super) struct QemuArgs {
+    /// The process that it ends with.
+    #[arg(long)]
+    parent: i32,
+    /// QEMU and its arguments.
+    #[arg(last = true)]
+    argv: Vec<OsString>,
+}
+
+/// A Linux guest's only program.
+#[derive(Debug, clap::Args)]
+pub(super) struct InitArgs {}
+
+impl Helper for VmmArgs {
+    fn main(&self) -> io::Result<()> {
         demo::run_vmm(&self.socket, self.parent)
-            .map_err(|error| VerbError::new(ErrorCode::Kernel, error.to_string()))
+    }
+}
+
+impl Helper for QemuArgs {
+    fn main(&self) -> io::Result<()> {
+        demo::become_qemu(self.parent, &self.argv)
+    }
+}
+
+impl Helper for InitArgs {
+    fn main(&self) -> io::Result<()> {
+        demo::run_init()
     }
 }
 
@@ -51,7 +106,16 @@ impl Args {
             let _ = io::stderr().lock().write_all(told.as_bytes());
         }
         let mut view = View::new(as_json);
-        let (report, result) = demo::run(self.fault, &mut view);
+        let kernel = self.kernel.clone().filter(|_| self.linux);
+        let wish = Wish {
+            fault: self.fault,
+            linux: kernel.map(|kernel| Qemu {
+                program: self.qemu.clone(),
+                kernel,
+                accel: self.accel.clone(),
+            }),
+        };
+        let (report, result) = demo::run(&wish, &mut view);
         view.ends();
         let written = match as_json {
             true => exit::write(&format!("{}\n", serde_json::json!(report))),
@@ -79,6 +143,7 @@ fn summary(report: &Report) -> String {
     }
     let guest = match report.guest {
         Some(GuestKind::Kvm) => "guest: kvm",
+        Some(GuestKind::Linux) => "guest: Linux",
         _ => "guest: a user-space stand-in, as /dev/kvm does not open",
     };
     format!(

@@ -45,6 +45,12 @@ enum Command {
     #[cfg(target_arch = "x86_64")]
     #[command(hide = true)]
     DemoVmm(demo::VmmArgs),
+    #[cfg(target_arch = "x86_64")]
+    #[command(hide = true)]
+    DemoQemu(demo::QemuArgs),
+    #[cfg(target_arch = "x86_64")]
+    #[command(hide = true)]
+    DemoInit(demo::InitArgs),
     Daemon(daemon::Args),
     Add(add::Args),
     Remove(remove::Args),
@@ -65,7 +71,7 @@ enum NoVerb<'a> {
     #[cfg(target_arch = "x86_64")]
     Demo(&'a demo::Args),
     #[cfg(target_arch = "x86_64")]
-    DemoVmm(&'a demo::VmmArgs),
+    DemoHelper(&'a dyn demo::Helper),
 }
 
 impl Command {
@@ -77,7 +83,11 @@ impl Command {
             #[cfg(target_arch = "x86_64")]
             Self::Demo(args) => return Err(NoVerb::Demo(args)),
             #[cfg(target_arch = "x86_64")]
-            Self::DemoVmm(args) => return Err(NoVerb::DemoVmm(args)),
+            Self::DemoVmm(args) => return Err(NoVerb::DemoHelper(args)),
+            #[cfg(target_arch = "x86_64")]
+            Self::DemoQemu(args) => return Err(NoVerb::DemoHelper(args)),
+            #[cfg(target_arch = "x86_64")]
+            Self::DemoInit(args) => return Err(NoVerb::DemoHelper(args)),
             Self::Add(args) => args.verb(),
             Self::Remove(args) => args.verb(),
             Self::Available(args) => args.verb(),
@@ -103,7 +113,7 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         #[cfg(target_arch = "x86_64")]
         Err(NoVerb::Demo(args)) => return args.run(cli.json),
         #[cfg(target_arch = "x86_64")]
-        Err(NoVerb::DemoVmm(args)) => args.run().map(|()| Outcome::Done),
+        Err(NoVerb::DemoHelper(args)) => args.run().map(|()| Outcome::Done),
     };
     match done {
         Ok(outcome) => exit::print(&outcome, cli.json),

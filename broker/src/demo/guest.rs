@@ -1,19 +1,21 @@
 //! The demonstration's side of its VMM: starts the process, hears its events, kills it.
 
 use super::claim::{Claim, DemoError};
+use super::linux::Qemu;
 use super::program::Phase;
 use super::stop::Stop;
 use super::vmm::{Event, GuestKind};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, kill_process};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long the VMM may be silent after it was asked for something: more than its own limits.
-const SILENT: Duration = Duration::from_secs(60);
+const SILENT: Duration = Duration::from_secs(120);
 /// The longest line that it tells.
 const LINE_MAX: usize = 64 << 10;
 /// How often a signal to this process is looked for meanwhile.
@@ -28,6 +30,8 @@ pub(super) struct Guest {
     heard: Vec<u8>,
     pub(super) kind: GuestKind,
     pub(super) why: Option<String>,
+    /// Where the console of a Linux guest is written to.
+    console: Option<PathBuf>,
 }
 
 /// What a phase brought.
@@ -37,23 +41,41 @@ pub(super) struct Done {
 }
 
 impl Guest {
+    /// Starts QEMU with the function behind `socket`, and Linux in it.
+    pub(super) fn boot(
+        qemu: &Qemu,
+        socket: &Path,
+        folder: &Path,
+        stop: &Stop,
+    ) -> Result<Self, DemoError> {
+        let command = qemu.command(socket, folder).map_err(no_vmm)?;
+        Self::start(command, Some(folder.to_owned()), stop)
+    }
+
     /// Starts a VMM with the function behind `socket`.
     pub(super) fn launch(socket: &Path, stop: &Stop) -> Result<Self, DemoError> {
-        let failed = |error: io::Error| Claim::Registers.broken(format!("no VMM: {error}"));
         let mut command = Command::new("/proc/self/exe");
         command
             .arg("demo-vmm")
             .arg("--socket")
             .arg(socket)
             .arg("--parent")
-            .arg(std::process::id().to_string())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped());
+            .arg(std::process::id().to_string());
+        Self::start(command, None, stop)
+    }
+
+    fn start(
+        mut command: Command,
+        console: Option<PathBuf>,
+        stop: &Stop,
+    ) -> Result<Self, DemoError> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut this = Self {
-            child: command.spawn().map_err(failed)?,
+            child: command.spawn().map_err(no_vmm)?,
             heard: Vec::new(),
             kind: GuestKind::StandIn,
             why: None,
+            console,
         };
         match this.hear(Claim::Registers, stop)? {
             Event::Ready { guest, why } => (this.kind, this.why) = (guest, why),
@@ -105,10 +127,24 @@ impl Guest {
     /// The VMM's next line.
     fn hear(&mut self, claim: Claim, stop: &Stop) -> Result<Event, DemoError> {
         let deadline = Instant::now() + SILENT;
-        let broken = |cause: String| claim.broken(cause);
+        let console = self.console.clone();
+        let broken = |cause: String| match &console {
+            None => claim.broken(cause),
+            Some(folder) => {
+                let console = Qemu::console(folder);
+                claim.broken(format!(
+                    "{cause} (where QEMU tells of a KVM error, use --accel tcg); the guest's \
+                     console: {console}"
+                ))
+            }
+        };
         loop {
             if let Some(end) = self.heard.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.heard.drain(..=end).collect();
+                // A serial port echoes what it is told.
+                if console.is_some() && !line.starts_with(b"{") {
+                    continue;
+                }
                 return serde_json::from_slice(&line)
                     .map_err(|error| broken(format!("the VMM told no event: {error}")));
             }
@@ -150,9 +186,17 @@ impl Guest {
 
     /// Asks it to leave instead.
     pub(super) fn leave(mut self) -> io::Result<Option<i32>> {
-        self.say("leave\n")?;
+        match self.console {
+            None => self.say("leave\n")?,
+            // Linux is busy, and QEMU leaves for it.
+            Some(_) => kill_process(Pid::from_child(&self.child), Signal::TERM)?,
+        }
         self.child.wait().map(|how: ExitStatus| how.signal())
     }
+}
+
+fn no_vmm(error: io::Error) -> DemoError {
+    Claim::Registers.broken(format!("no VMM: {error}"))
 }
 
 impl Drop for Guest {

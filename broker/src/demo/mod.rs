@@ -12,6 +12,7 @@ mod fabric;
 mod functions;
 mod guest;
 mod left;
+mod linux;
 mod program;
 mod report;
 mod stop;
@@ -19,6 +20,7 @@ mod story;
 mod vmm;
 
 pub use claim::{Claim, DemoError};
+pub use linux::{Qemu, become_qemu, run_init};
 pub use report::{Broken, Figures, Report, Step};
 pub use vmm::{GuestKind, run as run_vmm};
 
@@ -34,24 +36,29 @@ pub trait Watch {
     fn holds(&mut self, step: &Step);
 }
 
+/// What is asked for.
+#[derive(Clone, Debug, Default)]
+pub struct Wish {
+    /// A claim to be made false.
+    pub fault: Option<Claim>,
+    /// A Linux guest instead of the tiny one.
+    pub linux: Option<Qemu>,
+}
+
 /// Runs it to its end, or to the first claim that does not hold, and takes everything down again.
-/// `fault` makes a claim false.
-pub fn run(fault: Option<Claim>, watch: &mut dyn Watch) -> (Report, Result<(), DemoError>) {
+pub fn run(wish: &Wish, watch: &mut dyn Watch) -> (Report, Result<(), DemoError>) {
     let mut report = Report::default();
     let start = Instant::now();
-    let result = whole(fault, watch, &mut report);
+    let result = whole(wish, watch, &mut report);
     report.ms = ms(start.elapsed());
     report.holds = result.is_ok();
     report.broken = result.as_ref().err().map(Broken::from);
     (report, result)
 }
 
-fn whole(
-    fault: Option<Claim>,
-    watch: &mut dyn Watch,
-    report: &mut Report,
-) -> Result<(), DemoError> {
+fn whole(wish: &Wish, watch: &mut dyn Watch, report: &mut Report) -> Result<(), DemoError> {
     let stop = Stop::register()?;
+    let version = wish.linux.as_ref().map(Qemu::check).transpose()?;
     let folder = tempfile::Builder::new()
         .prefix("sublet-demo.")
         .tempdir()
@@ -59,7 +66,8 @@ fn whole(
             folder: std::env::temp_dir(),
             cause: error.to_string(),
         })?;
-    let mut story = Story::new(folder.path(), fault, &stop)?;
+    let mut story = Story::new(folder.path(), wish, &stop)?;
+    report.qemu = version;
     let told = story.tell(watch, report);
     drop(story);
     let closed = folder.close();

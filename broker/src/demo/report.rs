@@ -56,6 +56,8 @@ pub struct Report {
     pub guest: Option<GuestKind>,
     /// Why it was no VM, if so.
     pub guest_why: Option<String>,
+    /// QEMU's version, where it runs a Linux guest.
+    pub qemu: Option<String>,
     /// What held, in order.
     pub steps: Vec<Step>,
     /// What did not.

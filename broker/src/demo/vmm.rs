@@ -33,6 +33,8 @@ pub enum GuestKind {
     Kvm,
     /// A thread that does the guest's steps.
     StandIn,
+    /// Linux under QEMU.
+    Linux,
 }
 
 /// What the VMM tells.

@@ -8,9 +8,11 @@ use super::claim::{Claim, DemoError};
 use super::fabric::Fabric;
 use super::guest::Guest;
 use super::left::Left;
+use super::linux::Qemu;
+use super::program::RAM_BYTES;
 use super::report::{Report, Step};
 use super::stop::Stop;
-use super::{Watch, ms};
+use super::{Watch, Wish, ms};
 use crate::daemon::status::BorrowedStatus;
 use crate::daemon::vocabulary::{ListEntry, Outcome, Verb};
 use std::any::Any;
@@ -27,7 +29,7 @@ const FDID: &str = "44a01";
 pub(super) struct Story<'a> {
     guest: Option<Guest>,
     fabric: Fabric,
-    fault: Option<Claim>,
+    wish: &'a Wish,
     folder: &'a Path,
     stop: &'a Stop,
     fdid: Fdid,
@@ -43,18 +45,14 @@ pub(super) struct Story<'a> {
 type Shown = Result<Vec<String>, DemoError>;
 
 impl<'a> Story<'a> {
-    pub(super) fn new(
-        folder: &'a Path,
-        fault: Option<Claim>,
-        stop: &'a Stop,
-    ) -> Result<Self, DemoError> {
+    pub(super) fn new(folder: &'a Path, wish: &'a Wish, stop: &'a Stop) -> Result<Self, DemoError> {
         let fdid = FDID
             .parse()
             .map_err(super::claim::setup("name what it borrows"))?;
         Ok(Self {
             guest: None,
             fabric: Fabric::start(folder)?,
-            fault,
+            wish,
             folder,
             stop,
             fdid,
@@ -105,9 +103,22 @@ impl<'a> Story<'a> {
         }
     }
 
+    /// Where the files of a Linux guest lie, as long as it runs.
+    fn guest_folder(&self) -> PathBuf {
+        self.folder.join("guest")
+    }
+
+    /// How much memory the guest has.
+    fn guest_bytes(&self) -> u64 {
+        match &self.wish.linux {
+            Some(_) => Qemu::MEMORY_BYTES,
+            None => RAM_BYTES,
+        }
+    }
+
     /// Whether this claim is to be made false.
     fn breaks(&self, claim: Claim) -> bool {
-        self.fault == Some(claim)
+        self.wish.fault == Some(claim)
     }
 
     fn vf(&self, claim: Claim) -> Result<Arc<SoftFunction>, DemoError> {

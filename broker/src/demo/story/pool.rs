@@ -9,7 +9,6 @@ use crate::demo::claim::{Claim, DemoError};
 use crate::demo::fabric::{LENDER, VFS, VRAM_BYTES};
 use crate::demo::functions::config_space;
 use crate::demo::left::Left;
-use crate::demo::program::RAM_BYTES;
 use crate::demo::report::Report;
 use vfio_shim::model::{Bdf, ConfigView, EXT_CAP_SRIOV};
 use vfio_shim::ntb::soft::{ARC_IDS, Fault, FaultPlan, SoftFunction};
@@ -80,7 +79,7 @@ impl Story<'_> {
         let verb = Verb::Borrow {
             fdid: FdidText::from(self.fdid),
             socket: "vm1.sock".into(),
-            ram: Some(RAM_BYTES),
+            ram: Some(self.guest_bytes()),
             bars: Some(BarMode::Trapped),
             trust_vmm: false,
             trust_domain: None,

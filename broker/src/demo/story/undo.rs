@@ -44,6 +44,10 @@ impl Story<'_> {
             false => guest.kill(),
         };
         let signal = ended.map_err(|error| claim.broken(error.to_string()))?;
+        if self.wish.linux.is_some() {
+            let removed = std::fs::remove_dir_all(self.guest_folder());
+            removed.map_err(|error| claim.broken(error.to_string()))?;
+        }
         claim.check(signal == Some(SIGKILL), || {
             format!("process {pid} ended, but not by SIGKILL: {signal:?}")
         })?;
@@ -156,7 +160,12 @@ impl Story<'_> {
         let figures = &mut report.figures;
         let now = anonymous_bytes(std::process::id())?;
         figures.rss_anon_bytes = figures.rss_anon_bytes.max(now);
-        let all = figures.rss_anon_bytes + figures.vmm_rss_anon_bytes;
+        // QEMU's own memory is not ours to answer for.
+        let vmm = match &self.wish.linux {
+            Some(_) => 0,
+            None => figures.vmm_rss_anon_bytes,
+        };
+        let all = figures.rss_anon_bytes + vmm;
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         let shown = format!(
             "{:.1} MiB in this process, {:.1} MiB in the VMM",
