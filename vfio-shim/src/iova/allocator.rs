@@ -1,17 +1,19 @@
-//! Spans of one address range with owners: allocation by first fit at a congruent start, reservations, free.
+//! Spans of one address range with owners: allocation at a congruent start, reservations, free; every step logarithmic.
 //!
 //! ```text
 //! 0                                                                  size
 //! | live a |  free  |  reserved for b: | live b |  free for b  |  free  |
 //! ```
-//! Free runs are kept merged, by start, per pool: the common one, and one per reservation.
+//! Free runs are kept merged, per pool: the common one, and one per reservation.
 
+use super::runs::{FreeRuns, GRANULE};
 use crate::model::Span;
 use std::collections::BTreeMap;
 use std::fmt::Debug;
 
-/// How many live spans one allocator holds at most.
-pub const LIVE_MAX: usize = 1 << 20;
+/// How many live spans one allocator holds at most: all that a container maps (65,535), and as
+/// many that wait until nothing maps them any more.
+pub const LIVE_MAX: usize = 1 << 17;
 
 /// There is no room.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -32,65 +34,23 @@ pub enum SpanError {
     Reserved,
 }
 
-#[derive(Clone, Debug, Default)]
-struct FreeRuns(BTreeMap<u64, u64>);
-
-impl FreeRuns {
-    fn total(&self) -> u64 {
-        self.0.values().sum()
-    }
-
-    fn take(&mut self, run: u64, at: u64, len: u64) {
-        let Some(run_len) = self.0.remove(&run) else {
-            return;
-        };
-        if at > run {
-            self.0.insert(run, at - run);
-        }
-        if run + run_len > at + len {
-            self.0.insert(at + len, run + run_len - at - len);
-        }
-    }
-
-    fn give(&mut self, mut start: u64, mut len: u64) {
-        if let Some((&before, &before_len)) = self.0.range(..start).next_back()
-            && before + before_len == start
-        {
-            self.0.remove(&before);
-            start = before;
-            len += before_len;
-        }
-        if let Some(after_len) = self.0.remove(&(start + len)) {
-            len += after_len;
-        }
-        self.0.insert(start, len);
-    }
-
-    /// The first run that holds `len` bytes at a start congruent to `like` modulo `modulus`.
-    fn find(&self, len: u64, like: u64, modulus: u64) -> Option<(u64, u64)> {
-        let want = like % modulus;
-        self.0.iter().find_map(|(&run, &run_len)| {
-            let skip = (want + modulus - run % modulus) % modulus;
-            (skip.checked_add(len)? <= run_len).then_some((run, run + skip))
-        })
-    }
-}
-
-/// Spans of `0..size`, each with an owner.
+/// Spans of `0..size`, each with an owner. Starts and lengths are whole pages of 4 KiB.
 #[derive(Clone, Debug)]
 pub struct SpanAllocator<O> {
     size: u64,
     common: FreeRuns,
     reserved: BTreeMap<O, (Span, FreeRuns)>,
-    live: BTreeMap<u64, (u64, O)>,
+    /// Lengths, by owner and start: an owner's spans are one range.
+    live: BTreeMap<(O, u64), u64>,
 }
 
 impl<O: Copy + Ord + Debug> SpanAllocator<O> {
     /// All of `0..size` but the first `taken` bytes is free.
     pub fn new(size: u64, taken: u64) -> Self {
         let mut common = FreeRuns::default();
-        if size > taken {
-            common.give(taken, size - taken);
+        let (first, end) = (taken.next_multiple_of(GRANULE), size & !(GRANULE - 1));
+        if end > first {
+            common.give(first, end - first);
         }
         Self {
             size,
@@ -112,11 +72,8 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
 
     /// Bytes that this owner can still have: the free ones and those of its reservation.
     pub fn free_to(&self, owner: O) -> u64 {
-        self.common.total()
-            + self
-                .reserved
-                .get(&owner)
-                .map_or(0, |(_, free)| free.total())
+        let own = self.reserved.get(&owner);
+        self.common.total() + own.map_or(0, |(_, free)| free.total())
     }
 
     /// Live spans.
@@ -127,7 +84,7 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
     /// Every live span and whose it is.
     pub fn live(&self) -> impl Iterator<Item = (Span, O)> + '_ {
         let span =
-            |(&start, &(len, owner)): (&u64, &(u64, O))| Some((Span::new(start, len)?, owner));
+            |(&(owner, start), &len): (&(O, u64), &u64)| Some((Span::new(start, len)?, owner));
         self.live.iter().filter_map(span)
     }
 
@@ -137,8 +94,9 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
         self.reserved.iter().map(free)
     }
 
-    /// Gives `len` bytes whose start agrees with `like` modulo the first of `moduli` (powers of
-    /// two, largest first) for which there is room; from the owner's reservation first.
+    /// Gives `len` bytes, rounded up to whole pages, whose start agrees with `like` modulo the
+    /// first of `moduli` (powers of two from a page up, largest first) for which room is found;
+    /// from the owner's reservation first. Modulo one page, room is found wherever there is some.
     pub fn allocate(
         &mut self,
         owner: O,
@@ -153,15 +111,16 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
             wanted: len,
             free: self.free_to(owner),
         };
-        if len == 0 {
+        let Some(len) = whole_pages(len) else {
             return Err(full);
-        }
+        };
+        let like = like & !(GRANULE - 1);
         for &modulus in moduli {
             let own = self.reserved.get_mut(&owner).map(|(_, free)| free);
             for free in own.into_iter().chain([&mut self.common]) {
                 if let Some((run, at)) = free.find(len, like, modulus) {
                     free.take(run, at, len);
-                    self.live.insert(at, (len, owner));
+                    self.live.insert((owner, at), len);
                     return Span::new(at, len).ok_or(full);
                 }
             }
@@ -178,11 +137,12 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
             wanted: len,
             free: self.free_bytes(),
         };
-        let found = self
-            .common
-            .find(len, 0, modulus)
-            .or_else(|| self.common.find(len, 0, 4096));
-        let Some((run, at)) = found.filter(|_| len != 0) else {
+        let Some(len) = whole_pages(len) else {
+            return Err(full);
+        };
+        let aligned = self.common.find(len, 0, modulus);
+        let found = aligned.or_else(|| self.common.find(len, 0, GRANULE));
+        let Some((run, at)) = found else {
             return Err(full);
         };
         let span = Span::new(at, len).ok_or(full)?;
@@ -195,14 +155,11 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
 
     /// Takes one span back; true if the owner had it.
     pub fn free(&mut self, owner: O, start: u64) -> bool {
-        match self.live.get(&start) {
-            Some(&(len, holder)) if holder == owner => {
-                self.live.remove(&start);
-                self.give_back(owner, start, len);
-                true
-            }
-            _ => false,
-        }
+        let Some(len) = self.live.remove(&(owner, start)) else {
+            return false;
+        };
+        self.give_back(owner, start, len);
+        true
     }
 
     fn give_back(&mut self, owner: O, start: u64, len: u64) {
@@ -216,100 +173,24 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
 
     /// Takes all spans of an owner back, and its reservation.
     pub fn free_all(&mut self, owner: O) {
-        let live = self.live.iter().filter(|(_, (_, holder))| *holder == owner);
-        let starts: Vec<u64> = live.map(|(start, _)| *start).collect();
+        let owned = self.live.range((owner, 0)..=(owner, u64::MAX));
+        let starts: Vec<u64> = owned.map(|((_, start), _)| *start).collect();
         for start in starts {
             self.free(owner, start);
         }
         if let Some((_, free)) = self.reserved.remove(&owner) {
-            for (start, len) in free.0 {
+            for (start, len) in free.iter() {
                 self.common.give(start, len);
             }
         }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const SIZE: u64 = 1 << 24;
-
-    #[test]
-    fn a_start_agrees_with_its_model_where_there_is_room() {
-        let mut spans = SpanAllocator::new(4 << 30, 0x10000);
-        let at = spans
-            .allocate(1u8, 1 << 27, 0x10_0000, &[1 << 30, 1 << 21, 4096])
-            .unwrap();
-        assert_eq!(at.start() % (1 << 30), 0x10_0000);
-        let low = spans
-            .allocate(1, 0xa0000, 0, &[1 << 30, 1 << 21, 4096])
-            .unwrap();
-        assert_eq!(low.start(), 1 << 30);
-    }
-
-    #[test]
-    fn a_reservation_serves_its_owner_alone() {
-        let mut spans = SpanAllocator::new(SIZE, 0);
-        spans.reserve(1u8, SIZE, 4096).unwrap();
-        assert_eq!(
-            spans.allocate(2, 4096, 0, &[4096]),
-            Err(SpanError::Full {
-                wanted: 4096,
-                free: 0
-            })
-        );
-        spans.allocate(1, SIZE, 0, &[4096]).unwrap();
-        spans.free_all(1);
-        assert_eq!(spans.free_bytes(), SIZE);
-    }
-
-    #[test]
-    fn another_owners_span_is_not_freed() {
-        let mut spans = SpanAllocator::new(SIZE, 0);
-        let at = spans.allocate(1u8, 4096, 0, &[4096]).unwrap();
-        assert!(!spans.free(2, at.start()));
-        assert!(spans.free(1, at.start()));
-        assert!(!spans.free(1, at.start()));
-    }
-
-    proptest! {
-        #[test]
-        fn live_spans_never_overlap_and_no_byte_is_lost(
-            steps in proptest::collection::vec((0u8..4, 0u8..4, 1u64..64, 0u64..512), 1..200),
-        ) {
-            let mut spans = SpanAllocator::new(SIZE, 4096);
-            let mut live: Vec<(u8, Span)> = Vec::new();
-            for (kind, owner, pages, like) in steps {
-                match kind {
-                    0 | 1 => {
-                        let moduli = [1 << 22, 1 << 16, 4096];
-                        if let Ok(at) = spans.allocate(owner, pages << 12, like << 12, &moduli) {
-                            prop_assert!(live.iter().all(|(_, held)| !held.overlaps(at)));
-                            prop_assert!(at.start() >= 4096 && at.end() <= SIZE);
-                            live.push((owner, at));
-                        }
-                    }
-                    2 => { let _ = spans.reserve(owner, pages << 14, 1 << 16); }
-                    _ if pages % 4 == 0 => {
-                        spans.free_all(owner);
-                        live.retain(|(holder, _)| *holder != owner);
-                    }
-                    _ => {
-                        if let Some(at) = live.iter().position(|(holder, _)| *holder == owner) {
-                            let (_, span) = live.remove(at);
-                            prop_assert!(spans.free(owner, span.start()));
-                        }
-                    }
-                }
-                prop_assert_eq!(spans.live_count(), live.len());
-            }
-            for owner in 0..4 {
-                spans.free_all(owner);
-            }
-            prop_assert_eq!(spans.free_bytes(), SIZE - 4096);
-            prop_assert_eq!(spans.common.0.len(), 1);
-        }
-    }
+fn whole_pages(len: u64) -> Option<u64> {
+    let pages = len.checked_next_multiple_of(GRANULE);
+    pages.filter(|len| *len != 0)
 }
+
+#[cfg(test)]
+#[path = "allocator_tests.rs"]
+mod tests;

@@ -2,6 +2,7 @@
 
 mod allocator;
 mod base;
+mod runs;
 
 pub use allocator::{SpanAllocator, SpanError};
 pub use base::{BaseError, window_base};

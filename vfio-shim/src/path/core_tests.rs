@@ -14,6 +14,7 @@ use proptest::prelude::*;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, mpsc};
 
+mod many;
 mod quarantine;
 
 const WINDOW: u64 = 64 << 20;
@@ -83,7 +84,7 @@ fn entry() -> PoolEntry {
 }
 
 impl Host {
-    fn new(node: u16, seed: u64) -> Self {
+    fn new(node: u16, seed: u64, window_bytes: u64) -> Self {
         let mut state = seed;
         let entropy = move || {
             state = state
@@ -93,7 +94,7 @@ impl Host {
         };
         let config = CoreConfig {
             node,
-            window_bytes: WINDOW,
+            window_bytes,
             heartbeat_ms: 250,
             lost_after_ms: 1500,
         };
@@ -181,7 +182,14 @@ struct Pair {
 
 impl Pair {
     fn new(seed: u64) -> Self {
-        let hosts = [Host::new(4, seed), Host::new(8, seed ^ 0x5555)];
+        Self::with_window(seed, WINDOW)
+    }
+
+    fn with_window(seed: u64, bytes: u64) -> Self {
+        let hosts = [
+            Host::new(4, seed, bytes),
+            Host::new(8, seed ^ 0x5555, bytes),
+        ];
         Self {
             hosts,
             link_up: true,
@@ -353,20 +361,28 @@ impl Pair {
 }
 
 fn guest_maps(count: u64) -> Vec<GuestMap> {
+    maps_of(count, 1 << 16)
+}
+
+fn maps_of(count: u64, bytes: u64) -> Vec<GuestMap> {
     let fd = Arc::new(
         rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).expect("an eventfd"),
     );
     let map = |at: u64| GuestMap {
-        span: Span::new(at << 16, 1 << 16).unwrap(),
+        span: Span::new(at * bytes, bytes).unwrap(),
         access: Access::READ_WRITE,
         fd: Arc::clone(&fd),
-        fd_offset: at << 16,
+        fd_offset: at * bytes,
     };
     (0..count).map(map).collect()
 }
 
 fn ready() -> Pair {
-    let mut pair = Pair::new(7);
+    ready_with(WINDOW)
+}
+
+fn ready_with(window_bytes: u64) -> Pair {
+    let mut pair = Pair::with_window(7, window_bytes);
     pair.hosts[0]
         .core
         .lender

@@ -7,6 +7,7 @@ use rustix::{
     io::Errno,
 };
 use std::{
+    collections::BTreeMap,
     fmt,
     fs::File,
     io::{self, Read},
@@ -134,11 +135,11 @@ impl MemoryMaps for PathBuf {
     }
 }
 
-/// A process's memory map, as `/proc/PID/maps` tells it.
+/// What a process maps shared, as `/proc/PID/maps` tells it: parts of files, merged, sorted.
 #[derive(Debug)]
 pub struct MemoryMap {
     pid: i32,
-    text: Vec<u8>,
+    shared: BTreeMap<(Inode, u64), u64>,
 }
 
 impl MemoryMap {
@@ -159,25 +160,32 @@ impl MemoryMap {
             }
         });
         match read {
-            Ok(()) => Ok(Self { pid, text }),
+            Ok(()) => Ok(Self::parse(pid, &text)),
             Err(source) => Err(MemoryError::Unreadable { path, source }),
         }
     }
 
+    fn parse(pid: i32, text: &[u8]) -> Self {
+        let lines = text.split(|byte| *byte == b'\n');
+        let mut parts: Vec<(Inode, Span)> = lines.filter_map(shared_part).collect();
+        parts.sort_unstable();
+        let mut shared = BTreeMap::new();
+        let mut last: Option<(Inode, Span)> = None;
+        for (inode, part) in parts {
+            // Sorted: what touches the part before it only makes that one longer.
+            let before = last.filter(|(file, span)| *file == inode && part.start() <= span.end());
+            let start = before.map_or(part.start(), |(_, span)| span.start());
+            let end = before.map_or(part.end(), |(_, span)| span.end().max(part.end()));
+            shared.insert((inode, start), end);
+            last = Span::new(start, end - start).map(|span| (inode, span));
+        }
+        Self { pid, shared }
+    }
+
     /// Whether every byte of the file's `range` is mapped shared.
     pub fn check_shared(&self, inode: Inode, range: Span) -> Result<(), MemoryError> {
-        let mut shared: Vec<Span> = self
-            .text
-            .split(|byte| *byte == b'\n')
-            .filter_map(|line| shared_range(line, inode))
-            .collect();
-        shared.sort_unstable();
-        let mut reached = range.start();
-        for span in shared {
-            if span.start() <= reached {
-                reached = reached.max(span.end());
-            }
-        }
+        let mut before = self.shared.range((inode, 0)..=(inode, range.start()));
+        let reached = before.next_back().map_or(0, |(_, end)| *end);
         if reached < range.end() {
             return Err(MemoryError::Private {
                 pid: self.pid,
@@ -188,9 +196,9 @@ impl MemoryMap {
     }
 }
 
-/// The part of the file that a line of `/proc/PID/maps` maps, if it is this file's, and shared:
+/// The part of a file that a line of `/proc/PID/maps` maps, if it is shared:
 /// `7f00-7f10 rw-s 00000000 00:01 1026 /memfd:ram (deleted)`.
-fn shared_range(line: &[u8], inode: Inode) -> Option<Span> {
+fn shared_part(line: &[u8]) -> Option<(Inode, Span)> {
     let line = std::str::from_utf8(line.get(..line.len().min(128))?)
         .or_else(|error| std::str::from_utf8(&line[..error.valid_up_to()]))
         .ok()?;
@@ -202,10 +210,8 @@ fn shared_range(line: &[u8], inode: Inode) -> Option<Span> {
     let (device_major, device_minor) = fields.next()?.split_once(':')?;
     let device = hex(device_major)? << 32 | hex(device_minor)?;
     let number = fields.next()?.parse().ok()?;
-    if !shared || (Inode { device, number }) != inode {
-        return None;
-    }
-    Span::new(offset, hex(to)?.checked_sub(hex(from)?)?)
+    let part = Span::new(offset, hex(to)?.checked_sub(hex(from)?)?)?;
+    shared.then_some((Inode { device, number }, part))
 }
 
 #[cfg(test)]
@@ -219,10 +225,7 @@ mod tests {
     }
 
     fn map(text: &str) -> MemoryMap {
-        MemoryMap {
-            pid: 77,
-            text: text.as_bytes().to_vec(),
-        }
+        MemoryMap::parse(77, text.as_bytes())
     }
 
     const INODE: Inode = Inode {
@@ -244,6 +247,21 @@ mod tests {
         assert!(map.check_shared(INODE, span(0x1000, 0x4000)).is_err());
         assert!(map.check_shared(INODE, span(0x4000, 0x1000)).is_err());
         map.check_shared(INODE, span(0x5000, 0x1000)).unwrap();
+    }
+
+    #[test]
+    fn a_part_within_another_and_one_that_hangs_over_are_one() {
+        let map = map("\
+7f00000-7f05000 rw-s 00001000 00:01 1026 /memfd:ram (deleted)
+7f10000-7f11000 rw-s 00002000 00:01 1026 /memfd:ram (deleted)
+7f20000-7f23000 rw-s 00004000 00:01 1026 /memfd:ram (deleted)
+7f30000-7f31000 rw-s 00000000 00:01 1027 /memfd:other (deleted)
+");
+        map.check_shared(INODE, span(0x1000, 0x6000)).unwrap();
+        map.check_shared(INODE, span(0x5000, 0x2000)).unwrap();
+        assert!(map.check_shared(INODE, span(0, 0x2000)).is_err());
+        assert!(map.check_shared(INODE, span(0x1000, 0x6001)).is_err());
+        assert_eq!(map.shared.len(), 2);
     }
 
     #[test]

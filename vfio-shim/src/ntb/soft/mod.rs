@@ -10,6 +10,7 @@
 mod armed;
 mod egress;
 mod fault;
+mod files;
 mod function;
 mod host;
 mod link;

@@ -2,9 +2,8 @@
 
 use super::armed::Armed;
 use super::fault::{Fault, FaultPlan, Operation};
+use super::files::MemoryFiles;
 use crate::model::{Access, AddressSpace, Aperture, DmaMap, MapError, Memory, Span};
-use crate::vfio::MappedAperture;
-use rustix::fs::fstat;
 use rustix::io::Errno;
 use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
@@ -76,12 +75,29 @@ struct Entry {
     offset: u64,
 }
 
+/// The entries of a space by their first address, apart from each other.
+type Table = BTreeMap<u64, Entry>;
+
+/// The entry that begins before `end` as the last; only it can hold the bytes below.
+fn last_before(table: &Table, end: u64) -> Option<&Entry> {
+    table.range(..end).next_back().map(|(_, entry)| entry)
+}
+
+fn check_free(table: &Table, span: Span) -> Result<(), MapError> {
+    let last = last_before(table, span.end());
+    match last.is_some_and(|last| last.span.overlaps(span)) {
+        true => Err(MapError::Overlap(span)),
+        false => Ok(()),
+    }
+}
+
 /// The address space of one soft function or port.
 #[derive(Default)]
 pub struct SoftSpace {
     /// Held for reading over a whole access, so that `unmap` returns after the last access that
     /// used a mapping. Accesses nest from one space into another and never back.
-    table: RwLock<BTreeMap<u64, Entry>>,
+    table: RwLock<Table>,
+    files: Mutex<MemoryFiles>,
     faults: Mutex<VecDeque<SoftFault>>,
     fault_count: AtomicU64,
     planned: Armed,
@@ -147,6 +163,32 @@ impl SoftSpace {
         table.values().map(|e| (e.span, e.access)).collect()
     }
 
+    fn entry(&self, map: &DmaMap<'_>) -> Result<Entry, MapError> {
+        let span = map.span;
+        let refused = |source| MapError::Kernel {
+            act: "map",
+            span,
+            source,
+        };
+        let (target, offset): (Arc<dyn Aperture>, u64) = match &map.memory {
+            Memory::Fd(fd, offset) => {
+                let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+                files.aperture(*fd, *offset, span.len()).map_err(refused)?
+            }
+            Memory::Aperture(aperture, offset) => (Arc::clone(aperture), *offset),
+        };
+        let end = offset.checked_add(span.len());
+        if end.is_none_or(|end| end > target.len()) {
+            return Err(refused(Errno::FAULT.into()));
+        }
+        Ok(Entry {
+            span,
+            access: map.access,
+            target,
+            offset,
+        })
+    }
+
     fn fault(&self, address: u64, write: bool) {
         self.fault_count.fetch_add(1, Ordering::AcqRel);
         let mut faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
@@ -175,7 +217,7 @@ impl SoftSpace {
             };
             let left = (len - done).min((PAGE - at % PAGE) as usize);
             // Maps are whole pages, so one entry answers for all of this piece.
-            let entry = table.range(..=at).next_back().map(|(_, entry)| entry);
+            let entry = at.checked_add(1).and_then(|end| last_before(&table, end));
             let allowed = |entry: &&Entry| {
                 let allowed = if write {
                     entry.access.write
@@ -200,37 +242,6 @@ impl SoftSpace {
     }
 }
 
-fn entry(map: &DmaMap<'_>) -> Result<Entry, MapError> {
-    let span = map.span;
-    let refused = |source| MapError::Kernel {
-        act: "map",
-        span,
-        source,
-    };
-    let (target, offset): (Arc<dyn Aperture>, u64) = match &map.memory {
-        Memory::Fd(fd, offset) => {
-            // As a pin would find out: beyond the file's end there is no page.
-            let bytes = fstat(fd).map_err(|errno| refused(errno.into()))?.st_size as u64;
-            if offset.checked_add(span.len()).is_none_or(|end| end > bytes) {
-                return Err(refused(Errno::FAULT.into()));
-            }
-            let mapped = MappedAperture::memory(*fd, *offset, span.len()).map_err(refused)?;
-            (Arc::new(mapped), 0)
-        }
-        Memory::Aperture(aperture, offset) => (Arc::clone(aperture), *offset),
-    };
-    let end = offset.checked_add(span.len());
-    if end.is_none_or(|end| end > target.len()) {
-        return Err(refused(Errno::FAULT.into()));
-    }
-    Ok(Entry {
-        span,
-        access: map.access,
-        target,
-        offset,
-    })
-}
-
 impl AddressSpace for SoftSpace {
     fn usable(&self) -> Vec<Span> {
         let below = Span::new(0, MSI_START);
@@ -247,8 +258,7 @@ impl AddressSpace for SoftSpace {
         let first = maps.first().map_or(Span::EMPTY, |map| map.span);
         self.planned("map", first, Operation::Map)?;
         let usable = self.usable();
-        let mut entries: Vec<Entry> = Vec::with_capacity(maps.len());
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let mut entries = Table::new();
         for map in maps {
             let span = map.span;
             if span.is_empty() || !span.is_aligned(PAGE) {
@@ -259,17 +269,17 @@ impl AddressSpace for SoftSpace {
                 let usable = words.join(", ");
                 return Err(MapError::Unusable { span, usable });
             }
-            let before = table.range(..span.end()).next_back().map(|(_, e)| e.span);
-            let mut taken = before.into_iter().chain(entries.iter().map(|e| e.span));
-            if taken.any(|taken| taken.overlaps(span)) {
-                return Err(MapError::Overlap(span));
-            }
-            entries.push(entry(map)?);
+            check_free(&entries, span)?;
+            entries.insert(span.start(), self.entry(map)?);
+        }
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        for entry in entries.values() {
+            check_free(&table, entry.span)?;
         }
         if table.len() + entries.len() > MAPS_MAX {
             return Err(MapError::TooMany(MAPS_MAX as u32));
         }
-        table.extend(entries.into_iter().map(|entry| (entry.span.start(), entry)));
+        table.extend(entries);
         Ok(())
     }
 

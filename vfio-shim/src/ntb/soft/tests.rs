@@ -380,3 +380,44 @@ fn config_space_tells_bar_size_and_msix_vectors() {
     function.region_read(config, 0x40, &mut msix).unwrap();
     assert_eq!((msix[0], msix[2]), (0x11, 3));
 }
+
+#[test]
+fn one_file_in_as_many_maps_as_a_space_holds_is_one_mapping_of_this_process() {
+    const MAPS: u64 = 65_535;
+    let space = SoftSpace::new();
+    let fd = memfd(MAPS * PAGE);
+    let map = |at: u64| DmaMap {
+        span: span(at * 2 * PAGE, PAGE),
+        access: Access::READ_WRITE,
+        memory: Memory::Fd(fd.as_fd(), (MAPS - 1 - at) * PAGE),
+    };
+    let maps: Vec<_> = (0..MAPS).map(map).collect();
+    space.map(&maps).unwrap();
+    assert_eq!(space.available(), 0);
+    let over = [fd_map(&fd, PAGE, PAGE)];
+    assert!(matches!(space.map(&over), Err(MapError::TooMany(65_535))));
+    assert!(space.write(6 * PAGE, &[7]));
+    let mut last = [0];
+    rustix::io::pread(&fd, &mut last, (MAPS - 4) * PAGE).unwrap();
+    assert_eq!(last, [7]);
+    assert_eq!(space.unmap(span(2 * PAGE, PAGE)).unwrap(), PAGE);
+    space.map(&over).unwrap();
+}
+
+#[test]
+fn memory_past_the_files_end_is_refused_until_the_file_has_grown() {
+    let space = SoftSpace::new();
+    let fd = memfd(2 * PAGE);
+    space.map(&[fd_map(&fd, 0, 2 * PAGE)]).unwrap();
+    let longer = [fd_map(&fd, 8 * PAGE, 4 * PAGE)];
+    assert!(matches!(space.map(&longer), Err(MapError::Kernel { .. })));
+    ftruncate(&fd, 4 * PAGE).unwrap();
+    space.map(&longer).unwrap();
+    assert!(space.write(11 * PAGE, &[9]));
+    let mut seen = [0];
+    rustix::io::pread(&fd, &mut seen, 3 * PAGE).unwrap();
+    assert_eq!(seen, [9]);
+    let twice = [fd_map(&fd, 16 * PAGE, PAGE), fd_map(&fd, 16 * PAGE, PAGE)];
+    assert!(matches!(space.map(&twice), Err(MapError::Overlap(_))));
+    assert_eq!(space.maps().len(), 2);
+}

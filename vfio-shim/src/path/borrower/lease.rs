@@ -78,6 +78,11 @@ impl Lease {
         self.maps.get(&start).filter(|map| map.offset == offset)
     }
 
+    pub(super) fn at_mut(&mut self, (start, offset): Place) -> Option<&mut Mapped> {
+        let map = self.maps.get_mut(&start);
+        map.filter(|map| map.offset == offset)
+    }
+
     /// Takes out those of the places that are still there.
     pub(super) fn take_places(&mut self, places: &[Place]) -> Vec<Taken> {
         let mut taken = Vec::with_capacity(places.len());

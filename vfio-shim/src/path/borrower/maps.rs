@@ -149,28 +149,42 @@ impl Borrower {
         self.tell_ranges(token, lease, (places, rest))
     }
 
+    /// Tells the next message's worth of what is still mapped: what was unmapped meanwhile must
+    /// not be told any more, as its slice may be given anew.
     fn tell_ranges(
         &mut self,
         token: Option<Token>,
         lease: LeaseId,
         (places, mut rest): (Vec<Place>, VecDeque<Vec<MapRange>>),
     ) -> Actions {
-        let Some(ranges) = rest.pop_front() else {
-            return answer(token, Ok(Answer::Done));
+        let Some(held) = self.leases.get_mut(&lease) else {
+            return answer(token, Err(CallError::Gone("the lease is over".into())));
         };
-        let op = Op::MapTell {
-            lease,
-            places,
-            rest,
-        };
-        self.send(token, op, Request::Map { lease, ranges })
+        while let Some(mut ranges) = rest.pop_front() {
+            ranges.retain(|range| held.at((range.span.start(), range.offset)).is_some());
+            if ranges.is_empty() {
+                continue;
+            }
+            let op = Op::MapTell {
+                lease,
+                places,
+                rest,
+            };
+            return self.send(token, op, Request::Map { lease, ranges });
+        }
+        for place in &places {
+            if let Some(map) = held.at_mut(*place) {
+                map.live = true;
+            }
+        }
+        answer(token, Ok(Answer::Done))
     }
 
     pub(super) fn map_told(
         &mut self,
         token: Option<Token>,
         lease: LeaseId,
-        (places, mut rest): (Vec<Place>, VecDeque<Vec<MapRange>>),
+        (places, rest): (Vec<Place>, VecDeque<Vec<MapRange>>),
         result: Result<Reply, Refusal>,
     ) -> Actions {
         let Some(held) = self.leases.get_mut(&lease) else {
@@ -188,20 +202,6 @@ impl Borrower {
                 cause,
             };
             return vec![BorrowerAction::Unpin(self.step(token, op), slices)];
-        }
-        // What was unmapped meanwhile must not be told any more: its slice may be given anew.
-        for ranges in &mut rest {
-            ranges.retain(|range| held.at((range.span.start(), range.offset)).is_some());
-        }
-        rest.retain(|ranges| !ranges.is_empty());
-        if rest.is_empty() {
-            for place in &places {
-                if held.at(*place).is_some()
-                    && let Some(map) = held.maps.get_mut(&place.0)
-                {
-                    map.live = true;
-                }
-            }
         }
         self.tell_ranges(token, lease, (places, rest))
     }

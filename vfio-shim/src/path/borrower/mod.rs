@@ -95,7 +95,7 @@ pub struct Borrower {
     rows: Rows,
     /// What the mapper could not unpin: it is tried again at the session's end, and nobody gets
     /// these slices before.
-    left: Vec<(LeaseId, Slice)>,
+    left: BTreeMap<Slice, LeaseId>,
 }
 
 /// What `status` tells of one lease.
@@ -241,7 +241,7 @@ impl Borrower {
         };
         if let (Err(_), Some((lease, slices))) = (&result, op.unpinning()) {
             self.left
-                .extend(slices.into_iter().map(|slice| (lease, slice)));
+                .extend(slices.into_iter().map(|slice| (slice, lease)));
         }
         match (op, result) {
             (Op::MapPin { lease, places }, Ok(())) => self.tell(token, lease, places),
@@ -309,7 +309,7 @@ impl Borrower {
     }
 
     fn is_left(&self, slice: Slice) -> bool {
-        self.left.iter().any(|(_, left)| *left == slice)
+        self.left.contains_key(&slice)
     }
 
     /// Whether guest memory of an ended lease is still pinned, as the mapper failed: then no new
@@ -321,7 +321,7 @@ impl Borrower {
     /// Nothing of the lease is mapped at the lender any more.
     fn release(&mut self, lease: LeaseId, pool: &mut SlicePool) {
         self.rows.free(lease);
-        if !self.left.iter().any(|(holder, _)| *holder == lease) {
+        if !self.left.values().any(|holder| *holder == lease) {
             pool.free_all(Owner::Borrowed(lease));
         }
     }
@@ -536,7 +536,7 @@ impl Borrower {
             actions.push(BorrowerAction::Lost(lease, why.to_owned()));
             actions.extend(self.session_unpin(held.take_all()));
         }
-        let left: Vec<Slice> = self.left.drain(..).map(|(_, slice)| slice).collect();
+        let left: Vec<Slice> = std::mem::take(&mut self.left).into_keys().collect();
         if !left.is_empty() {
             actions.extend(self.session_unpin(left));
         }

@@ -9,6 +9,7 @@
 //! 5. guest RAM out of the function's container
 
 use super::control::Input;
+use super::guest_maps::GuestMaps;
 use super::irq::{IrqCommand, IrqHandle, Relay, VectorCounters};
 use super::scrub::scrub;
 use crate::model::{
@@ -55,7 +56,7 @@ pub(super) struct Executor {
 pub(super) struct OpenPath {
     plan: OpenPlan,
     slices: Vec<Span>,
-    maps: Vec<Span>,
+    maps: GuestMaps,
     armed: Option<IrqIndex>,
 }
 
@@ -154,7 +155,7 @@ impl Executor {
         self.path = Some(OpenPath {
             plan,
             slices: Vec::new(),
-            maps: Vec::new(),
+            maps: GuestMaps::default(),
             armed: None,
         });
         let opened = self.prepare();
@@ -233,9 +234,8 @@ impl Executor {
         let maps: Vec<DmaMap<'_>> = ranges.iter().map(map).collect();
         self.path()?;
         self.function.address_space().map(&maps)?;
-        self.path()?
-            .maps
-            .extend(ranges.iter().map(|range| range.span));
+        let path = self.path()?;
+        ranges.iter().for_each(|range| path.maps.insert(range.span));
         self.tell_maps();
         Ok(WorkOutcome::Done)
     }
@@ -245,7 +245,7 @@ impl Executor {
         let mut first = Ok(());
         for span in spans {
             match self.function.address_space().unmap(*span) {
-                Ok(_) => self.path()?.maps.retain(|held| !span.contains(*held)),
+                Ok(_) => self.path()?.maps.remove_within(*span),
                 Err(error) => first = first.and(Err(error)),
             }
         }
@@ -333,9 +333,9 @@ impl Executor {
     }
 
     fn tell_maps(&self) {
-        let maps = self.path.as_ref().map_or(&[][..], |path| &path.maps);
-        self.shared.maps.store(maps.len() as u64, Ordering::Relaxed);
-        let bytes = maps.iter().map(|span| span.len()).sum();
+        let maps = self.path.as_ref().map(|path| &path.maps);
+        let (count, bytes) = maps.map_or((0, 0), |maps| (maps.count(), maps.bytes()));
+        self.shared.maps.store(count, Ordering::Relaxed);
         self.shared.mapped_bytes.store(bytes, Ordering::Relaxed);
     }
 
@@ -343,7 +343,11 @@ impl Executor {
         let Some(path) = &mut self.path else {
             return Ok(());
         };
-        unmap_each(self.function.address_space(), &mut path.maps)
+        let mut left = path.maps.spans();
+        let unmapped = unmap_each(self.function.address_space(), &mut left);
+        path.maps = GuestMaps::default();
+        left.into_iter().for_each(|span| path.maps.insert(span));
+        unmapped
     }
 }
 

@@ -15,6 +15,7 @@ mod control;
 mod executor;
 #[cfg(test)]
 mod forged_tests;
+mod guest_maps;
 mod irq;
 mod mapper;
 #[cfg(test)]
