@@ -40,6 +40,12 @@ pub trait Runtime: Send + Sync {
     /// Called by a thread before it waits for another, at most until `until_ms` of the clock.
     /// `again` says that its last look found nothing.
     fn idle(&self, until_ms: Option<u64>, again: bool) -> Idle;
+
+    /// Nanoseconds of a monotonic clock, where a thread may wait awake for others; none where they
+    /// only run when it lets them.
+    fn spin_clock_ns(&self) -> Option<u64> {
+        None
+    }
 }
 
 impl fmt::Debug for dyn Runtime + '_ {
@@ -179,6 +185,11 @@ impl Runtime for OsRuntime {
 
     fn idle(&self, _until_ms: Option<u64>, _again: bool) -> Idle {
         Idle::Block
+    }
+
+    fn spin_clock_ns(&self) -> Option<u64> {
+        let now = clock_gettime(ClockId::Monotonic);
+        Some(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64)
     }
 }
 

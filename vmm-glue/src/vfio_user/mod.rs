@@ -20,6 +20,7 @@ mod regions;
 mod session;
 mod shared;
 pub mod socket;
+mod spin;
 pub mod version;
 pub mod wire;
 

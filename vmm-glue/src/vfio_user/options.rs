@@ -1,6 +1,6 @@
 //! What the owner decides about a guest session.
 
-use super::{memory_check::MemoryMaps, version::MAPS_MAX};
+use super::{memory_check::MemoryMaps, spin, version::MAPS_MAX};
 use std::{path::PathBuf, sync::Arc};
 use vfio_shim::model::{OsRuntime, Runtime};
 
@@ -40,6 +40,8 @@ pub struct Options {
     pub memory_maps: Arc<dyn MemoryMaps>,
     /// What the serving thread stands on.
     pub runtime: Arc<dyn Runtime>,
+    /// How many threads of this process may wait awake for their VMMs at once; 0 = none ever.
+    pub spinners_max: usize,
 }
 
 impl Default for Options {
@@ -51,6 +53,8 @@ impl Default for Options {
             bytes_max: u64::MAX,
             memory_maps: Arc::new(PathBuf::from("/proc")),
             runtime: Arc::new(OsRuntime),
+            // Asked for here, and not at the first wait: a sandbox may be closed by then.
+            spinners_max: spin::spinners_max(),
         }
     }
 }

@@ -49,7 +49,8 @@ pub fn serve_connection(
         fd: stop,
         runtime: &*options.runtime,
     };
-    match run(&mut guest, socket.as_fd(), stop, shared) {
+    let receiver = Receiver::new(options.spinners_max);
+    match run(&mut guest, receiver, (socket.as_fd(), stop), shared) {
         Ok(end) => tracing::info!(pid, ?end, "the guest session ended"),
         Err(error) => {
             let words = words(&error);
@@ -78,11 +79,10 @@ pub fn serve_connection(
 /// Answers the VMM's requests, one after the other.
 fn run(
     guest: &mut Guest<'_>,
-    socket: BorrowedFd<'_>,
-    stop: Stop<'_>,
+    mut receiver: Receiver,
+    (socket, stop): (BorrowedFd<'_>, Stop<'_>),
     shared: &SessionShared,
 ) -> Result<End, SessionError> {
-    let mut receiver = Receiver::default();
     let mut reply = Reply::default();
     loop {
         let (envelope, body, fds) = match receiver.next(socket, stop)? {

@@ -3,9 +3,12 @@
 //! The kernel ends a receive behind the bytes that fds travelled with, so fds belong to the
 //! message that holds the last byte received with them.
 
-use super::wire::{Envelope, HEADER_BYTES, Header, MESSAGE_MAX, WireError};
+use super::{
+    spin::{Pause, Spin, SpinPolicy},
+    wire::{Envelope, HEADER_BYTES, Header, MESSAGE_MAX, WireError},
+};
 use rustix::{
-    event::{PollFd, PollFlags},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -25,6 +28,8 @@ use zerocopy::FromBytes;
 pub const FDS_MAX: usize = 253;
 /// What is received at once, where no message needs more.
 const RECEIVE_BYTES: usize = 64 << 10;
+/// So many looks at the socket may go by without one at the owner's stop.
+const LOOKS_MAX: u32 = 64;
 
 /// Why the stream cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +94,16 @@ pub fn wait(socket: BorrowedFd<'_>, events: PollFlags, stop: Stop<'_>) -> Result
     }
 }
 
+/// Whether the owner wants the session to end, without waiting for it.
+fn is_stopped(stop: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let mut fds = [PollFd::from_borrowed_fd(stop, PollFlags::IN)];
+    match poll(&mut fds, Some(&Timespec::default())) {
+        Ok(_) => Ok(!fds[0].revents().is_empty()),
+        Err(Errno::INTR) => Ok(false),
+        Err(errno) => Err(errno),
+    }
+}
+
 /// What the stream brought.
 #[derive(Debug)]
 pub enum Incoming<'a> {
@@ -111,27 +126,42 @@ pub struct Receiver {
     received: u64,
     /// Fds not taken yet, each with the place in the stream behind the last byte it came with.
     fds: Vec<(u64, OwnedFd)>,
+    policy: SpinPolicy,
+    spinners_max: usize,
+    /// Looks at the socket since the last one at the owner's stop.
+    looks: u32,
 }
 
-impl Default for Receiver {
-    fn default() -> Self {
+/// What one look at the socket brought.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Received {
+    Bytes,
+    Nothing,
+    End,
+}
+
+impl Receiver {
+    /// Nothing has come yet. It waits awake beside no more than so many.
+    pub fn new(spinners_max: usize) -> Self {
         Self {
             buffer: vec![0; RECEIVE_BYTES],
             start: 0,
             end: 0,
             received: 0,
             fds: Vec::new(),
+            policy: SpinPolicy::default(),
+            spinners_max,
+            looks: 0,
         }
     }
-}
 
-impl Receiver {
     /// The next message, waiting for it as long as it takes.
     pub fn next(
         &mut self,
         socket: BorrowedFd<'_>,
         stop: Stop<'_>,
     ) -> Result<Incoming<'_>, SocketError> {
+        let mut entered = None;
         let envelope = loop {
             let wanted = match self.envelope()? {
                 Some(envelope) if self.held() >= HEADER_BYTES + envelope.body_bytes => {
@@ -141,18 +171,59 @@ impl Receiver {
                 None => HEADER_BYTES,
             };
             self.make_room(wanted);
-            let act = "wait for";
-            if wait(socket, PollFlags::IN, stop).map_err(failed(act))? == Wake::Stopped {
-                return Ok(Incoming::Stopped);
-            }
-            if !self.receive(socket)? {
-                return match self.held() {
-                    0 => Ok(Incoming::End),
-                    bytes => Err(SocketError::Cut(bytes)),
-                };
+            let since = *entered.get_or_insert_with(|| stop.runtime.spin_clock_ns());
+            match self.more(socket, stop, since)? {
+                Some(Received::End) => {
+                    return match self.held() {
+                        0 => Ok(Incoming::End),
+                        bytes => Err(SocketError::Cut(bytes)),
+                    };
+                }
+                Some(_) => {}
+                None => return Ok(Incoming::Stopped),
             }
         };
+        // A message that was there already tells nothing of how long the VMM thinks.
+        if let Some((since, now)) = entered.flatten().zip(stop.runtime.spin_clock_ns()) {
+            self.policy.gap(now.saturating_sub(since));
+        }
         Ok(self.take(envelope))
+    }
+
+    /// Waits for more bytes, awake where that pays; none when the owner wants the end.
+    fn more(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        stop: Stop<'_>,
+        since: Option<u64>,
+    ) -> Result<Option<Received>, SocketError> {
+        let mut spin = since.and_then(|since| Spin::begin(&self.policy, since, self.spinners_max));
+        while let Some(awake) = &mut spin {
+            if self.looks >= LOOKS_MAX {
+                self.looks = 0;
+                if is_stopped(stop.fd).map_err(failed("wait for"))? {
+                    return Ok(None);
+                }
+            }
+            self.looks += 1;
+            let received = self.receive(socket)?;
+            if received != Received::Nothing {
+                return Ok(Some(received));
+            }
+            match awake.pause(stop.runtime) {
+                Pause::Again => {}
+                Pause::Over => spin = None,
+                Pause::Contended => {
+                    self.policy.contended();
+                    spin = None;
+                }
+            }
+        }
+        self.looks = 0;
+        match wait(socket, PollFlags::IN, stop).map_err(failed("wait for"))? {
+            Wake::Stopped => Ok(None),
+            Wake::Ready | Wake::Closed => self.receive(socket).map(Some),
+        }
     }
 
     fn held(&self) -> usize {
@@ -180,16 +251,16 @@ impl Receiver {
         }
     }
 
-    /// Receives once; false at the end of the stream.
-    fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<bool, SocketError> {
+    /// Receives once, without waiting.
+    fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Received, SocketError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
         let mut room = [IoSliceMut::new(&mut self.buffer[self.end..])];
         let message = match recvmsg(socket, &mut room, &mut control, flags) {
             Ok(message) => message,
-            Err(Errno::AGAIN | Errno::INTR) => return Ok(true),
-            Err(Errno::CONNRESET) => return Ok(false),
+            Err(Errno::AGAIN | Errno::INTR) => return Ok(Received::Nothing),
+            Err(Errno::CONNRESET) => return Ok(Received::End),
             Err(errno) => return Err(failed("receive from")(errno)),
         };
         self.end += message.bytes;
@@ -202,7 +273,10 @@ impl Receiver {
         if message.flags.contains(ReturnFlags::CTRUNC) || self.fds.len() > FDS_MAX {
             return Err(SocketError::TooManyFds);
         }
-        Ok(message.bytes != 0)
+        match message.bytes {
+            0 => Ok(Received::End),
+            _ => Ok(Received::Bytes),
+        }
     }
 
     fn take(&mut self, envelope: Envelope) -> Incoming<'_> {
@@ -305,7 +379,7 @@ mod tests {
     fn pair() -> Pair {
         let (near, far) = UnixStream::pair().unwrap();
         let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        let receiver = Receiver::default();
+        let receiver = Receiver::new(1);
         Pair {
             near,
             far,
@@ -385,6 +459,23 @@ mod tests {
         }
         assert_eq!(pair.message().0, 3);
         writer.join().unwrap();
+    }
+
+    #[test]
+    fn stop_ends_a_session_whose_messages_never_pause() {
+        let mut pair = pair();
+        // Close upon each other, until one is waited for awake.
+        for id in 0..16 {
+            pair.far.write_all(&reset(id)).unwrap();
+            assert_eq!(pair.message().0, id);
+        }
+        assert_ne!(pair.receiver.policy.spin_ns(), 0);
+        rustix::io::write(&pair.stop, &1u64.to_ne_bytes()).unwrap();
+        let stopped = (0..=LOOKS_MAX).any(|_| {
+            pair.far.write_all(&reset(1)).unwrap();
+            matches!(pair.next().unwrap(), Incoming::Stopped)
+        });
+        assert!(stopped);
     }
 
     #[test]
