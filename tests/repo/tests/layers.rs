@@ -5,8 +5,9 @@ use repo_tests::{files, manifest, none, sources, text};
 /// Each package with the packages of this workspace that it may depend on.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("broker", &["vfio-shim", "vmm-glue"]),
-    ("vmm-glue", &["vfio-shim"]),
-    ("vfio-shim", &[]),
+    ("vmm-glue", &["vfio-shim", "bench-report"]),
+    ("vfio-shim", &["bench-report"]),
+    ("tests/bench", &[]),
     ("tests/kvm", &["vfio-shim", "vmm-glue"]),
     ("tests/mutants", &[]),
     ("tests/repo", &[]),
