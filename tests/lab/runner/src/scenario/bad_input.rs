@@ -19,7 +19,7 @@ pub const SCENARIO: Scenario = Scenario {
     checks: 5 + 8 + BORROWS.len() + 2 + 2 + VMM_CASES.len() + 3,
     when: When::Gate,
     own_model: None,
-    deadline: Duration::from_secs(300),
+    deadline: Duration::from_secs(1200),
     run,
 };
 

@@ -15,7 +15,7 @@ pub const SCENARIO: Scenario = Scenario {
     checks: 27,
     when: When::Gate,
     own_model: None,
-    deadline: Duration::from_secs(300),
+    deadline: Duration::from_secs(1200),
     run,
 };
 

@@ -16,7 +16,7 @@ pub const SCENARIO: Scenario = Scenario {
     checks: ATTACH_CHECKS + 9 + DETACH_CHECKS,
     when: When::Full,
     own_model: Some("it has our model take the link down for a moment"),
-    deadline: Duration::from_secs(420),
+    deadline: Duration::from_secs(1200),
     run,
 };
 

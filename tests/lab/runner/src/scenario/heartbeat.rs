@@ -15,7 +15,7 @@ pub const SCENARIO: Scenario = Scenario {
     checks: 8,
     when: When::Full,
     own_model: None,
-    deadline: Duration::from_secs(300),
+    deadline: Duration::from_secs(1200),
     run,
 };
 

@@ -20,7 +20,7 @@ pub const SCENARIO: Scenario = Scenario {
     checks: ATTACH_CHECKS + 14 + WORKS_CHECKS + DETACH_CHECKS,
     when: When::Gate,
     own_model: None,
-    deadline: Duration::from_secs(420),
+    deadline: Duration::from_secs(1200),
     run,
 };
 

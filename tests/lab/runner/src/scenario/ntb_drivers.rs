@@ -22,7 +22,7 @@ pub const SCENARIO: Scenario = Scenario {
     checks: 7 * VARIATIONS.len() + 3,
     when: When::Gate,
     own_model: None,
-    deadline: Duration::from_secs(360),
+    deadline: Duration::from_secs(1200),
     run,
 };
 

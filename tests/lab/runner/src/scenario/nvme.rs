@@ -16,7 +16,7 @@ pub const TRAPPED: Scenario = Scenario {
     checks: ATTACH_CHECKS + WORKS_CHECKS + DETACH_CHECKS,
     when: When::Gate,
     own_model: None,
-    deadline: Duration::from_secs(300),
+    deadline: Duration::from_secs(1200),
     run: |lab, checks| run(lab, checks, &[], &["--bars", "trapped"], Trapped::All),
 };
 
@@ -26,7 +26,7 @@ pub const MAPPED: Scenario = Scenario {
     checks: ATTACH_CHECKS + WORKS_CHECKS + DETACH_CHECKS,
     when: When::Gate,
     own_model: None,
-    deadline: Duration::from_secs(300),
+    deadline: Duration::from_secs(1200),
     run: |lab, checks| run(lab, checks, &[], MAPPED_FLAGS, Trapped::None),
 };
 
@@ -36,7 +36,7 @@ pub const OTHER_NTB: Scenario = Scenario {
     checks: ATTACH_CHECKS + WORKS_CHECKS + DETACH_CHECKS,
     when: When::Full,
     own_model: Some("it asks for another chip, unequal windows and a late link"),
-    deadline: Duration::from_secs(300),
+    deadline: Duration::from_secs(1200),
     run: |lab, checks| run(lab, checks, OTHER_MODEL, MAPPED_FLAGS, Trapped::None),
 };
 

@@ -17,7 +17,7 @@ pub const SCENARIO: Scenario = Scenario {
     checks: ATTACH_CHECKS + 7 + DETACH_CHECKS,
     when: When::Gate,
     own_model: None,
-    deadline: Duration::from_secs(420),
+    deadline: Duration::from_secs(1200),
     run,
 };
 
@@ -27,7 +27,7 @@ const SPARE_BDF: &str = "0000:01:00.2";
 const PATTERN: u32 = 0x5a5a_a5a5;
 const BYTES: u64 = 64 << 10;
 const SESSION_END_TIMEOUT: Duration = Duration::from_secs(20);
-const REBOOT_TIMEOUT: Duration = Duration::from_secs(120);
+const REBOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// Before any driver is loaded: what the last session left in the registers.
 const FIRST_READ: &str = "D=$(dirname $(grep -l 0x010802 /sys/bus/pci/devices/*/class | head -n 1))\n\
     lab-agent nvme-user ${D##*/} registers > /tmp/first-read 2>&1";

@@ -17,7 +17,7 @@ pub const SCENARIO: Scenario = Scenario {
     checks: 13,
     when: When::Full,
     own_model: None,
-    deadline: Duration::from_secs(300),
+    deadline: Duration::from_secs(1200),
     run,
 };
 

@@ -23,7 +23,7 @@ const DEVICE: &str = "/dev/nvme0n1";
 const OFFSET: u64 = 1 << 20;
 const SEED: u64 = 20;
 /// A trapped window takes 512 accesses for a page: 1 MiB is written in 6 to 8 s on an idle machine.
-const DIO_TIMEOUT: Duration = Duration::from_secs(90);
+const DIO_TIMEOUT: Duration = Duration::from_secs(300);
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Two hosts, a lease, and a guest that uses the function.

@@ -17,7 +17,7 @@ pub const SCENARIO: Scenario = Scenario {
     checks: ATTACH_CHECKS + 7,
     when: When::Full,
     own_model: Some("it asks for windows of unequal size, and for the model's own list of maps"),
-    deadline: Duration::from_secs(300),
+    deadline: Duration::from_secs(1200),
     run,
 };
 
