@@ -27,6 +27,16 @@ pub fn config(name: &str) -> Result<String> {
     fs::read_to_string(&from).with_context(|| format!("cannot read {}", from.display()))
 }
 
+/// How a daemon serves VMMs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Workers {
+    /// By threads of its own.
+    #[default]
+    Threads,
+    /// Each by a process of its own, in its sandbox.
+    Processes,
+}
+
 /// A daemon on one host.
 pub struct Daemon {
     agent: Agent,
@@ -36,10 +46,19 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts it with a configuration that lies in the share.
+    /// Starts it, its workers as threads, with a configuration that lies in the share.
     pub fn start(host: &Host, program: &str, config: &str) -> Result<Self> {
+        Self::start_as(host, program, config, Workers::Threads)
+    }
+
+    /// Starts it with a configuration that lies in the share.
+    pub fn start_as(host: &Host, program: &str, config: &str, workers: Workers) -> Result<Self> {
         let log = host.shared(&format!("daemon-{}.log", host.name));
-        let argv = [program, "daemon", "--in-process", "--config", config];
+        let mut argv = vec![program, "daemon", "--config", config];
+        argv.extend(match workers {
+            Workers::Threads => Some("--in-process"),
+            Workers::Processes => None,
+        });
         let pid = host.agent.spawn(&argv, &log)?;
         let up = format!("while ! test -S {CONTROL}; do kill -0 {pid}; usleep 50000; done");
         host.agent
@@ -136,7 +155,8 @@ pub struct Lending {
 impl Lending {
     /// Makes a VF with these queues and interrupts, binds, and starts both daemons.
     pub fn start(lab: &Lab, pair: &Pair, queues: u32, interrupts: u32) -> Result<Self> {
-        Self::start_with(lab, pair, (queues, interrupts), 0, str::to_owned)
+        let workers = Workers::Threads;
+        Self::start_with(lab, pair, (queues, interrupts), (0, workers), str::to_owned)
     }
 
     /// The same, with more VFs after that one (they have no queues and stay offline), and with
@@ -145,7 +165,7 @@ impl Lending {
         lab: &Lab,
         pair: &Pair,
         (queues, interrupts): (u32, u32),
-        more_vfs: u32,
+        (more_vfs, workers): (u32, Workers),
         edit: impl Fn(&str) -> String,
     ) -> Result<Self> {
         let program = lab.share_binary("sublet")?;
@@ -158,8 +178,8 @@ impl Lending {
         pci::bind(&pair.b.agent, NTB_BDF, "vfio-pci")?;
         pci::bind(&pair.a.agent, VF_BDF, "vfio-pci")?;
         Ok(Lending {
-            a: Daemon::start(&pair.a, &program, &pair.a.shared("a.toml"))?,
-            b: Daemon::start(&pair.b, &program, &pair.b.shared("b.toml"))?,
+            a: Daemon::start_as(&pair.a, &program, &pair.a.shared("a.toml"), workers)?,
+            b: Daemon::start_as(&pair.b, &program, &pair.b.shared("b.toml"), workers)?,
         })
     }
 

@@ -5,7 +5,7 @@ use super::{Scenario, When};
 use crate::check::Checks;
 use crate::lab::Lab;
 use crate::pci;
-use crate::sublet::Lending;
+use crate::sublet::{Lending, Workers};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     let before = pair.snapshot()?;
     let mut lending = None;
     checks.must("both daemons agree on a session", || {
-        let started = Lending::start_with(lab, &pair, (2, 1), 0, by_default)?;
+        let started = Lending::start_with(lab, &pair, (2, 1), (0, Workers::Threads), by_default)?;
         let session = started.wait_link()?;
         lending = Some(started);
         Ok(session)

@@ -67,6 +67,8 @@ pub const ALL: &[Scenario] = &[
     ntb_drivers::SCENARIO,
     nvme::TRAPPED,
     nvme::MAPPED,
+    nvme::PROCESSES,
+    nvme::PROCESSES_MAPPED,
     isolation::SCENARIO,
     reboot::SCENARIO,
     flap::SCENARIO,

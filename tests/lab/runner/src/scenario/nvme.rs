@@ -1,4 +1,4 @@
-//! Scenarios `nvme` and `nvme-mapped`: a guest on host B uses a VF of host A with its stock driver.
+//! Scenarios `nvme`, `nvme-mapped` and the same with workers as processes: a guest on host B uses a VF of host A with its stock driver.
 
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, Setup, dio};
 use super::{Scenario, When};
@@ -6,8 +6,10 @@ use crate::check::Checks;
 use crate::guest::GuestSpec;
 use crate::host::VF_BDF;
 use crate::lab::Lab;
-use crate::sublet::{ensure_no_lost_interrupt, interrupt_count, trapped_accesses, vector_sum};
-use anyhow::{Result, ensure};
+use crate::sublet::{
+    Workers, ensure_no_lost_interrupt, interrupt_count, trapped_accesses, vector_sum,
+};
+use anyhow::{Context, Result, ensure};
 use std::time::Duration;
 
 /// BARs by way of the worker.
@@ -28,6 +30,32 @@ pub const MAPPED: Scenario = Scenario {
     own_model: None,
     deadline: Duration::from_secs(1200),
     run: |lab, checks| run(lab, checks, &[], MAPPED_FLAGS, Trapped::None),
+};
+
+/// BARs by way of a worker that is a process in its sandbox.
+pub const PROCESSES: Scenario = Scenario {
+    name: "nvme-processes",
+    checks: 13,
+    when: When::Gate,
+    own_model: None,
+    deadline: Duration::from_secs(300),
+    run: |lab, checks| {
+        let flags = &["--bars", "trapped"];
+        run_as(lab, checks, (&[], Workers::Processes), flags, Trapped::All)
+    },
+};
+
+/// BARs mapped into the VMM, whose worker is a process in its sandbox.
+pub const PROCESSES_MAPPED: Scenario = Scenario {
+    name: "nvme-processes-mapped",
+    checks: 13,
+    when: When::Full,
+    own_model: None,
+    deadline: Duration::from_secs(300),
+    run: |lab, checks| {
+        let daemons = (&[][..], Workers::Processes);
+        run_as(lab, checks, daemons, MAPPED_FLAGS, Trapped::None)
+    },
 };
 
 /// The other chip of the family, with windows of unequal size and a link that comes late.
@@ -66,6 +94,16 @@ fn run(
     borrow: &[&str],
     trapped: Trapped,
 ) -> Result<()> {
+    run_as(lab, checks, (model, Workers::Threads), borrow, trapped)
+}
+
+fn run_as(
+    lab: &Lab,
+    checks: &mut Checks,
+    (model, workers): (&[&str], Workers),
+    borrow: &[&str],
+    trapped: Trapped,
+) -> Result<()> {
     let spec = GuestSpec::stock("g", &lab.vmm()?);
     let attached = steps::attach(
         lab,
@@ -74,6 +112,7 @@ fn run(
             model,
             borrow,
             more_vfs: 0,
+            workers,
         },
         spec,
     )?;
@@ -82,6 +121,10 @@ fn run(
         trapped: trapped_accesses(&attached.lending.b.status()?)?,
         ..Since::default()
     };
+    if workers == Workers::Processes {
+        let what = "the worker is in its sandbox, with no door to the NTB";
+        checks.check(what, || worker_holds_no_door(&attached, trapped));
+    }
     works(checks, &attached, &since, trapped)?;
     steps::detach(checks, attached)
 }
@@ -135,6 +178,32 @@ pub fn works(
         Ok(format!("{count} trapped since the guest is up"))
     });
     Ok(())
+}
+
+/// What the kernel of host B says of the worker: no device is open there, only its slice of the
+/// window is mapped, and it has given its rights up. Where the VMM maps the window itself, the
+/// worker has to hold what it hands over.
+fn worker_holds_no_door(attached: &Attached, trapped: Trapped) -> Result<String> {
+    let host = &attached.pair.b.agent;
+    let status = attached.lending.b.status()?;
+    let worker = &status["borrowed"][0]["worker"];
+    ensure!(worker["landlock"] == true, "{worker}");
+    ensure!(worker["seccomp"] == true, "{worker}");
+    let pid = worker["pid"].as_u64().context("no worker")?;
+    let held = host.sh(&format!("ls -l /proc/{pid}/fd"))?;
+    let maps = host.sh(&format!("cat /proc/{pid}/maps"))?;
+    let own = host.sh(&format!("cat /proc/{pid}/status"))?;
+    for line in ["CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"] {
+        ensure!(own.contains(line), "{line} is not in {own}");
+    }
+    let doors = held.matches("vfio-device").count();
+    match trapped {
+        Trapped::All => ensure!(doors == 0, "it holds {held}"),
+        Trapped::None => ensure!(doors == 1, "it holds {held}"),
+    }
+    ensure!(maps.contains("[vfio-device]"), "no slice is mapped: {maps}");
+    let namespaces = worker["namespaces"].to_string();
+    Ok(format!("{doors} devices open, namespaces {namespaces}"))
 }
 
 /// What the guest wrote comes back to it, and lies in the lender's own blocks.

@@ -6,7 +6,7 @@ use crate::guest::{Guest, GuestSpec};
 use crate::lab::{Lab, Pair};
 use crate::pci;
 use crate::snapshot::Snapshot;
-use crate::sublet::Lending;
+use crate::sublet::{Lending, Workers};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::time::Duration;
@@ -51,6 +51,8 @@ pub struct Setup<'a> {
     pub borrow: &'a [&'a str],
     /// How many VFs the guest's own is followed by.
     pub more_vfs: u32,
+    /// How the daemons serve VMMs.
+    pub workers: Workers,
 }
 
 /// Goes all the way to a guest whose driver has found its namespace.
@@ -71,7 +73,13 @@ pub fn attach(
     let before = pair.snapshot()?;
     let mut lending = None;
     checks.must("both daemons agree on a session", || {
-        let started = Lending::start_with(lab, &pair, (2, 1), setup.more_vfs, str::to_owned)?;
+        let started = Lending::start_with(
+            lab,
+            &pair,
+            (2, 1),
+            (setup.more_vfs, setup.workers),
+            str::to_owned,
+        )?;
         let session = started.wait_link()?;
         lending = Some(started);
         Ok(session)
