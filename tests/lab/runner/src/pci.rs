@@ -165,9 +165,11 @@ pub fn nvme_registers(agent: &Agent, bdf: &str) -> Result<NvmeRegisters> {
 /// the kernel's own reset of it: what this controller's function level reset does by itself.
 pub fn after_own_reset(agent: &Agent, bdf: &str) -> Result<NvmeRegisters> {
     let base = bar_address(agent, bdf, 0)?;
-    // The kernel lets a function without a driver sleep, and then it does not answer.
-    let power = format!("/sys/bus/pci/devices/{bdf}/power/control");
-    agent.sh(&format!("echo on > {power}"))?;
+    // A function without a driver sleeps and decodes no addresses: it would not answer.
+    let dir = format!("/sys/bus/pci/devices/{bdf}");
+    agent.sh(&format!(
+        "echo on > {dir}/power/control; echo 1 > {dir}/enable"
+    ))?;
     for (offset, value) in [
         (0x0c, 0x5a5a_a5a5),
         (0x24, 0x001f_001f),
@@ -182,9 +184,11 @@ pub fn after_own_reset(agent: &Agent, bdf: &str) -> Result<NvmeRegisters> {
         before.intms != 0 && before.aqa != 0 && before.asq != 0 && before.acq != 0,
         "the pattern is not there: {before:x?}"
     );
-    agent.sh(&format!("echo 1 > /sys/bus/pci/devices/{bdf}/reset"))?;
+    agent.sh(&format!("echo 1 > {dir}/reset"))?;
     let after = nvme_registers(agent, bdf)?;
-    agent.sh(&format!("echo auto > {power}"))?;
+    agent.sh(&format!(
+        "echo 0 > {dir}/enable; echo auto > {dir}/power/control"
+    ))?;
     ensure!(
         after.intms == 0 && after.vs == before.vs,
         "the function was not reset: {after:x?}"

@@ -23,6 +23,7 @@ pub const SCENARIO: Scenario = Scenario {
 
 /// A VF that nobody borrows.
 const SPARE_BDF: &str = "0000:01:00.2";
+const SPARE_CONTROLLER: u32 = 2;
 /// No driver masks interrupts like this.
 const PATTERN: u32 = 0x5a5a_a5a5;
 const BYTES: u64 = 64 << 10;
@@ -51,7 +52,10 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     let mut attached = steps::attach(lab, checks, &setup, spec("g", lab)?)?;
     let host_a = attached.pair.a.agent.clone();
     checks.check("what the controller's own reset leaves is known", || {
+        // Offline, it would answer with zeros, whatever it holds.
+        pci::nvme_online(&host_a, SPARE_CONTROLLER, 2, 1)?;
         let left = pci::after_own_reset(&host_a, SPARE_BDF)?;
+        pci::nvme_offline(&host_a, SPARE_CONTROLLER)?;
         // Known of QEMU 11: then what follows shows the lender's own clearing of them.
         let queues = match left.queues_are_gone() {
             true => "clears AQA, ASQ and ACQ",
