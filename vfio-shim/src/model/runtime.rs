@@ -37,15 +37,25 @@ pub trait Runtime: Send + Sync {
     /// An fd that becomes readable every so many milliseconds; reading it takes that back.
     fn timer(&self, every_ms: u64) -> io::Result<OwnedFd>;
 
-    /// Called by a thread before it waits for another, at most until `until_ms` of the clock.
-    /// `again` says that its last look found nothing.
-    fn idle(&self, until_ms: Option<u64>, again: bool) -> Idle;
+    /// Called by a thread before it waits.
+    fn idle(&self, wait: Wait) -> Idle;
 
     /// Nanoseconds of a monotonic clock, where a thread may wait awake for others; none where they
     /// only run when it lets them.
     fn spin_clock_ns(&self) -> Option<u64> {
         None
     }
+}
+
+/// What a thread is about to wait for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wait {
+    /// At most until then, by the clock.
+    pub until_ms: Option<u64>,
+    /// Its last look found nothing.
+    pub again: bool,
+    /// To look is a system call.
+    pub fds: bool,
 }
 
 impl fmt::Debug for dyn Runtime + '_ {
@@ -79,7 +89,12 @@ impl dyn Runtime + '_ {
         let mut again = false;
         loop {
             let left_ms = until_ms.map(|until| until.saturating_sub(self.now_ms()));
-            let block = self.idle(until_ms, again) == Idle::Block;
+            let wait = Wait {
+                until_ms,
+                again,
+                fds: false,
+            };
+            let block = self.idle(wait) == Idle::Block;
             match (block, left_ms) {
                 (true, None) => {
                     return channel.recv().map_err(|_| RecvTimeoutError::Disconnected);
@@ -113,7 +128,12 @@ impl dyn Runtime + '_ {
 
     /// How long the next look at fds may take: for ever, or not at all.
     pub fn look(&self, again: bool) -> Option<Timespec> {
-        match self.idle(None, again) {
+        let wait = Wait {
+            until_ms: None,
+            again,
+            fds: true,
+        };
+        match self.idle(wait) {
             Idle::Block => None,
             Idle::Look => Some(Timespec {
                 tv_sec: 0,
@@ -131,7 +151,11 @@ impl dyn Runtime + '_ {
                 Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
                 Err(TryLockError::WouldBlock) => {}
             }
-            if self.idle(None, again) == Idle::Block {
+            let wait = Wait {
+                again,
+                ..Wait::default()
+            };
+            if self.idle(wait) == Idle::Block {
                 return mutex.lock().unwrap_or_else(PoisonError::into_inner);
             }
             again = true;
@@ -183,7 +207,7 @@ impl Runtime for OsRuntime {
         Ok(timer)
     }
 
-    fn idle(&self, _until_ms: Option<u64>, _again: bool) -> Idle {
+    fn idle(&self, _wait: Wait) -> Idle {
         Idle::Block
     }
 
@@ -221,8 +245,8 @@ mod tests {
             Err(io::ErrorKind::Unsupported.into())
         }
 
-        fn idle(&self, _: Option<u64>, again: bool) -> Idle {
-            assert_eq!(again, self.now_ms() != 0);
+        fn idle(&self, wait: Wait) -> Idle {
+            assert_eq!(wait.again, self.now_ms() != 0);
             self.0.fetch_add(1, Ordering::Relaxed);
             Idle::Look
         }

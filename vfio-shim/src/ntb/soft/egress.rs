@@ -38,6 +38,10 @@ pub(super) struct Held {
 }
 
 impl Held {
+    fn is_due(&self, now: Option<u64>) -> bool {
+        now.is_none_or(|now| self.due <= now)
+    }
+
     pub(super) fn as_store(&self) -> Store<'_> {
         Store {
             requester: self.requester,
@@ -80,9 +84,13 @@ impl Egress {
 
     /// The next store to arrive: one that is due, or any (`None`).
     pub(super) fn next(&mut self, now: Option<u64>) -> Option<Held> {
-        let due = |held: &Held| now.is_none_or(|now| held.due <= now);
-        let at = self.held.iter().position(due)?;
+        let at = self.held.iter().position(|held| held.is_due(now))?;
         self.held.remove(at)
+    }
+
+    /// Whether there is one.
+    pub(super) fn is_due(&self, now: Option<u64>) -> bool {
+        self.held.iter().any(|held| held.is_due(now))
     }
 
     /// The link went down: nothing of it arrives.

@@ -215,6 +215,9 @@ impl Fabric {
             let woken = self.delivered.wait(egress);
             egress = woken.unwrap_or_else(PoisonError::into_inner);
         }
+        if !egress.is_due(now) {
+            return;
+        }
         egress.deliverer = Some(me);
         while let Some(store) = egress.next(now) {
             egress.under_way = Some(store.requester);

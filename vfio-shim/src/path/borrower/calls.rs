@@ -40,6 +40,20 @@ pub enum Call {
     Forward(LeaseId, Request),
 }
 
+impl Call {
+    /// Which lease it is about.
+    pub fn lease(&self) -> Option<LeaseId> {
+        match self {
+            Self::List | Self::Borrow(..) => None,
+            Self::Open(lease)
+            | Self::Return(lease)
+            | Self::Map(lease, _)
+            | Self::Unmap(lease, _)
+            | Self::Forward(lease, _) => Some(*lease),
+        }
+    }
+}
+
 /// What a call gave.
 #[derive(Debug)]
 pub enum Answer {

@@ -1,6 +1,6 @@
 //! The borrowed function: the borrower's end of a path as a `Function`, for the vfio-user server.
 
-use super::path_port::{PathPort, SliceAperture};
+use super::path_port::{InProcess, PathPort, SliceAperture};
 use super::{Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, Signals, lock};
 use crate::model::{
     AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds, FunctionInfo,
@@ -55,7 +55,11 @@ impl BorrowedFunction {
         state: Arc<LeaseShared>,
     ) -> Result<Arc<Self>, CallError> {
         let runtime = Arc::clone(engine.runtime());
-        let function = Self::of(engine, lease, (ids, opened), state)?;
+        let port = Arc::new(InProcess {
+            engine,
+            state: Arc::clone(&state),
+        });
+        let function = Self::of(port, lease, (ids, opened), state)?;
         let failed = |error: std::io::Error| CallError::Gone(error.to_string());
         let signaller = Signaller {
             state: Arc::clone(&function.state),
@@ -138,6 +142,10 @@ impl BorrowedFunction {
     /// The lease is over: when it returns, no load or store of it is under way and none begins.
     pub fn lose(&self, why: &str) {
         self.state.lose(why.to_owned());
+    }
+
+    pub(super) fn state(&self) -> &Arc<LeaseShared> {
+        &self.state
     }
 
     /// The lease.

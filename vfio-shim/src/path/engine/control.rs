@@ -8,7 +8,7 @@ use crate::model::{
     Access, Aperture, Bdf, DmaMap, Function, Memory, Runtime, Span, Task, WindowOffset,
 };
 use crate::ntb::NtbPort;
-use crate::path::borrower::{Answer, Call, LeaseStatus, Token};
+use crate::path::borrower::{Answer, Call, CallError, LeaseStatus, Token};
 use crate::path::core::{Action, CoreConfig, Event, Inbox, PortCore, SessionInfo};
 use crate::path::grant::{LeasePool, ToPool};
 use crate::path::lender::{JobId, OfferState, OfferStatus};
@@ -32,7 +32,8 @@ pub(crate) enum Input {
     Bell,
     LinkChange,
     Event(Event),
-    Call(Token, Call),
+    /// Of whoever holds the lease that it is about.
+    Call(Token, Call, Option<Arc<LeaseShared>>),
     Offer(
         Box<PoolEntry>,
         Arc<dyn Function>,
@@ -291,7 +292,11 @@ impl Control {
             Input::LinkChange if self.stopping => return,
             Input::LinkChange => Event::LinkChange(self.port.link_is_up()),
             Input::Event(event) => event,
-            Input::Call(token, call) => Event::Call(token, call),
+            Input::Call(token, call, Some(of)) if !self.is_held(&call, &of) => {
+                let over = "the lease is over: borrow the function again";
+                return self.answer(token, Err(CallError::Gone(over.to_owned())));
+            }
+            Input::Call(token, call, _) => Event::Call(token, call),
             Input::Offer(entry, function, reply) => {
                 let _ = reply.send(self.offer(*entry, function));
                 return;
@@ -407,8 +412,15 @@ impl Control {
         };
         if let Some(Ok(Answer::Borrowed(lease, _))) = unwanted {
             let token = self.shared.token();
-            let _ = self.inbox.send(Input::Call(token, Call::Return(lease)));
+            let _ = self
+                .inbox
+                .send(Input::Call(token, Call::Return(lease), None));
         }
+    }
+
+    fn is_held(&self, call: &Call, of: &Arc<LeaseShared>) -> bool {
+        let held = call.lease().and_then(|lease| self.borrowed(lease));
+        held.is_some_and(|held| Arc::ptr_eq(&held, of))
     }
 
     fn borrowed(&self, lease: LeaseId) -> Option<Arc<LeaseShared>> {

@@ -7,6 +7,7 @@
 //! 3. BAR slices out of the port's container: the peer reaches no register
 //! 4. reset, and what it is known to leave behind
 //! 5. guest RAM out of the function's container
+//! 6. a read through its window, which pushes its last writes before it
 
 use super::control::Input;
 use super::guest_maps::GuestMaps;
@@ -250,8 +251,17 @@ impl Executor {
             }
         }
         self.tell_maps();
+        self.drain();
         first?;
         Ok(WorkOutcome::Done)
+    }
+
+    /// What the function has written has arrived when this returns, as a read through its window
+    /// cannot pass it. Without it a confirmation could overtake a late write, which would land in
+    /// whatever the borrower put behind the window next. Over a cut cable it reads ones: then all
+    /// that was under way is lost.
+    fn drain(&self) {
+        let _ = self.port.window(0).read_u32(0);
     }
 
     fn irqs(&mut self, index: IrqIndex, enable: bool) -> Done {
@@ -301,6 +311,7 @@ impl Executor {
         self.command(COMMAND_BUS_MASTER, false)?;
         self.unmap_slices()?;
         self.put_back()?;
+        self.drain();
         self.map_slices()?;
         Ok(WorkOutcome::Done)
     }
@@ -329,6 +340,7 @@ impl Executor {
         self.path
             .take_if(|path| path.slices.is_empty() && path.maps.is_empty());
         self.tell_maps();
+        self.drain();
         irqs.and(bus_master).and(slices).and(reset).and(maps)
     }
 

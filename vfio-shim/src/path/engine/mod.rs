@@ -17,6 +17,8 @@ mod executor;
 mod forged_tests;
 mod guest_maps;
 mod irq;
+#[cfg(test)]
+mod late_tests;
 mod mapper;
 #[cfg(test)]
 mod order_tests;
@@ -302,14 +304,36 @@ impl Engine {
         }
     }
 
-    /// Ends a lease. The guest session must have ended.
+    /// Ends the lease that has this id now. The guest session must have ended.
     pub fn give_back(&self, lease: LeaseId) -> Result<(), CallError> {
+        let state = lock(&self.shared.borrowed).get(&lease).cloned();
+        self.end(lease, state.as_ref())
+    }
+
+    /// The same of a function of this process, whichever lease has its id now.
+    pub fn give_back_function(&self, function: &BorrowedFunction) -> Result<(), CallError> {
+        self.end(function.lease(), Some(function.state()))
+    }
+
+    pub(crate) fn end(
+        &self,
+        lease: LeaseId,
+        state: Option<&Arc<LeaseShared>>,
+    ) -> Result<(), CallError> {
         // Whoever still has its BARs reads ones before the lender gives the slices to another.
-        let state = lock(&self.shared.borrowed).remove(&lease);
         if let Some(state) = state {
             state.lose("the lease was given back".into());
         }
-        self.call(Call::Return(lease), RESET_WAIT_MS).map(|_| ())
+        let ended = self.call_of(state, Call::Return(lease), RESET_WAIT_MS);
+        let mut borrowed = lock(&self.shared.borrowed);
+        let held = borrowed.get(&lease);
+        if held
+            .zip(state)
+            .is_some_and(|(held, own)| Arc::ptr_eq(held, own))
+        {
+            borrowed.remove(&lease);
+        }
+        ended.map(|_| ())
     }
 
     pub(crate) fn runtime(&self) -> &Arc<dyn Runtime> {
@@ -322,10 +346,24 @@ impl Engine {
     }
 
     pub(crate) fn call(&self, call: Call, wait_ms: u64) -> CallReply {
+        self.call_of(None, call, wait_ms)
+    }
+
+    /// A call of whoever holds this lease. A lender may give the id of a lost lease to another: by
+    /// the id alone the call would reach that one.
+    pub(crate) fn call_of(
+        &self,
+        of: Option<&Arc<LeaseShared>>,
+        call: Call,
+        wait_ms: u64,
+    ) -> CallReply {
         let token = self.shared.token();
         let (reply, answer) = mpsc::channel();
         lock(&self.shared.calls).insert(token, reply);
-        let sent = self.inbox.send(Input::Call(token, call)).is_ok();
+        let sent = self
+            .inbox
+            .send(Input::Call(token, call, of.cloned()))
+            .is_ok();
         let runtime = &self.shared.runtime;
         let until_ms = runtime.now_ms().saturating_add(wait_ms);
         let result = match sent {

@@ -19,17 +19,23 @@ pub trait PathPort: Send + Sync {
     fn window_fd(&self) -> Option<(BorrowedFd<'_>, u64)>;
 }
 
-impl PathPort for Engine {
+/// The port of a worker in the port's own process.
+pub(super) struct InProcess {
+    pub(super) engine: Arc<Engine>,
+    pub(super) state: Arc<LeaseShared>,
+}
+
+impl PathPort for InProcess {
     fn call(&self, call: Call, wait_ms: u64) -> CallReply {
-        Engine::call(self, call, wait_ms)
+        self.engine.call_of(Some(&self.state), call, wait_ms)
     }
 
     fn window(&self, _bar: usize, slice: WindowOffset) -> (Arc<dyn Aperture>, u64) {
-        (self.port().window(0), slice.0)
+        (self.engine.port().window(0), slice.0)
     }
 
     fn window_fd(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        self.port().window_fd(0)
+        self.engine.port().window_fd(0)
     }
 }
 
@@ -79,7 +85,7 @@ impl Aperture for SliceAperture {
 }
 
 /// A borrowed lease with an open path, as the port keeps it for a worker in another process. What
-/// it does not do is end the lease: that is `Engine::give_back`.
+/// it does not do by itself is end the lease.
 pub struct BorrowedPath {
     engine: Arc<Engine>,
     lease: LeaseId,
@@ -134,6 +140,11 @@ impl BorrowedPath {
         &self.opened
     }
 
+    /// Ends the lease. The guest session must have ended.
+    pub fn give_back(&self) -> Result<(), CallError> {
+        self.engine.end(self.lease, Some(&self.state))
+    }
+
     /// Why the lease is lost, if it is.
     pub fn lost(&self) -> Option<String> {
         self.state.runtime.lock(&self.state.lost).clone()
@@ -172,7 +183,7 @@ impl BorrowedPath {
     fn call(&self, call: Call, wait_ms: u64) -> CallReply {
         match self.lost() {
             Some(why) => Err(CallError::Gone(why)),
-            None => self.engine.call(call, wait_ms),
+            None => self.engine.call_of(Some(&self.state), call, wait_ms),
         }
     }
 

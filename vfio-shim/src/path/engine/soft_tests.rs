@@ -40,7 +40,7 @@ pub(super) fn bdf() -> Bdf {
     "4a:00.1".parse().unwrap()
 }
 
-fn engine(link: &SoftLink, side: u8, lost_after_ms: u64) -> Arc<Engine> {
+pub(super) fn engine(link: &SoftLink, side: u8, lost_after_ms: u64) -> Arc<Engine> {
     let config = EngineConfig {
         name: format!("soft{side}"),
         node: u16::from(side) + 1,

@@ -1,0 +1,200 @@
+//! A host of the simulation: its port's engine, the functions it lends, and what its kernel does when they die.
+
+use crate::coroutine::{Pause, pause};
+use crate::random::Random;
+use crate::scheduler::{Process, Scheduler};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use vfio_shim::model::{AddressSpace, Bdf, Function, FunctionIds, IrqIndex, PortIova, Span};
+use vfio_shim::ntb::NtbPort;
+use vfio_shim::ntb::soft::{FaultPlan, SoftFunction, SoftHost, SoftPort, SoftSpace};
+use vfio_shim::path::{Engine, EngineConfig, PoolEntry, PoolState, VolatilePool};
+
+/// Each host's window.
+pub const WINDOW_BYTES: u64 = 64 << 20;
+/// Where it lies in the NTB's container.
+pub const WINDOW_BASE: PortIova = PortIova(1 << 32);
+/// The product's defaults.
+pub const HEARTBEAT_MS: u64 = 250;
+const LOST_AFTER_MS: u64 = 1500;
+/// Vectors of the engine function.
+const VECTORS: u16 = 3;
+const VRAM_BYTES: u64 = 1 << 20;
+
+/// A function of a host.
+pub struct Lent {
+    /// Its address.
+    pub bdf: Bdf,
+    /// The function.
+    pub soft: Arc<SoftFunction>,
+    /// Whether it is of an Arc's shape.
+    pub arc: bool,
+    /// How many vectors it has.
+    pub vectors: usize,
+    /// Whether the operator wants it offered.
+    pub wanted: bool,
+}
+
+impl Lent {
+    fn new(host: &Arc<SoftHost>, number: u8, arc: bool) -> Self {
+        let soft = match arc {
+            true => SoftFunction::arc_pro(VRAM_BYTES).expect("an Arc's memory"),
+            false => SoftFunction::new(ids(), VECTORS),
+        };
+        let soft = soft.in_host(Arc::clone(host));
+        let irqs = soft.info().irqs.iter();
+        let vectors = irqs.map(|irq| irq.count).max().unwrap_or(0) as usize;
+        Self {
+            bdf: format!("4a:00.{number}").parse().expect("an address"),
+            soft: Arc::new(soft),
+            arc,
+            vectors,
+            wanted: true,
+        }
+    }
+
+    /// As it stands in the pool.
+    pub fn entry(&self) -> PoolEntry {
+        let info = self.soft.info();
+        PoolEntry {
+            bdf: self.bdf,
+            ids: info.ids,
+            state: PoolState::Available,
+            irq_count: self.vectors as u32,
+            bar_bytes: info.regions[..6].iter().map(|region| region.size).sum(),
+            serial: 0,
+        }
+    }
+
+    /// BAR slices' bytes, and how many of the port's maps they are.
+    pub fn slices(&self) -> (u64, usize) {
+        let bars = &self.soft.info().regions[..6];
+        let areas = bars.iter().map(|bar| bar.areas.len()).sum();
+        (bars.iter().map(|bar| bar.size).sum(), areas)
+    }
+}
+
+fn ids() -> FunctionIds {
+    FunctionIds {
+        vendor: 0x5b1e,
+        device: 1,
+        ..FunctionIds::default()
+    }
+}
+
+/// A host.
+pub struct Host {
+    /// Which one.
+    pub side: usize,
+    /// Its power switch.
+    pub soft: Arc<SoftHost>,
+    /// Its end of the cable.
+    pub port: Arc<SoftPort>,
+    /// What it can lend.
+    pub functions: Vec<Lent>,
+    /// Its daemon's process.
+    pub process: Process,
+    /// Its daemon, while that lives.
+    pub engine: Option<Arc<Engine>>,
+    /// Whether it has power.
+    pub powered: bool,
+    /// Its kernel is still closing what the daemon had.
+    pub closing: Option<Arc<AtomicBool>>,
+    /// A map could not be taken away: until the daemon is started again, all figures are off.
+    pub tainted: bool,
+}
+
+impl Host {
+    /// With power, without a daemon.
+    pub fn new(side: usize, soft: Arc<SoftHost>, port: Arc<SoftPort>, process: Process) -> Self {
+        let functions = [(1, false), (2, true)];
+        let functions = functions.map(|(number, arc)| Lent::new(&soft, number, arc));
+        Self {
+            side,
+            soft,
+            port,
+            functions: functions.into(),
+            process,
+            engine: None,
+            powered: true,
+            closing: None,
+            tainted: false,
+        }
+    }
+
+    /// What people call it.
+    pub fn name(&self) -> &'static str {
+        ["host 4", "host 8"][self.side]
+    }
+
+    /// Starts a daemon's engine in a new process.
+    pub fn start(&mut self, scheduler: &mut Scheduler) {
+        self.process = scheduler.process(self.side);
+        let config = EngineConfig {
+            name: format!("h{}", self.side),
+            node: [4, 8][self.side],
+            window_base: WINDOW_BASE,
+            window_bytes: WINDOW_BYTES,
+            heartbeat_ms: HEARTBEAT_MS,
+            lost_after_ms: LOST_AFTER_MS,
+        };
+        self.port.reset();
+        let runtime = scheduler.runtime(self.process);
+        let port: Arc<dyn NtbPort> = self.port.clone();
+        let pool = Arc::new(VolatilePool::default());
+        self.engine = Some(Engine::start_on(runtime, port, config, pool).expect("an engine"));
+        self.tainted = false;
+    }
+
+    /// What the kernel does with the fds of a daemon that is gone: in the order of their numbers, so
+    /// that the NTB, which was opened first, is closed before the functions.
+    pub fn close_all(&mut self, scheduler: &mut Scheduler, random: &mut Random) {
+        let mut parts: Vec<Part> = vec![Part::Port(Arc::clone(&self.port))];
+        for lent in &self.functions {
+            lent.soft.arm(FaultPlan::default());
+            lent.soft.space().arm(FaultPlan::default());
+            parts.push(Part::Function(Arc::clone(&lent.soft)));
+        }
+        self.port.space().arm(FaultPlan::default());
+        for at in (2..parts.len()).rev() {
+            parts.swap(at, 1 + random.below(at));
+        }
+        let kernel = scheduler.process(self.side);
+        let close = move || parts.iter().for_each(Part::close);
+        self.closing = Some(scheduler.start(kernel, "kernel", Box::new(close)));
+    }
+}
+
+enum Part {
+    Port(Arc<SoftPort>),
+    Function(Arc<SoftFunction>),
+}
+
+impl Part {
+    /// VFIO, when the last fd is closed: interrupts and bus mastering off and a reset, then the
+    /// container's maps.
+    fn close(&self) {
+        pause(Pause::Ready);
+        match self {
+            Self::Port(port) => {
+                port.reset();
+                pause(Pause::Ready);
+                clear(port.space());
+            }
+            Self::Function(function) => {
+                for index in IrqIndex::ALL {
+                    let _ = function.disable_irqs(index);
+                }
+                pause(Pause::Ready);
+                function.reset().expect("a kernel's reset");
+                pause(Pause::Ready);
+                clear(function.space());
+            }
+        }
+    }
+}
+
+fn clear(space: &SoftSpace) {
+    let all = Span::new(0, u64::MAX).expect("a span");
+    space.unmap(all).expect("all maps go with their container");
+}

@@ -1,0 +1,428 @@
+//! Which thread runs next and what time it is: the simulation's own scheduler, clock and randomness.
+
+use crate::coroutine::{Pause, Thread, is_dying, is_inside, pause};
+use crate::random::Random;
+use crate::trace::Trace;
+use rustix::event::{EventfdFlags, eventfd};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vfio_shim::model::{Idle, Runtime, Task, Wait};
+
+/// A thread pauses before a port's or function's operation once in so many of them.
+const PREEMPT_ONCE_IN: usize = 12;
+/// Threads that wait for fds look once in so many steps, as long as others can run.
+const LOOK_AT_FDS_ONCE_IN: usize = 6;
+/// How the threads are called that write VMMs' eventfds.
+const SIGNALLER: &str = "irq-lease-";
+/// More steps without any time passing than threads that make progress can need.
+const STEPS_MAX: u64 = 400_000;
+
+/// Whose threads live and die together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// The host it runs on.
+    pub side: usize,
+    /// Which one.
+    pub number: u64,
+}
+
+struct Born {
+    process: Process,
+    name: String,
+    run: Box<dyn FnOnce() + Send>,
+    ended: Arc<AtomicBool>,
+}
+
+struct Timer {
+    process: Process,
+    every_ms: u64,
+    next_ms: u64,
+    fd: OwnedFd,
+}
+
+struct State {
+    now_ms: u64,
+    random: Random,
+    entropy: Random,
+    born: Vec<Born>,
+    timers: Vec<Timer>,
+    dead: Vec<Process>,
+}
+
+/// What the threads see of the scheduler.
+pub struct Core {
+    state: Mutex<State>,
+}
+
+impl Core {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A host's software is about to do something with a port or a function.
+    pub fn pace(&self) {
+        if is_inside() && !is_dying() && self.lock().random.once_in(PREEMPT_ONCE_IN) {
+            pause(Pause::Ready);
+        }
+    }
+
+    /// The clock.
+    pub fn now_ms(&self) -> u64 {
+        self.lock().now_ms
+    }
+}
+
+/// What the threads of one process stand on.
+pub struct ProcessRuntime {
+    core: Arc<Core>,
+    process: Process,
+}
+
+impl Runtime for ProcessRuntime {
+    fn now_ms(&self) -> u64 {
+        self.core.now_ms()
+    }
+
+    fn entropy(&self) -> u64 {
+        self.core.lock().entropy.draw()
+    }
+
+    fn spawn(&self, name: String, run: Box<dyn FnOnce() + Send>) -> io::Result<Task> {
+        let ended = Arc::new(AtomicBool::new(false));
+        let process = self.process;
+        let mut state = self.core.lock();
+        if state.dead.contains(&process) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        state.born.push(Born {
+            process,
+            name,
+            run,
+            ended: Arc::clone(&ended),
+        });
+        Ok(Task::new(move || {
+            wait_for(|| ended.load(Ordering::Acquire))
+        }))
+    }
+
+    fn timer(&self, every_ms: u64) -> io::Result<OwnedFd> {
+        let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let mut state = self.core.lock();
+        let next_ms = state.now_ms + every_ms;
+        state.timers.push(Timer {
+            process: self.process,
+            every_ms,
+            next_ms,
+            fd: fd.try_clone()?,
+        });
+        Ok(fd)
+    }
+
+    fn idle(&self, wait: Wait) -> Idle {
+        pause(Pause::Idle(wait));
+        Idle::Look
+    }
+}
+
+/// Lets others run until it is so. A thread that is killed does not wait.
+pub fn wait_for(mut so: impl FnMut() -> bool) {
+    let mut again = false;
+    while !so() && is_inside() && !is_dying() {
+        pause(Pause::Idle(Wait {
+            again,
+            ..Wait::default()
+        }));
+        again = true;
+    }
+}
+
+struct Running {
+    process: Process,
+    name: String,
+    thread: Thread,
+    ended: Arc<AtomicBool>,
+    /// The epoch in which it last looked and found nothing.
+    looked: u64,
+    until_ms: Option<u64>,
+    /// It waits for fds, and looks less often: each look is a system call.
+    fds: bool,
+    serial: u64,
+}
+
+/// All threads, and the clock.
+pub struct Scheduler {
+    core: Arc<Core>,
+    threads: Vec<Running>,
+    frozen: Vec<Process>,
+    frozen_sides: [bool; 2],
+    /// Goes on whenever something may have changed for a thread that found nothing.
+    epoch: u64,
+    serial_last: u64,
+    process_last: u64,
+    steps: u64,
+    idle_steps: u64,
+}
+
+impl Scheduler {
+    /// No threads yet; all that is random follows from `random`.
+    pub fn new(mut random: Random) -> Self {
+        let state = State {
+            now_ms: 0,
+            entropy: random.fork(),
+            random,
+            born: Vec::new(),
+            timers: Vec::new(),
+            dead: Vec::new(),
+        };
+        Self {
+            core: Arc::new(Core {
+                state: Mutex::new(state),
+            }),
+            threads: Vec::new(),
+            frozen: Vec::new(),
+            frozen_sides: [false; 2],
+            epoch: 1,
+            serial_last: 0,
+            process_last: 0,
+            steps: 0,
+            idle_steps: 0,
+        }
+    }
+
+    /// What threads see of it.
+    pub fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    /// A new process on a host.
+    pub fn process(&mut self, side: usize) -> Process {
+        self.process_last += 1;
+        let number = self.process_last;
+        Process { side, number }
+    }
+
+    /// What its threads stand on.
+    pub fn runtime(&self, process: Process) -> Arc<dyn Runtime> {
+        Arc::new(ProcessRuntime {
+            core: Arc::clone(&self.core),
+            process,
+        })
+    }
+
+    /// Starts a thread; the flag tells that it has ended, one way or the other.
+    pub fn start(
+        &mut self,
+        process: Process,
+        name: &str,
+        run: Box<dyn FnOnce()>,
+    ) -> Arc<AtomicBool> {
+        let ended = Arc::new(AtomicBool::new(false));
+        self.begin(process, name.to_owned(), run, Arc::clone(&ended));
+        ended
+    }
+
+    fn begin(
+        &mut self,
+        process: Process,
+        name: String,
+        run: Box<dyn FnOnce()>,
+        ended: Arc<AtomicBool>,
+    ) {
+        self.serial_last += 1;
+        self.threads.push(Running {
+            process,
+            name,
+            thread: Thread::new(run),
+            ended,
+            looked: 0,
+            until_ms: None,
+            fds: false,
+            serial: self.serial_last,
+        });
+    }
+
+    fn adopt(&mut self) {
+        let born = std::mem::take(&mut self.core.lock().born);
+        for born in born {
+            self.begin(born.process, born.name, born.run, born.ended);
+        }
+    }
+
+    fn is_frozen(&self, process: Process) -> bool {
+        self.frozen_sides[process.side] || self.frozen.contains(&process)
+    }
+
+    /// All of a host's software stands still, or goes on.
+    pub fn freeze_host(&mut self, side: usize, frozen: bool) {
+        self.frozen_sides[side] = frozen;
+        self.epoch += 1;
+    }
+
+    /// A process stands still, or goes on.
+    pub fn freeze(&mut self, process: Process, frozen: bool) {
+        self.frozen.retain(|other| *other != process);
+        if frozen {
+            self.frozen.push(process);
+        }
+        self.epoch += 1;
+    }
+
+    /// Whether a host stands still.
+    pub fn is_frozen_host(&self, side: usize) -> bool {
+        self.frozen_sides[side]
+    }
+
+    /// Whether any host does.
+    pub fn frozen_hosts(&self) -> bool {
+        self.frozen_sides != [false; 2]
+    }
+
+    /// Whether a process itself stands still.
+    pub fn is_stopped(&self, process: Process) -> bool {
+        self.frozen.contains(&process)
+    }
+
+    /// All processes go on.
+    pub fn thaw_all(&mut self) {
+        self.frozen.clear();
+        self.epoch += 1;
+    }
+
+    /// Whether something stands still.
+    pub fn any_frozen(&self) -> bool {
+        self.frozen_sides != [false; 2] || !self.frozen.is_empty()
+    }
+
+    /// A process is gone, wherever its threads were.
+    pub fn kill(&mut self, process: Process) {
+        self.adopt();
+        {
+            let mut state = self.core.lock();
+            state.dead.push(process);
+            state.timers.retain(|timer| timer.process != process);
+        }
+        self.frozen.retain(|other| *other != process);
+        let (dead, alive) = std::mem::take(&mut self.threads)
+            .into_iter()
+            .partition(|running| running.process == process);
+        self.threads = alive;
+        let dead: Vec<Running> = dead;
+        dead.iter()
+            .for_each(|running| running.ended.store(true, Ordering::Release));
+        drop(dead);
+        self.epoch += 1;
+    }
+
+    /// The clock.
+    pub fn now_ms(&self) -> u64 {
+        self.core.now_ms()
+    }
+
+    /// How many steps threads have made, looks that found nothing not counted.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Something changed from outside.
+    pub fn poke(&mut self) {
+        self.epoch += 1;
+    }
+
+    /// One thread runs until it pauses: whether it was one that signals guests. `None` when all
+    /// wait for time to pass.
+    pub fn step(&mut self, trace: &mut Trace) -> Option<bool> {
+        self.adopt();
+        let ready = |this: &Self, running: &Running| {
+            running.looked != this.epoch && !this.is_frozen(running.process)
+        };
+        let count = |fds: bool| {
+            let all = self.threads.iter().filter(|r| ready(self, r));
+            all.filter(|running| running.fds == fds).count()
+        };
+        let (many, many_fds) = (count(false), count(true));
+        if many + many_fds == 0 {
+            return None;
+        }
+        let mut state = self.core.lock();
+        let fds = many == 0 || many_fds != 0 && state.random.once_in(LOOK_AT_FDS_ONCE_IN);
+        let nth = state.random.below(if fds { many_fds } else { many });
+        drop(state);
+        let at = {
+            let all = (0..self.threads.len()).filter(|at| ready(self, &self.threads[*at]));
+            let mut all = all.filter(|at| self.threads[*at].fds == fds);
+            all.nth(nth).expect("counted just now")
+        };
+        let running = &mut self.threads[at];
+        let signals = running.name.starts_with(SIGNALLER);
+        let pause = running.thread.resume();
+        trace.mix(running.serial << 2 | u64::from(pause.is_none()));
+        let found_nothing = matches!(pause, Some(Pause::Idle(Wait { again: true, .. })));
+        match pause {
+            None => {
+                running.ended.store(true, Ordering::Release);
+                let ended = self.threads.remove(at);
+                drop(ended);
+            }
+            Some(Pause::Ready) => running.fds = false,
+            Some(Pause::Idle(wait)) => {
+                (running.until_ms, running.fds) = (wait.until_ms, wait.fds);
+                if found_nothing {
+                    running.looked = self.epoch;
+                }
+            }
+        }
+        if !found_nothing {
+            self.epoch += 1;
+            self.steps += 1;
+            self.idle_steps += 1;
+            let names = || self.names();
+            assert!(
+                self.idle_steps < STEPS_MAX,
+                "INVARIANT liveness: {} spin",
+                names()
+            );
+        }
+        Some(signals && !found_nothing)
+    }
+
+    fn names(&self) -> String {
+        let names: Vec<&str> = self.threads.iter().map(|r| r.name.as_str()).collect();
+        names.join(", ")
+    }
+
+    /// Time passes until the next timer or deadline, or `end_ms`. False when it was there already.
+    pub fn pass(&mut self, end_ms: u64) -> bool {
+        let now_ms = self.now_ms();
+        if now_ms >= end_ms {
+            return false;
+        }
+        self.idle_steps = 0;
+        let due = |running: &&Running| !self.is_frozen(running.process);
+        let waits = self.threads.iter().filter(due);
+        let deadlines = waits.filter_map(|running| running.until_ms);
+        let deadline_ms = deadlines.filter(|at| *at > now_ms).min();
+        let mut state = self.core.lock();
+        let timer_ms = state.timers.iter().map(|timer| timer.next_ms).min();
+        let next_ms = [Some(end_ms), deadline_ms, timer_ms];
+        state.now_ms = next_ms.into_iter().flatten().min().unwrap_or(end_ms);
+        let now_ms = state.now_ms;
+        for timer in state.timers.iter_mut().filter(|t| t.next_ms <= now_ms) {
+            timer.next_ms += timer.every_ms;
+            // Full only after 2^64 beats.
+            let _ = rustix::io::write(&timer.fd, &1u64.to_ne_bytes());
+        }
+        drop(state);
+        self.epoch += 1;
+        true
+    }
+}
+
+impl Drop for Scheduler {
+    fn drop(&mut self) {
+        for running in &self.threads {
+            running.ended.store(true, Ordering::Release);
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! What must hold: at every moment, and when all faults are over and all is quiet.
+
+use crate::guest::Life;
+use crate::host::{HEARTBEAT_MS, WINDOW_BYTES};
+use crate::memory::BLOCK_BYTES;
+use crate::rig::MAILBOX_BYTES;
+use crate::world::World;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use vfio_shim::model::{COMMAND, Function, RegionIndex};
+use vfio_shim::ntb::soft::{ARC_SCRATCH, SCRATCH};
+use vfio_shim::path::{OfferState, PortStatus};
+
+/// How long all may take to be quiet: the longest wait of the product, and then some.
+const QUIET_MS: u64 = 40_000;
+
+impl World {
+    /// What holds at every moment.
+    pub fn check_always(&mut self) {
+        if self.random.once_in(4) {
+            // Memory of guests that have ended is looked at when all is quiet.
+            let guests = self.guests.iter().map(|guest| guest.borrow());
+            let live = guests.filter(|guest| guest.life == Life::Running);
+            live.for_each(|guest| guest.ram.check());
+        }
+        self.check_scratch();
+        self.check_held_once();
+    }
+
+    /// A store into a function's register is of a guest that has the function still.
+    fn check_scratch(&self) {
+        for host in &self.hosts {
+            for lent in &host.functions {
+                let register = if lent.arc { ARC_SCRATCH } else { SCRATCH };
+                let bar = lent.soft.bar(RegionIndex(0)).expect("BAR0");
+                let value = bar.read_u64(register);
+                if value == 0 || value == u64::MAX {
+                    continue;
+                }
+                let guests = self.guests.iter().map(|guest| guest.borrow());
+                let mut owner = guests.filter(|guest| guest.serial == value >> 32);
+                let owner = owner.next().expect("only guests store");
+                let tag = owner.tags.iter().find(|(tag, _)| *tag == value);
+                let resets = tag.map(|(_, resets)| *resets);
+                assert!(
+                    Arc::ptr_eq(&owner.function, &lent.soft) && resets == Some(lent.soft.resets()),
+                    "INVARIANT store: {value:#x} of guest {} stands in {} of {} after {} resets, and was stored after {resets:?}",
+                    owner.serial,
+                    lent.bdf,
+                    host.name(),
+                    lent.soft.resets()
+                );
+            }
+        }
+    }
+
+    /// Of two borrowers' ends of one function, one at least is lost.
+    fn check_held_once(&self) {
+        for (at, one) in self.held.iter().enumerate() {
+            for other in &self.held[at + 1..] {
+                let same = (one.side, one.function) == (other.side, other.function);
+                assert!(
+                    !same,
+                    "INVARIANT lease: function {} is held twice: {} and {}",
+                    one.function, one.lease, other.lease
+                );
+            }
+        }
+    }
+
+    /// Ends all faults and waits until all is quiet.
+    pub fn settle(&mut self) {
+        self.trace.tell(3, || "all faults end".to_owned());
+        self.plan_nothing();
+        self.thaw_all();
+        let end_ms = self.scheduler.now_ms() + QUIET_MS;
+        loop {
+            self.revive();
+            self.run_for(HEARTBEAT_MS);
+            self.reap();
+            if self.is_quiet() {
+                break;
+            }
+            assert!(
+                self.scheduler.now_ms() < end_ms,
+                "INVARIANT liveness: {} are still under way after {QUIET_MS} ms without faults",
+                self.unquiet()
+            );
+        }
+        // A lost bell is found at a heartbeat, and an unmap told to the lender by then.
+        self.run_for(3 * HEARTBEAT_MS);
+        self.reap();
+    }
+
+    fn thaw_all(&mut self) {
+        (0..2).for_each(|side| self.scheduler.freeze_host(side, false));
+        self.scheduler.thaw_all();
+        if self.cut {
+            self.cut = false;
+            self.link.plug();
+        }
+        self.scheduler.poke();
+    }
+
+    fn revive(&mut self) {
+        for side in 0..2 {
+            if self.hosts[side].engine.is_none() && !self.is_closing(side) {
+                let name = self.hosts[side].name();
+                self.trace
+                    .tell(4, || format!("{name}: the daemon is started again"));
+                self.restart(side);
+            }
+        }
+    }
+
+    fn is_quiet(&mut self) -> bool {
+        let guests = self.guests.iter().all(|guest| {
+            let guest = guest.borrow();
+            guest.life == Life::Running && guest.commands.is_empty() && guest.doing.is_none()
+                || guest.life == Life::Ended && guest.undone
+        });
+        let up = self.hosts.iter().all(|host| host.engine.is_some());
+        self.verbs.is_empty() && self.orphans.is_empty() && guests && up && self.agreed()
+    }
+
+    fn unquiet(&mut self) -> String {
+        let verbs: Vec<_> = self.verbs.iter().map(|v| (v.side, v.kind)).collect();
+        let guests = self.guests.iter().map(|guest| guest.borrow());
+        let guests = guests.filter(|g| g.life != Life::Ended || !g.undone);
+        let guests: Vec<_> = guests
+            .map(|g| (g.serial, g.life, g.doing, g.undone))
+            .collect();
+        let orphans = self.orphans.len();
+        let links = [0, 1].map(|side| self.status(side).map(|status| status.link));
+        format!("verbs {verbs:?}, guests {guests:?}, {orphans} orphans, links {links:?}")
+    }
+
+    /// What `status` tells of a port.
+    pub fn status(&mut self, side: usize) -> Option<PortStatus> {
+        let engine = self.hosts[side].engine.clone()?;
+        let process = self.hosts[side].process;
+        self.run_in(process, "status", move || engine.status())
+    }
+
+    /// Both ports are in the same link session, or one of them must be started again.
+    fn agreed(&mut self) -> bool {
+        let [one, other] = [0, 1].map(|side| self.status(side).and_then(|status| status.session));
+        match (one, other) {
+            (Some(one), Some(other)) => {
+                one.info.session == other.info.session
+                    && one.info.peer_node.is_some()
+                    && other.info.peer_node.is_some()
+            }
+            _ => self.hosts.iter().any(|host| host.tainted),
+        }
+    }
+
+    /// What holds when all is quiet.
+    pub fn check_quiet(&mut self) {
+        self.trace
+            .tell(5, || "all is quiet, and is looked at".to_owned());
+        for guest in &self.guests {
+            guest.borrow_mut().ram.freeze_all();
+        }
+        self.check_scratch();
+        let lost = self.find_lost();
+        self.collect();
+        for (at, lost) in lost.iter().enumerate() {
+            if let (None, Some(guest)) = (lost, self.held[at].guest()) {
+                guest.borrow_mut().check_nothing_lost();
+            }
+        }
+        if self.hosts.iter().any(|host| host.tainted) {
+            return;
+        }
+        for side in 0..2 {
+            self.check_figures(side, &lost);
+        }
+    }
+
+    /// Why each lease is lost, if it is.
+    fn find_lost(&mut self) -> Vec<Option<String>> {
+        let mut lost = Vec::new();
+        for at in 0..self.held.len() {
+            let process = self.hosts[self.held[at].side].process;
+            let borrowed = Arc::clone(&self.held[at].borrowed);
+            lost.push(self.run_in(process, "lost", move || borrowed.lost()));
+        }
+        lost
+    }
+
+    /// The lender knows what the borrower knows, and both hosts have mapped just that.
+    fn check_figures(&mut self, side: usize, lost: &[Option<String>]) {
+        let name = self.hosts[side].name();
+        let status = self.status(side).expect("a daemon");
+        let live = || {
+            self.held
+                .iter()
+                .zip(lost)
+                .filter(|(_, lost)| lost.is_none())
+        };
+        let mut free = WINDOW_BYTES - MAILBOX_BYTES;
+        let mut maps = 1;
+        for (function, lent) in self.hosts[side].functions.iter().enumerate() {
+            let held = live().map(|(held, _)| held);
+            let mut held = held.filter(|held| held.side != side && held.function == function);
+            let held = held.next();
+            let offer = status.lent.iter().find(|l| l.offer.entry.bdf == lent.bdf);
+            let told = offer.map(|l| (l.offer.lease, l.offer.state.clone()));
+            let expected = match held {
+                Some(held) => Some((Some(held.lease), OfferState::Open)),
+                None => told.as_ref().map(|_| (None, OfferState::Available)),
+            };
+            assert_eq!(
+                told, expected,
+                "INVARIANT lease: {name} on function {function} (left), and its borrower (right)"
+            );
+            let of_function = lent.soft.space().maps().len();
+            let blocks = held.map_or(0, blocks);
+            assert_eq!(
+                of_function, blocks,
+                "INVARIANT leak: maps of function {function} of {name} (left), and its guest's (right)"
+            );
+            match held {
+                Some(_) => {
+                    let (bytes, areas) = lent.slices();
+                    free -= bytes;
+                    maps += areas;
+                }
+                None => self.check_power_on(side, function),
+            }
+        }
+        let mine = || {
+            live()
+                .map(|(held, _)| held)
+                .filter(|held| held.side == side)
+        };
+        let pinned: usize = mine().map(blocks).sum();
+        maps += pinned;
+        let port = self.hosts[side].port.space().maps().len();
+        assert_eq!(
+            port, maps,
+            "INVARIANT leak: maps of the port of {name} (left), and what is to be there (right)"
+        );
+        // What was set aside may be used or not.
+        if mine().all(|held| held.ram.is_none()) {
+            let free = free - pinned as u64 * BLOCK_BYTES;
+            assert_eq!(
+                status.window_free, free,
+                "INVARIANT leak: free bytes of the window of {name} (left), and what is to be free (right)"
+            );
+        }
+        let leases: Vec<_> = status.borrowed.iter().map(|lease| lease.lease).collect();
+        assert_eq!(
+            leases.len(),
+            mine().count(),
+            "INVARIANT lease: {name} holds {leases:?}"
+        );
+    }
+
+    /// A function that nobody has is as it was at power-on.
+    fn check_power_on(&self, side: usize, function: usize) {
+        let lent = &self.hosts[side].functions[function];
+        let name = self.hosts[side].name();
+        let mut command = [0; 2];
+        let config = RegionIndex::CONFIG;
+        let read = lent.soft.region_read(config, COMMAND as u64, &mut command);
+        read.expect("config space");
+        let bar = lent.soft.bar(RegionIndex(0)).expect("BAR0");
+        let registers = [8, 16, 24, 32, 40, 48].map(|at| bar.read_u64(at));
+        let dark = registers == [0; 6] || registers == [u64::MAX; 6];
+        assert!(
+            command[0] & 4 == 0 && lent.soft.triggers() == 0 && dark,
+            "INVARIANT undo: function {function} of {name} is not as at power-on: command {command:x?}, {} triggers, registers {registers:x?}",
+            lent.soft.triggers()
+        );
+    }
+
+    /// What must not be relied on any more is started again.
+    pub fn clean_up(&mut self) {
+        for side in 0..2 {
+            if self.hosts[side].tainted {
+                self.kill(side);
+            }
+        }
+        if self.hosts.iter().any(|host| host.engine.is_none()) {
+            self.settle();
+        }
+    }
+
+    /// All is given back and ended; nothing may be left.
+    pub fn end(&mut self) {
+        self.trace.tell(6, || "all is given back".to_owned());
+        (0..self.held.len()).for_each(|at| self.give_back(at));
+        self.settle();
+        assert!(
+            self.held.is_empty(),
+            "INVARIANT leak: leases are held after `return`"
+        );
+        self.check_quiet();
+        self.clean_up();
+        for side in 0..2 {
+            let engine = self.hosts[side].engine.take().expect("a daemon");
+            let process = self.hosts[side].process;
+            self.run_in(process, "stop", move || engine.stop());
+        }
+        assert_eq!(
+            self.maps(),
+            0,
+            "INVARIANT leak: maps after the end of both daemons"
+        );
+        for host in &self.hosts {
+            for lent in &host.functions {
+                assert_eq!(
+                    Arc::strong_count(&lent.soft),
+                    1 + self.users(&lent.soft),
+                    "INVARIANT leak: a function is held by somebody"
+                );
+            }
+        }
+    }
+
+    fn users(&self, soft: &Arc<vfio_shim::ntb::soft::SoftFunction>) -> usize {
+        let guests = self.guests.iter().map(|guest| guest.borrow());
+        guests
+            .filter(|guest| Arc::ptr_eq(&guest.function, soft))
+            .count()
+    }
+}
+
+/// Blocks that the device of a held function has.
+fn blocks(held: &crate::lease::Held) -> usize {
+    let running = held
+        .vmm
+        .as_ref()
+        .filter(|vmm| !vmm.ended.load(Ordering::Acquire));
+    running.map_or(0, |vmm| {
+        let guest = vmm.guest.borrow();
+        match guest.life == Life::Running && guest.master {
+            true => guest.mapped.iter().filter(|m| **m == Some(true)).count(),
+            false => 0,
+        }
+    })
+}

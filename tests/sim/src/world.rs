@@ -1,0 +1,460 @@
+//! Two hosts, the cable between them, their operators, VMMs and guests; and how time passes for all of them.
+
+use crate::guest::{Guest, Life, Tally};
+use crate::host::{Host, WINDOW_BYTES};
+use crate::lease::{Borrow, Held, Kind, Outcome, Verb, Vmm};
+use crate::random::Random;
+use crate::scheduler::{Process, Scheduler, wait_for};
+use crate::table::Table;
+use crate::trace::Trace;
+use crate::vmm;
+use rustix::event::{EventfdFlags, eventfd};
+use std::cell::RefCell;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use vfio_shim::model::Function;
+use vfio_shim::ntb::soft::{FaultPlan, SoftHost, SoftLink, SoftPortConfig};
+use vfio_shim::path::Engine;
+use vmm_glue::vfio_user::{Endpoint, MemoryCheck, Options, SessionShared};
+
+/// All of a simulation.
+pub struct World {
+    /// Who runs next.
+    pub scheduler: Scheduler,
+    /// What happened.
+    pub trace: Trace,
+    /// What the schedule chooses by.
+    pub random: Random,
+    /// The cable.
+    pub link: SoftLink,
+    /// Both ends.
+    pub hosts: [Host; 2],
+    /// What is borrowed.
+    pub held: Vec<Held>,
+    /// Verbs under way.
+    pub verbs: Vec<Verb>,
+    /// All guests that ever were, whose memory must stay as it is.
+    pub guests: Vec<Rc<RefCell<Guest>>>,
+    /// VMMs whose function is gone.
+    pub orphans: Vec<Vmm>,
+    /// How often the link went down by a hand.
+    pub downs: u64,
+    /// A borrow was refused: there is something to wait for.
+    pub refused: bool,
+    /// Whether the cable is out.
+    pub cut: bool,
+    /// Operations and the faults they met.
+    pub table: Table,
+    dir: PathBuf,
+    sockets: u64,
+    guests_last: u64,
+}
+
+impl World {
+    /// Both daemons run, all functions are offered. `holding` is the kind of stores that the fabric
+    /// can hold back at all.
+    pub fn new(mut random: Random, holding: FaultPlan, trace: Trace, dir: &Path) -> Self {
+        let mut scheduler = Scheduler::new(random.fork());
+        let hosts = [0, 1].map(|_| {
+            let core = Arc::clone(scheduler.core());
+            SoftHost::paced(move || core.pace())
+        });
+        let config = SoftPortConfig {
+            window_bytes: [WINDOW_BYTES; 2],
+        };
+        let link = SoftLink::between(hosts.clone(), [config; 2], holding).expect("a link");
+        link.arm(FaultPlan::default()).expect("no faults");
+        let mut side = 0;
+        let hosts = hosts.map(|soft| {
+            let process = scheduler.process(side);
+            side += 1;
+            Host::new(side - 1, soft, link.port(side - 1), process)
+        });
+        let mut world = Self {
+            scheduler,
+            trace,
+            random,
+            link,
+            hosts,
+            held: Vec::new(),
+            verbs: Vec::new(),
+            guests: Vec::new(),
+            orphans: Vec::new(),
+            downs: 0,
+            refused: false,
+            cut: false,
+            table: Table::default(),
+            dir: dir.to_owned(),
+            sockets: 0,
+            guests_last: 0,
+        };
+        (0..2).for_each(|side| world.start(side));
+        world
+    }
+
+    /// Starts a host's daemon, which offers what was offered before.
+    pub fn start(&mut self, side: usize) {
+        self.hosts[side].start(&mut self.scheduler);
+        for function in 0..self.hosts[side].functions.len() {
+            if self.hosts[side].functions[function].wanted {
+                self.lend(side, function);
+            }
+        }
+    }
+
+    /// One thread runs until it pauses; signals that it gave are looked at before anybody else runs.
+    fn step(&mut self) -> bool {
+        let Some(signaller) = self.scheduler.step(&mut self.trace) else {
+            return false;
+        };
+        if signaller {
+            self.collect();
+        }
+        true
+    }
+
+    /// Takes all signals.
+    pub fn collect(&mut self) {
+        let downs = self.all_downs();
+        for guest in &self.guests {
+            let mut guest = guest.borrow_mut();
+            guest.downs = downs;
+            if guest.life == Life::Running {
+                guest.collect();
+            }
+        }
+    }
+
+    fn all_downs(&self) -> u64 {
+        self.downs + self.table.flaps(&self.link.struck())
+    }
+
+    /// Tells guests how often the link has gone down.
+    pub fn tell_downs(&mut self) {
+        let downs = self.all_downs();
+        for guest in &self.guests {
+            guest.borrow_mut().downs = downs;
+        }
+    }
+
+    /// Threads run until all wait, at most so many steps.
+    pub fn run_steps(&mut self, steps: u64) {
+        let end = self.scheduler.steps() + steps;
+        while self.scheduler.steps() < end && self.step() {}
+    }
+
+    /// This much time passes.
+    pub fn run_for(&mut self, ms: u64) {
+        let end_ms = self.scheduler.now_ms() + ms;
+        loop {
+            while self.step() {}
+            if !self.scheduler.pass(end_ms) {
+                return;
+            }
+            self.trace.at(self.scheduler.now_ms());
+        }
+    }
+
+    /// Runs something that waits as a thread of a host's daemon, until it has ended.
+    pub fn run_in<T: 'static>(
+        &mut self,
+        process: Process,
+        what: &str,
+        run: impl FnOnce() -> T + 'static,
+    ) -> T {
+        let slot = Rc::new(RefCell::new(None));
+        let theirs = Rc::clone(&slot);
+        let run = move || {
+            let value = run();
+            *theirs.borrow_mut() = Some(value);
+        };
+        let ended = self.scheduler.start(process, what, Box::new(run));
+        let end_ms = self.scheduler.now_ms() + 60_000;
+        while !ended.load(Ordering::Acquire) {
+            let on = self.step() || self.scheduler.pass(end_ms);
+            assert!(on, "INVARIANT liveness: {what} does not end in a minute");
+            self.trace.at(self.scheduler.now_ms());
+        }
+        slot.take().expect("its value")
+    }
+
+    fn verb(
+        &mut self,
+        (side, kind, function): (usize, Kind, usize),
+        ram: Option<u64>,
+        run: impl FnOnce(Arc<Engine>) -> Outcome + 'static,
+    ) {
+        let Some(engine) = self.hosts[side].engine.clone() else {
+            return;
+        };
+        let outcome = Rc::new(RefCell::new(None));
+        let theirs = Rc::clone(&outcome);
+        let run = move || {
+            let value = run(engine);
+            *theirs.borrow_mut() = Some(value);
+        };
+        let process = self.hosts[side].process;
+        let ended = self.scheduler.start(process, "verb", Box::new(run));
+        self.verbs.push(Verb {
+            side,
+            kind,
+            function,
+            ram,
+            outcome,
+            ended,
+        });
+    }
+
+    /// `available`.
+    pub fn lend(&mut self, side: usize, function: usize) {
+        let lent = &mut self.hosts[side].functions[function];
+        lent.wanted = true;
+        let (entry, soft) = (lent.entry(), Arc::clone(&lent.soft));
+        self.verb((side, Kind::Lend, function), None, move |engine| {
+            let function: Arc<dyn Function> = soft;
+            Outcome::Lent(engine.offer(entry, function))
+        });
+    }
+
+    /// `unavailable`.
+    pub fn unlend(&mut self, side: usize, function: usize) {
+        let bdf = self.hosts[side].functions[function].bdf;
+        self.verb((side, Kind::Unlend, function), None, move |engine| {
+            Outcome::Lent(engine.withdraw(bdf))
+        });
+    }
+
+    /// `borrow` of a function of the other host.
+    pub fn borrow(&mut self, side: usize, function: usize, ram: Option<u64>) {
+        let bdf = self.hosts[1 - side].functions[function].bdf;
+        self.verb((side, Kind::Borrow, function), ram, move |engine| {
+            Outcome::Borrowed(engine.borrow(bdf, ram))
+        });
+    }
+
+    /// `return`: ends the guest session, then the lease.
+    pub fn give_back(&mut self, at: usize) {
+        let held = &mut self.held[at];
+        held.returning = true;
+        let (lease, side, function) = (held.lease, held.side, held.function);
+        let (stop, ended) = (Arc::clone(&held.stop), Arc::clone(&held.worker_ended));
+        let borrowed = Arc::clone(&held.borrowed);
+        self.verb((side, Kind::Return(lease), function), None, move |engine| {
+            let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
+            wait_for(|| ended.load(Ordering::Acquire));
+            let lost = borrowed.lost().is_some();
+            Outcome::Returned(match lost {
+                true => Ok(()),
+                false => engine.give_back_function(&borrowed),
+            })
+        });
+    }
+
+    /// Takes the answers of verbs.
+    pub fn reap(&mut self) {
+        let (ended, verbs) = std::mem::take(&mut self.verbs)
+            .into_iter()
+            .partition(|verb| verb.ended.load(Ordering::Acquire));
+        self.verbs = verbs;
+        let ended: Vec<Verb> = ended;
+        for verb in ended {
+            let Some(outcome) = verb.outcome.take() else {
+                continue;
+            };
+            let host = self.hosts[verb.side].name();
+            let kind = verb.kind;
+            match outcome {
+                Outcome::Borrowed(result) => {
+                    self.borrowed((verb.side, verb.function, verb.ram), result);
+                }
+                Outcome::Returned(result) => {
+                    self.trace.tell(u64::from(result.is_ok()), || {
+                        format!("{host}: {kind:?} is answered: {result:?}")
+                    });
+                    self.drop_held(|held| matches!(kind, Kind::Return(lease) if held.side == verb.side && held.lease == lease && held.function == verb.function));
+                }
+                Outcome::Lent(result) => {
+                    self.trace.tell(u64::from(result.is_ok()), || {
+                        format!(
+                            "{host}: {kind:?} of function {} is answered: {result:?}",
+                            verb.function
+                        )
+                    });
+                    if verb.kind == Kind::Unlend && result.is_ok() {
+                        self.hosts[verb.side].functions[verb.function].wanted = false;
+                    }
+                }
+            }
+        }
+        self.undo_guests();
+    }
+
+    /// Forgets borrowed functions; their VMMs live on without.
+    pub fn drop_held(&mut self, which: impl Fn(&Held) -> bool) {
+        let (gone, held) = std::mem::take(&mut self.held).into_iter().partition(which);
+        self.held = held;
+        let gone: Vec<Held> = gone;
+        for held in gone {
+            self.orphans.extend(held.vmm);
+        }
+    }
+
+    fn borrowed(&mut self, (side, function, ram): (usize, usize, Option<u64>), result: Borrow) {
+        let host = self.hosts[side].name();
+        let (lease, borrowed) = match result {
+            Ok((lease, _, borrowed)) => (lease, borrowed),
+            Err(error) => {
+                self.trace
+                    .tell(2, || format!("{host}: borrow is refused: {error}"));
+                self.refused = true;
+                return;
+            }
+        };
+        self.trace.tell(lease.0, || {
+            format!("{host}: function {function} is borrowed, lease {lease}")
+        });
+        self.sockets += 1;
+        let socket = self.dir.join(format!("{}.sock", self.sockets));
+        let endpoint = Endpoint::bind(&socket).expect("a socket");
+        let shared = Arc::new(SessionShared::default());
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let stop = Arc::new(eventfd(0, flags).expect("an eventfd"));
+        let process = self.hosts[side].process;
+        let options = Options {
+            memory_check: MemoryCheck::Off,
+            runtime: self.scheduler.runtime(process),
+            ..Options::default()
+        };
+        let served: Arc<dyn Function> = borrowed.clone();
+        let (theirs, stopped) = (Arc::clone(&shared), Arc::clone(&stop));
+        let serve = move || {
+            // An error means that the function serves nobody else, and none is served here.
+            let _ = endpoint.serve(&served, &options, stopped.as_fd(), &theirs);
+        };
+        let worker_ended = self.scheduler.start(process, "worker", Box::new(serve));
+        self.held.push(Held {
+            side,
+            function,
+            lease,
+            borrowed,
+            socket,
+            shared,
+            stop,
+            worker_ended,
+            ram,
+            vmm: None,
+            returning: false,
+        });
+    }
+
+    /// A VMM starts and connects.
+    pub fn connect(&mut self, at: usize) {
+        let held = &self.held[at];
+        let (side, function, socket) = (held.side, held.function, held.socket.clone());
+        let lent = &self.hosts[1 - side].functions[function];
+        self.guests_last += 1;
+        let guest = Guest::new(
+            self.guests_last,
+            Arc::clone(&lent.soft),
+            lent.arc,
+            lent.vectors,
+        );
+        let guest = Rc::new(RefCell::new(guest));
+        let theirs = Rc::clone(&guest);
+        let process = self.scheduler.process(side);
+        let run = move || vmm::run(&theirs, &socket);
+        let ended = self.scheduler.start(process, "vmm", Box::new(run));
+        self.guests.push(Rc::clone(&guest));
+        let new = Vmm {
+            process,
+            guest,
+            ended,
+        };
+        let old = self.held[at].vmm.replace(new);
+        self.orphans.extend(old);
+    }
+
+    /// Where all of a guest's session is undone, nothing arrives in its memory any more.
+    pub fn undo_guests(&mut self) {
+        for held in &self.held {
+            if let Some(vmm) = &held.vmm
+                && vmm.ended.load(Ordering::Acquire)
+                && held.is_undone()
+            {
+                vmm.guest.borrow_mut().undo();
+            }
+        }
+        // Without its worker, a guest's session is undone when its host's kernel has closed all.
+        let closing = [0, 1].map(|side| {
+            let closing = &self.hosts[side].closing;
+            closing.as_ref().is_some_and(|c| !c.load(Ordering::Acquire))
+        });
+        self.orphans.retain(|vmm| {
+            let over = vmm.ended.load(Ordering::Acquire) && !closing[vmm.process.side];
+            if over {
+                vmm.guest.borrow_mut().undo();
+            }
+            !over
+        });
+    }
+
+    /// What was counted by all guests.
+    pub fn tally(&self) -> Tally {
+        let mut sum = Tally::default();
+        for guest in &self.guests {
+            let tally = guest.borrow().tally;
+            sum.raises += tally.raises;
+            sum.signals += tally.signals;
+            sum.looked += tally.looked;
+            sum.turns += tally.turns;
+        }
+        sum
+    }
+
+    /// Whether anything is mapped by anybody.
+    pub fn maps(&self) -> usize {
+        let functions = self.hosts.iter().flat_map(|host| &host.functions);
+        let of_functions: usize = functions.map(|f| f.soft.space().maps().len()).sum();
+        let ports = self.hosts.iter().map(|host| host.port.space().maps().len());
+        ports.sum::<usize>() + of_functions
+    }
+
+    /// A host's daemon is killed where it stands; its kernel closes what it had.
+    pub fn kill(&mut self, side: usize) {
+        let process = self.hosts[side].process;
+        self.scheduler.kill(process);
+        self.hosts[side].engine = None;
+        self.verbs.retain(|verb| verb.side != side);
+        self.drop_held(|held| held.side == side);
+        self.downs += 1;
+        self.hosts[side].close_all(&mut self.scheduler, &mut self.random);
+    }
+
+    /// A host loses power, with all that runs on it.
+    pub fn power_off(&mut self, side: usize) {
+        self.hosts[side].soft.stop();
+        self.hosts[side].powered = false;
+        let mine = |vmm: &&Vmm| vmm.process.side == side;
+        let vmms = self.held.iter().filter_map(|held| held.vmm.as_ref());
+        let vmms = vmms.chain(&self.orphans).filter(mine);
+        let dead: Vec<_> = vmms
+            .map(|vmm| (vmm.process, Rc::clone(&vmm.guest)))
+            .collect();
+        for (process, guest) in dead {
+            self.scheduler.kill(process);
+            guest.borrow_mut().end();
+        }
+        self.kill(side);
+    }
+
+    /// What both kernels still have to do is done.
+    pub fn is_closing(&self, side: usize) -> bool {
+        let closing = &self.hosts[side].closing;
+        closing
+            .as_ref()
+            .is_some_and(|closed| !closed.load(Ordering::Acquire))
+    }
+}
