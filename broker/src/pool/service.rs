@@ -6,9 +6,8 @@ use super::record::{FunctionKey, JournalEntry};
 use super::store::{LeaseStore, StoreError};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use vfio_shim::model::Bdf;
+use std::time::{SystemTime, UNIX_EPOCH};
+use vfio_shim::model::{Bdf, OsRuntime, Runtime, Task};
 use vfio_shim::path::grant::{PortLine, ToPool, ToPort};
 use vfio_shim::path::{LeasePool, Refusal, RefusalCode};
 
@@ -32,30 +31,40 @@ enum Input {
 /// The pool at work, in a thread of its own. Dropped after the ports: it writes down their ends.
 pub struct PoolService {
     inbox: mpsc::Sender<Input>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<Task>>,
+    runtime: Arc<dyn Runtime>,
 }
 
 struct Thread<S> {
     pool: Pool<S>,
     lines: HashMap<String, Arc<PortLine>>,
-    start: Instant,
+    runtime: Arc<dyn Runtime>,
 }
 
 impl PoolService {
     /// Reads the store and starts the thread.
     pub fn start<S: LeaseStore + 'static>(store: S, ttl_ms: u64) -> Result<Self, StoreError> {
+        Self::start_on(Arc::new(OsRuntime), store, ttl_ms)
+    }
+
+    /// The same on another runtime than the operating system's.
+    pub fn start_on<S: LeaseStore + 'static>(
+        runtime: Arc<dyn Runtime>,
+        store: S,
+        ttl_ms: u64,
+    ) -> Result<Self, StoreError> {
         let thread = Thread {
             pool: Pool::open(store, ttl_ms)?,
             lines: HashMap::new(),
-            start: Instant::now(),
+            runtime: Arc::clone(&runtime),
         };
         let (inbox, inputs) = mpsc::channel();
-        let builder = std::thread::Builder::new().name("pool".into());
-        let spawned = builder.spawn(move || thread.run(&inputs));
+        let spawned = runtime.spawn("pool".into(), Box::new(move || thread.run(&inputs)));
         let thread = spawned.map_err(|source| StoreError::failed("served", source))?;
         Ok(Self {
             inbox,
-            thread: Some(thread),
+            thread: Mutex::new(Some(thread)),
+            runtime,
         })
     }
 
@@ -77,7 +86,7 @@ impl PoolService {
     pub fn status(&self) -> Option<PoolStatus> {
         let (reply, answer) = mpsc::channel();
         self.inbox.send(Input::Status(reply)).ok()?;
-        answer.recv().ok()
+        self.runtime.receive(&answer, None).ok()
     }
 
     /// The newest moves, oldest first.
@@ -86,15 +95,20 @@ impl PoolService {
         let (reply, answer) = mpsc::channel();
         let sent = self.inbox.send(Input::Journal(most, reply));
         sent.map_err(|_| StoreError::failed("read", "the pool has stopped"))?;
-        answer.recv().map_err(stopped)?
+        let answered = self.runtime.receive(&answer, None);
+        answered.map_err(stopped)?
     }
 }
 
 impl Drop for PoolService {
     fn drop(&mut self) {
         let _ = self.inbox.send(Input::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(thread) = thread.take() {
+            thread.join();
         }
     }
 }
@@ -127,12 +141,7 @@ impl<S: LeaseStore> Thread<S> {
 
     /// Sleeps for ever while nothing is due.
     fn wait(&self, inputs: &mpsc::Receiver<Input>) -> Result<Input, mpsc::RecvTimeoutError> {
-        let Some(due_ms) = self.pool.next_ms() else {
-            let gone = |_| mpsc::RecvTimeoutError::Disconnected;
-            return inputs.recv().map_err(gone);
-        };
-        let left_ms = due_ms.saturating_sub(self.now().ms);
-        inputs.recv_timeout(Duration::from_millis(left_ms))
+        self.runtime.receive(inputs, self.pool.next_ms())
     }
 
     fn handle(&mut self, event: Event) {
@@ -147,7 +156,7 @@ impl<S: LeaseStore> Thread<S> {
     fn now(&self) -> Now {
         let unix = SystemTime::now().duration_since(UNIX_EPOCH);
         Now {
-            ms: self.start.elapsed().as_millis() as u64,
+            ms: self.runtime.now_ms(),
             unix_ms: unix.map_or(0, |unix| unix.as_millis() as u64),
         }
     }

@@ -16,7 +16,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("tests/lab/contracts", &["vfio-shim"]),
     ("tests/lab/runner", &["lab-agent"]),
     ("tests/fuzz", &["sublet", "vfio-shim", "vmm-glue"]),
-    ("tests/sim", &["vfio-shim", "vmm-glue"]),
+    ("tests/sim", &["sublet", "vfio-shim", "vmm-glue"]),
 ];
 
 const DEPENDENCIES: [&str; 3] = ["dependencies", "dev-dependencies", "build-dependencies"];

@@ -2,6 +2,7 @@
 
 use crate::table::Trouble;
 use crate::world::World;
+use sublet::pool::When;
 use vfio_shim::ntb::soft::{CHANCE_ONE, Fault, FaultPlan};
 
 /// Of which kind a fabric is: what stores it can hold back at all.
@@ -107,12 +108,31 @@ impl World {
         });
     }
 
+    /// A plan for a host's disk: now and then one write of a lease fails.
+    pub fn plan_store(&mut self) {
+        let side = self.random.below(2);
+        let nth = self.random.below(8) as u64;
+        let when = [When::Before, When::After][self.random.below(2)];
+        let wanted = self.random.once_in(2);
+        self.note_struck();
+        let host = &mut self.hosts[side];
+        match wanted {
+            true => host.disk.plan(nth, when),
+            false => host.disk.plan_nothing(),
+        }
+        let name = host.name();
+        self.trace.tell(nth, || {
+            format!("{name}: write {nth} fails {when:?} it reached the disk: {wanted}")
+        });
+    }
+
     /// No faults any more.
     pub fn plan_nothing(&mut self) {
         self.note_struck();
         self.table.rearmed(LINK);
         self.link.arm(FaultPlan::default()).expect("no faults");
         for side in 0..2 {
+            self.hosts[side].disk.plan_nothing();
             self.hosts[side].port.space().arm(FaultPlan::default());
             self.table.rearmed(port_plan(side));
             for function in 0..self.hosts[side].functions.len() {
@@ -140,6 +160,12 @@ impl World {
                 of_function.extend(self.table.struck(function_plan(side, function), own));
                 self.taint(&of_function);
                 new.extend(of_function);
+            }
+        }
+        for side in 0..2 {
+            if let Some((trouble, count)) = self.hosts[side].disk.struck() {
+                self.table.meet(trouble, count);
+                new.push((trouble, count));
             }
         }
         for (trouble, count) in new {

@@ -1,14 +1,16 @@
 //! A host of the simulation: its port's engine, the functions it lends, and what its kernel does when they die.
 
 use crate::coroutine::{Pause, pause};
+use crate::pool::{Disk, Watched};
 use crate::random::Random;
 use crate::scheduler::{Process, Scheduler};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use sublet::pool::PoolService;
 use vfio_shim::model::{AddressSpace, Bdf, Function, FunctionIds, IrqIndex, PortIova, Span};
 use vfio_shim::ntb::NtbPort;
 use vfio_shim::ntb::soft::{FaultPlan, SoftFunction, SoftHost, SoftPort, SoftSpace};
-use vfio_shim::path::{Engine, EngineConfig, PoolEntry, PoolState, VolatilePool};
+use vfio_shim::path::{Engine, EngineConfig, LeasePool, PoolEntry, PoolState};
 
 /// Each host's window.
 pub const WINDOW_BYTES: u64 = 64 << 20;
@@ -17,6 +19,7 @@ pub const WINDOW_BASE: PortIova = PortIova(1 << 32);
 /// The product's defaults.
 pub const HEARTBEAT_MS: u64 = 250;
 const LOST_AFTER_MS: u64 = 1500;
+const LEASE_TTL_MS: u64 = 60_000;
 /// Vectors of the engine function.
 const VECTORS: u16 = 3;
 const VRAM_BYTES: u64 = 1 << 20;
@@ -96,6 +99,10 @@ pub struct Host {
     pub process: Process,
     /// Its daemon, while that lives.
     pub engine: Option<Arc<Engine>>,
+    /// Its daemon's pool, while that lives.
+    pub pool: Option<PoolService>,
+    /// Where that writes leases down: it stays when the daemon ends.
+    pub disk: Disk,
     /// Whether it has power.
     pub powered: bool,
     /// Its kernel is still closing what the daemon had.
@@ -116,6 +123,8 @@ impl Host {
             functions: functions.into(),
             process,
             engine: None,
+            pool: None,
+            disk: Disk::default(),
             powered: true,
             closing: None,
             tainted: false,
@@ -141,8 +150,13 @@ impl Host {
         self.port.reset();
         let runtime = scheduler.runtime(self.process);
         let port: Arc<dyn NtbPort> = self.port.clone();
-        let pool = Arc::new(VolatilePool::default());
+        let store = self.disk.open();
+        let service = PoolService::start_on(Arc::clone(&runtime), store, LEASE_TTL_MS);
+        let service = service.expect("a pool");
+        let pool: Arc<dyn LeasePool> = Arc::new(Watched::new(service.port("ntb0"), &self.disk));
         self.engine = Some(Engine::start_on(runtime, port, config, pool).expect("an engine"));
+        service.settle();
+        self.pool = Some(service);
         self.tainted = false;
     }
 

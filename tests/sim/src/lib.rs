@@ -1,9 +1,9 @@
 //! Two hosts in one process: a rig of threads for single tests, and the deterministic simulator.
 //!
 //! ```text
-//! seed -> schedule -> world: hosts, cable, VMMs, guests -> scheduler -> the product's own threads
+//! seed -> schedule -> world: hosts, disks, cable, VMMs, guests -> scheduler -> the product's own threads
 //! ```
-//! The simulator runs the product's engine, guest sessions and soft fabric on a `Runtime` of its own:
+//! The simulator runs the product's engine, lease pool, guest sessions and soft fabric on a `Runtime` of its own:
 //! every thread is a coroutine, and which one runs next follows from the seed.
 
 pub mod coroutine;
@@ -13,6 +13,7 @@ pub mod host;
 pub mod lease;
 pub mod memory;
 pub mod ops;
+pub mod pool;
 pub mod random;
 pub mod rig;
 pub mod runs;

@@ -109,6 +109,7 @@ fn drive(world: &mut World, fabric: Fabric) {
     for step in 1..=STEPS_MIN {
         if step % 25 == 1 {
             world.plan_link(fabric);
+            world.plan_store();
             if failing {
                 world.plan_failures();
             }

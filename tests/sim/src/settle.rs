@@ -7,9 +7,9 @@ use crate::rig::MAILBOX_BYTES;
 use crate::world::World;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vfio_shim::model::{COMMAND, Function, RegionIndex};
+use vfio_shim::model::{Bdf, COMMAND, Function, RegionIndex};
 use vfio_shim::ntb::soft::{ARC_SCRATCH, SCRATCH};
-use vfio_shim::path::{OfferState, PortStatus};
+use vfio_shim::path::{LeaseId, OfferState, PortStatus};
 
 /// How long all may take to be quiet: the longest wait of the product, and then some.
 const QUIET_MS: u64 = 40_000;
@@ -215,6 +215,7 @@ impl World {
                 told, expected,
                 "INVARIANT lease: {name} on function {function} (left), and its borrower (right)"
             );
+            self.check_stored(side, lent.bdf, held.map(|held| held.lease));
             let of_function = lent.soft.space().maps().len();
             let blocks = held.map_or(0, blocks);
             assert_eq!(
@@ -255,6 +256,17 @@ impl World {
             leases.len(),
             mine().count(),
             "INVARIANT lease: {name} holds {leases:?}"
+        );
+    }
+
+    /// The store holds a function's lease just as long as its borrower does.
+    fn check_stored(&self, side: usize, bdf: Bdf, held: Option<LeaseId>) {
+        let host = &self.hosts[side];
+        let stored = host.disk.holder(bdf);
+        let name = host.name();
+        assert_eq!(
+            stored, held,
+            "INVARIANT store: the lease of {bdf} in the store of {name} (left), and its borrower's (right)"
         );
     }
 
@@ -302,7 +314,15 @@ impl World {
         for side in 0..2 {
             let engine = self.hosts[side].engine.take().expect("a daemon");
             let process = self.hosts[side].process;
-            self.run_in(process, "stop", move || engine.stop());
+            let pool = self.hosts[side].pool.take();
+            self.run_in(process, "stop", move || {
+                engine.stop();
+                // It writes down what the port's end means for its leases.
+                drop(pool);
+            });
+            for lent in &self.hosts[side].functions {
+                self.check_stored(side, lent.bdf, None);
+            }
         }
         assert_eq!(
             self.maps(),

@@ -87,6 +87,8 @@ pub enum Trouble {
     SetIrqsFails,
     ResetFails,
     ConfigFails,
+    StoreFails,
+    StoreUnsure,
     HostFrozen,
     VmmFrozen,
     HostDown,
@@ -95,7 +97,7 @@ pub enum Trouble {
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::BellLost,
         Self::BellLate,
         Self::StoreHeld,
@@ -107,6 +109,8 @@ impl Trouble {
         Self::SetIrqsFails,
         Self::ResetFails,
         Self::ConfigFails,
+        Self::StoreFails,
+        Self::StoreUnsure,
         Self::HostFrozen,
         Self::VmmFrozen,
         Self::HostDown,
@@ -270,6 +274,6 @@ mod tests {
         let empty = table.empty();
         assert!(empty.contains(&(Op::Lend, Trouble::BellLate)));
         assert!(!empty.contains(&(Op::Borrow, Trouble::BellLate)));
-        assert_eq!(empty.len(), 28 * 15 - 4);
+        assert_eq!(empty.len(), 28 * 17 - 4);
     }
 }

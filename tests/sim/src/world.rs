@@ -427,6 +427,7 @@ impl World {
         let process = self.hosts[side].process;
         self.scheduler.kill(process);
         self.hosts[side].engine = None;
+        self.hosts[side].pool = None;
         self.verbs.retain(|verb| verb.side != side);
         self.drop_held(|held| held.side == side);
         self.downs += 1;
