@@ -122,7 +122,10 @@ fn run_as(
         ..Since::default()
     };
     if workers == Workers::Processes {
-        let what = "the worker is in its sandbox, with no door to the NTB";
+        let what = match trapped {
+            true => "the worker is in its sandbox, with no door to the NTB",
+            false => "the worker is in its sandbox, with no more of the NTB than its VMM gets",
+        };
         checks.check(what, || worker_holds_no_door(&attached, trapped));
     }
     works(checks, &attached, &since, trapped)?;
