@@ -60,7 +60,7 @@ pub(super) struct Borrowed {
 impl Borrowed {
     /// Ends the guest session and gives the lease back.
     pub(super) fn end(mut self) -> Option<CallError> {
-        self.worker.take()?.end(&self.engine, self.lease)
+        self.worker.take()?.end(&self.engine)
     }
 
     /// Why the lease is lost, if it is.
@@ -102,11 +102,11 @@ impl LocalHost {
                 held.map(|held| {
                     held.lost = Some(why);
                     held.worker = None;
-                    (Arc::clone(&held.engine), held.lease)
+                    Arc::clone(&held.engine)
                 })
             };
-            if let Some((engine, lease)) = ended {
-                worker.end(&engine, lease);
+            if let Some(engine) = ended {
+                worker.end(&engine);
             }
         }
     }

@@ -184,7 +184,6 @@ pub(super) fn start(
     let (ready, readiness) = mpsc::channel();
     let thread = Thread {
         worker: Arc::clone(&worker),
-        engine: Arc::clone(engine),
         endpoint,
         ready: Some(ready),
         map: None,
@@ -199,13 +198,13 @@ pub(super) fn start(
     );
     match readiness.recv_timeout(READY_WAIT) {
         Ok(Ok(())) => Ok(worker),
-        Ok(Err(why)) => Err(fail(&worker, engine, why)),
-        Err(_) => Err(fail(&worker, engine, "it does not answer".into())),
+        Ok(Err(why)) => Err(fail(&worker, why)),
+        Err(_) => Err(fail(&worker, "it does not answer".into())),
     }
 }
 
-fn fail(worker: &WorkerProcess, engine: &Engine, why: String) -> StartError {
-    if let Some(error) = worker.end(engine) {
+fn fail(worker: &WorkerProcess, why: String) -> StartError {
+    if let Some(error) = worker.end() {
         tracing::error!(%error, "a lease whose worker did not begin could not be given back");
     }
     StartError::NotReady(why)
@@ -243,7 +242,6 @@ fn orders(
 /// The thread that starts and serves one worker.
 struct Thread {
     worker: Arc<WorkerProcess>,
-    engine: Arc<Engine>,
     endpoint: Endpoint,
     ready: Option<mpsc::Sender<Result<(), String>>>,
     /// A map call whose last part has not come yet.
@@ -322,7 +320,7 @@ impl Thread {
         self.tell_ready(Err(why));
         if !owner && self.worker.path.lost().is_none() {
             // The path is closed and the function reset: what the worker cannot do any more.
-            if let Err(error) = self.engine.give_back(self.worker.path.lease()) {
+            if let Err(error) = self.worker.path.give_back() {
                 tracing::error!(%error, "the lease of a dead worker was not given back");
             }
         }
@@ -588,7 +586,7 @@ impl WorkerProcess {
     }
 
     /// Ends the worker, and then the lease, where that has not ended already.
-    pub(super) fn end(&self, engine: &Engine) -> Option<CallError> {
+    pub(super) fn end(&self) -> Option<CallError> {
         self.ending.store(true, Ordering::SeqCst);
         let over = self.ended().is_some() && self.path.lost().is_some();
         self.kill();
@@ -599,7 +597,7 @@ impl WorkerProcess {
         if over || self.path.lost().is_some() {
             return None;
         }
-        engine.give_back(self.lease()).err()
+        self.path.give_back().err()
     }
 }
 

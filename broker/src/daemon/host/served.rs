@@ -131,17 +131,17 @@ impl Server {
     }
 
     /// Ends the guest session, and the lease where that has not ended.
-    pub(super) fn end(&self, engine: &Engine, lease: LeaseId) -> Option<CallError> {
+    pub(super) fn end(&self, engine: &Engine) -> Option<CallError> {
         match self {
             Self::Thread(thread) => {
                 let lost = thread.function.lost().is_some();
                 thread.end();
                 match lost {
                     true => None,
-                    false => engine.give_back(lease).err(),
+                    false => engine.give_back_function(&thread.function).err(),
                 }
             }
-            Self::Process(worker) => worker.end(engine),
+            Self::Process(worker) => worker.end(),
         }
     }
 }
