@@ -4,7 +4,7 @@
 mod soft;
 
 use rustix::process::Signal;
-use soft::{Rig, Vmm, descriptors, lives, signal, status, until};
+use soft::{Rig, Vmm, descriptors, freeze, lives, signal, status, until};
 use std::{
     env, fs,
     io::{BufRead, BufReader},
@@ -179,7 +179,7 @@ fn frozen_worker_goes_on_where_it_stood() {
     let mut vmm = Vmm::start(&rig).unwrap();
     vmm.copy(1).unwrap();
     let pid = rig.worker().pid;
-    signal(pid, Signal::STOP);
+    freeze(pid);
     let silent = until("a silent worker", || {
         Some(rig.borrowed()).filter(|b| b.state == "silent")
     });
@@ -197,7 +197,7 @@ fn frozen_worker_of_a_lost_lease_is_ended_before_anything_goes_on() {
     let mut vmm = Vmm::start(&rig).unwrap();
     vmm.copy(1).unwrap();
     let pid = rig.worker().pid;
-    signal(pid, Signal::STOP);
+    freeze(pid);
     rig.link.cut();
     until("an ended worker", || (!lives(pid)).then_some(()));
     rig.link.plug();
@@ -383,7 +383,7 @@ fn life(rig: &Rig) -> Result<(), String> {
     let pid = rig.worker().pid;
     let mut vmm = Vmm::start(rig)?;
     vmm.work()?;
-    signal(pid, Signal::STOP);
+    freeze(pid);
     until("a silent worker", || {
         (rig.borrowed().state == "silent").then_some(())
     });

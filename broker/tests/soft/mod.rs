@@ -243,13 +243,26 @@ pub fn signal(pid: u32, signal: Signal) {
     kill_process(pid, signal).unwrap();
 }
 
+/// Stops the process, and returns when all its threads stand still: until one of them has taken
+/// the signal, the others go on.
+pub fn freeze(pid: u32) {
+    signal(pid, Signal::STOP);
+    until("a frozen process", || {
+        let mut tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+        let frozen = tasks.all(|task| state(&task.unwrap().path().join("stat")) == Some('T'));
+        frozen.then_some(())
+    });
+}
+
+/// The state of a process or thread, as proc(5) tells it.
+fn state(stat: &Path) -> Option<char> {
+    let stat = fs::read_to_string(stat).unwrap_or_default();
+    stat.rsplit(") ").next()?.chars().next()
+}
+
 /// Whether the process is there and no zombie.
 pub fn lives(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let state = stat
-        .rsplit(") ")
-        .next()
-        .and_then(|rest| rest.chars().next());
+    let state = state(Path::new(&format!("/proc/{pid}/stat")));
     state.is_some_and(|state| state != 'Z')
 }
 
