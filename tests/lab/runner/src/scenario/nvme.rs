@@ -123,8 +123,10 @@ fn run_as(
     };
     if workers == Workers::Processes {
         let what = match trapped {
-            true => "the worker is in its sandbox, with no door to the NTB",
-            false => "the worker is in its sandbox, with no more of the NTB than its VMM gets",
+            Trapped::All => "the worker is in its sandbox, with no door to the NTB",
+            Trapped::None => {
+                "the worker is in its sandbox, with no more of the NTB than its VMM gets"
+            }
         };
         checks.check(what, || worker_holds_no_door(&attached, trapped));
     }
