@@ -2,11 +2,14 @@
 //!
 //! `cargo bench -p vmm-glue --bench register_read -- [--short] [--check] [--baseline SOCKET]`
 //!
-//! The VMM's end is plain and blocking in all of them, and thinks by sleeping.
+//! Two VMMs read through the server: one on this crate's client, which waits awake for a reply
+//! where that pays, as the server does for the next request; and one that sleeps until its reply
+//! is there, as QEMU's and cloud-hypervisor's clients do. The second keeps one of the two wake-ups
+//! that the echo is made of, whatever the server does. All think by sleeping.
 
 mod vmm;
 
-use bench_report::{Child, Paired, Report, Role, Rounds, Switches, cpu_ns, paired, time_ns};
+use bench_report::{Child, Report, Role, Rounds, Switches, cpu_ns, paired, time_ns};
 use criterion::Criterion;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io::{Read, Write};
@@ -17,19 +20,20 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::{JoinHandle, sleep, spawn};
 use std::time::Duration;
-use vfio_shim::model::{Function, FunctionIds};
+use vfio_shim::model::{Function, FunctionIds, RegionIndex};
 use vfio_shim::ntb::soft::{IDENT_VALUE, SoftFunction};
 use vmm::{DECODE, Vmm, access, message};
 use vmm_glue::vfio_user::wire::{Command, Header, RegionAccess};
-use vmm_glue::vfio_user::{Endpoint, EndpointError, Options, SessionShared};
+use vmm_glue::vfio_user::{Client, Endpoint, EndpointError, Options, SessionShared};
 use zerocopy::IntoBytes;
 
 const REQUEST_BYTES: usize = size_of::<Header>() + size_of::<RegionAccess>();
 const REPLY_BYTES: usize = REQUEST_BYTES + 4;
 const IDLE_WORKERS: usize = 16;
-const MICROSECOND: Duration = Duration::from_micros(1);
 /// The most that the ratio to the blocking echo may be.
 const LIMIT_BUSY: f64 = 0.4;
+/// The same where the VMM sleeps: half of the echo is left, and what the server does.
+const LIMIT_ASLEEP: f64 = 0.75;
 const LIMIT_SLOW: f64 = 1.1;
 /// The most that the idle workers may use of one core together, percent.
 const LIMIT_IDLE: f64 = 1.0;
@@ -37,13 +41,32 @@ const LIMIT_IDLE: f64 = 1.0;
 const WARM_UP: usize = 16;
 
 /// A VMM that reads one register.
-struct Reader {
+trait Reads {
+    fn read(&mut self) -> u32;
+
+    /// So many reads, each after a think time.
+    fn reads(&mut self, count: usize, think: Duration) -> Vec<u64> {
+        let mut one = || {
+            if !think.is_zero() {
+                sleep(think);
+            }
+            time_ns(|| {
+                self.read();
+            })
+        };
+        let all: Vec<u64> = (0..WARM_UP + count).map(|_| one()).collect();
+        all[WARM_UP..].to_vec()
+    }
+}
+
+/// One that sleeps until its reply is there.
+struct Sleeper {
     vmm: Vmm,
     request: [u8; REQUEST_BYTES],
     reply: [u8; REPLY_BYTES],
 }
 
-impl Reader {
+impl Sleeper {
     fn new(vmm: Vmm) -> Self {
         let request = message(Command::RegionRead, access(0, 0, 4).as_bytes());
         Self {
@@ -59,28 +82,37 @@ impl Reader {
         vmm.command(DECODE);
         Self::new(vmm)
     }
+}
 
-    fn read(&mut self) {
+impl Reads for Sleeper {
+    fn read(&mut self) -> u32 {
         let stream = &mut self.vmm.stream;
         stream.write_all(&self.request).expect("a request is sent");
         stream.read_exact(&mut self.reply).expect("a reply comes");
-    }
-
-    fn value(&self) -> u32 {
         let data = &self.reply[REQUEST_BYTES..];
         u32::from_le_bytes(data.try_into().expect("four bytes"))
     }
+}
 
-    /// So many reads, each after a think time.
-    fn reads(&mut self, count: usize, think: Duration) -> Vec<u64> {
-        let mut one = || {
-            if !think.is_zero() {
-                sleep(think);
-            }
-            time_ns(|| self.read())
-        };
-        let all: Vec<u64> = (0..WARM_UP + count).map(|_| one()).collect();
-        all[WARM_UP..].to_vec()
+/// One on this crate's client.
+struct OnClient(Client);
+
+impl OnClient {
+    fn connect(socket: &Path) -> Self {
+        let client = Client::connect(socket).expect("a server");
+        let decode = DECODE.to_le_bytes();
+        let written = client.region_write(RegionIndex::CONFIG, 4, &decode);
+        written.expect("the function's memory is decoded");
+        Self(client)
+    }
+}
+
+impl Reads for OnClient {
+    fn read(&mut self) -> u32 {
+        let mut data = [0; 4];
+        let read = self.0.region_read(RegionIndex(0), 0, &mut data);
+        read.expect("a register is read");
+        u32::from_le_bytes(data)
     }
 }
 
@@ -116,7 +148,9 @@ fn echo(socket: &Path, role: &Role) {
 fn play(role: &Role) {
     let servers: Vec<Server> = match role.name.as_str() {
         "echo" => return echo(&role.socket, role),
-        "server" => vec![serve(&role.socket)],
+        "server" => (0..2)
+            .map(|at| serve(&numbered(&role.socket, at)))
+            .collect(),
         _ => (0..IDLE_WORKERS)
             .map(|at| serve(&numbered(&role.socket, at)))
             .collect(),
@@ -132,11 +166,21 @@ struct Bench {
     switches: Switches,
     report: Report,
     server: Child,
-    vmm: Reader,
-    echo: Reader,
-    other: Option<Reader>,
+    vmm: OnClient,
+    sleeper: Sleeper,
+    echo: Sleeper,
+    other: Option<OnClient>,
     _echo: Child,
     dir: tempfile::TempDir,
+}
+
+/// One of the figures: how long the VMM thinks, in words too, the most that the ratio may be for
+/// both VMMs, and how much is measured.
+struct Figure<'a> {
+    think: Duration,
+    words: &'a str,
+    limits: (f64, f64),
+    rounds: Rounds,
 }
 
 impl Bench {
@@ -145,43 +189,66 @@ impl Bench {
         let (at, beside) = (dir.path().join("server"), dir.path().join("echo"));
         let server = Child::start("server", &at);
         let echo_child = Child::start("echo", &beside);
-        let mut vmm = Reader::agreed(&at);
-        vmm.read();
-        assert_eq!(vmm.value(), IDENT_VALUE, "the register is read");
+        let mut vmm = OnClient::connect(&numbered(&at, 0));
+        let mut sleeper = Sleeper::agreed(&numbered(&at, 1));
+        assert_eq!(vmm.read(), IDENT_VALUE, "the register is read");
+        assert_eq!(sleeper.read(), IDENT_VALUE, "the register is read");
         let other = switches
             .baseline
             .as_ref()
-            .map(|at| Reader::agreed(Path::new(at)));
+            .map(|at| OnClient::connect(Path::new(at)));
         Self {
             switches,
             report: Report::default(),
             server,
             vmm,
-            echo: Reader::new(Vmm::connect(&beside)),
+            sleeper,
+            echo: Sleeper::new(Vmm::connect(&beside)),
             other,
             _echo: echo_child,
             dir,
         }
     }
 
-    fn pair(&mut self, rounds: Rounds, think: Duration) -> Paired {
-        let (vmm, echo) = (&mut self.vmm, &mut self.echo);
-        let figure = |count| vmm.reads(count, think);
-        paired(rounds, figure, |count| echo.reads(count, think))
+    fn figure<'a>(&self, us: u64, words: &'a str, full: (usize, usize)) -> Figure<'a> {
+        let (rounds, samples) = self.switches.pick(full, (full.0, full.1 / 2));
+        Figure {
+            think: Duration::from_micros(us),
+            words,
+            limits: match us {
+                0..1_000 => (LIMIT_BUSY, LIMIT_ASLEEP),
+                _ => (LIMIT_SLOW, LIMIT_SLOW),
+            },
+            rounds: Rounds { rounds, samples },
+        }
     }
 
-    fn read_after(&mut self, think: Duration, words: &str, limit: f64, full: (usize, usize)) {
-        let (rounds, samples) = self.switches.pick(full, (full.0, full.1 / 2));
-        let rounds = Rounds { rounds, samples };
-        let pair = self.pair(rounds, think);
+    fn measure(&mut self, figure: &Figure<'_>) {
+        let (think, words, rounds) = (figure.think, figure.words, figure.rounds);
+        let echo = &mut self.echo;
+        let mut beside = |vmm: &mut dyn FnMut(usize) -> Vec<u64>| {
+            paired(rounds, vmm, |count| echo.reads(count, think))
+        };
+        let pair = beside(&mut |count| self.vmm.reads(count, think));
         let what = format!("register read, {words}");
-        self.report.pair(&what, "blocking echo", &pair, Some(limit));
-        let before = cpu_ns(self.server.id());
+        let limit = Some(figure.limits.0);
+        self.report.pair(&what, "blocking echo", &pair, limit);
+        let pair = beside(&mut |count| self.sleeper.reads(count, think));
+        let what = format!("register read by a VMM that sleeps, {words}");
+        let limit = Some(figure.limits.1);
+        self.report.pair(&what, "blocking echo", &pair, limit);
+        let (server, samples) = (self.server.id(), rounds.samples);
+        let before = (cpu_ns(server), cpu_ns(std::process::id()));
         self.vmm.reads(samples, think);
-        let spent = (cpu_ns(self.server.id()) - before) as f64;
-        let each = spent / (samples + WARM_UP) as f64;
-        let what = format!("CPU of the server for 1,000 reads, {words}");
-        self.report.number(&what, each * 1000.0 / 1e6, "ms", None);
+        let spent = [
+            ("server", cpu_ns(server) - before.0),
+            ("VMM", cpu_ns(std::process::id()) - before.1),
+        ];
+        for (whose, spent) in spent {
+            let each = spent as f64 / (samples + WARM_UP) as f64;
+            let what = format!("CPU of the {whose} for 1,000 reads, {words}");
+            self.report.number(&what, each * 1000.0 / 1e6, "ms", None);
+        }
         if let Some(other) = &mut self.other {
             let vmm = &mut self.vmm;
             let figure = |count| vmm.reads(count, think);
@@ -195,8 +262,8 @@ impl Bench {
     fn idle(&mut self) {
         let at = self.dir.path().join("idle");
         let child = Child::start("idle", &at);
-        let mut vmms: Vec<Reader> = (0..IDLE_WORKERS)
-            .map(|nth| Reader::agreed(&numbered(&at, nth)))
+        let mut vmms: Vec<Sleeper> = (0..IDLE_WORKERS)
+            .map(|nth| Sleeper::agreed(&numbered(&at, nth)))
             .collect();
         for vmm in &mut vmms {
             vmm.reads(64, Duration::ZERO);
@@ -210,7 +277,7 @@ impl Bench {
         self.report
             .number(&what, used * 100.0 / took as f64, "%", Some(LIMIT_IDLE));
         let words = format!("no think time, beside {IDLE_WORKERS} idle workers");
-        self.read_after(Duration::ZERO, &words, LIMIT_BUSY, (7, 2000));
+        self.measure(&self.figure(0, &words, (7, 2000)));
     }
 
     fn criterion(&mut self) {
@@ -238,19 +305,13 @@ fn main() -> ExitCode {
     if !switches.short {
         bench.criterion();
     }
-    bench.read_after(Duration::ZERO, "no think time", LIMIT_BUSY, (15, 3000));
-    bench.read_after(
-        200 * MICROSECOND,
-        "200 us think time",
-        LIMIT_BUSY,
-        (11, 400),
-    );
-    bench.read_after(
-        10_000 * MICROSECOND,
-        "10 ms think time",
-        LIMIT_SLOW,
-        (9, 60),
-    );
+    for (us, words, full) in [
+        (0, "no think time", (15, 3000)),
+        (200, "200 us think time", (11, 400)),
+        (10_000, "10 ms think time", (9, 60)),
+    ] {
+        bench.measure(&bench.figure(us, words, full));
+    }
     bench.idle();
     bench.report.end(&switches)
 }

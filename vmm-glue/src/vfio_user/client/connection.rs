@@ -1,11 +1,12 @@
 //! A client's connection: one command, one reply, all bounded; what goes wrong in the stream ends it for good.
 
+use crate::vfio_user::spin::{Pause, Spin, SpinPolicy, spinners_max};
 use crate::vfio_user::version::MSG_FDS_MAX;
 use crate::vfio_user::wire::{
     Command, FLAG_ERROR, FLAG_REPLY, HEADER_BYTES, Header, MESSAGE_MAX, Version,
 };
 use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, sendmsg};
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::{MaybeUninit, size_of};
@@ -13,7 +14,8 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use zerocopy::{FromBytes, FromZeros, IntoBytes};
+use vfio_shim::model::{OsRuntime, Runtime};
+use zerocopy::{FromBytes, IntoBytes};
 
 /// How long a reply may take: a reset of the lender's can take 15 s.
 const REPLY_WAIT: Duration = Duration::from_secs(30);
@@ -21,6 +23,8 @@ const REPLY_WAIT: Duration = Duration::from_secs(30);
 const MINOR: u16 = 1;
 /// How many DMA maps a server takes that does not say (vfio-user 0.9.2, section "Version").
 const MAPS_DEFAULT: u32 = 65_535;
+/// Room for most replies: one look at the socket brings them whole.
+const REPLY_BYTES: usize = 512;
 
 /// Why a client could not connect to a server.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +77,10 @@ struct Capabilities {
 pub(super) struct Connection {
     stream: UnixStream,
     next_id: u16,
+    /// How long replies usually take, and so whether to wait awake for the next one: a trapped
+    /// access holds its vCPU up, and a wake-up is most of what it takes.
+    policy: SpinPolicy,
+    spinners_max: usize,
     /// Why it is over.
     over: Option<String>,
 }
@@ -90,6 +98,8 @@ impl Connection {
         let mut this = Self {
             stream,
             next_id: 0,
+            policy: SpinPolicy::default(),
+            spinners_max: spinners_max(),
             over: None,
         };
         let maps_max = this.agree()?;
@@ -194,26 +204,79 @@ impl Connection {
     }
 
     fn receive(&mut self, id: u16, command: Command) -> Result<Vec<u8>, Failed> {
-        let mut header = Header::new_zeroed();
-        let read = self.stream.read_exact(header.as_mut_bytes());
-        read.map_err(|error| over(&error))?;
+        let mut room = [0; REPLY_BYTES];
+        let mut held = 0;
+        while held < HEADER_BYTES {
+            held += self.some(&mut room[held..]).map_err(|error| over(&error))?;
+        }
+        let (header, rest) = Header::ref_from_prefix(&room[..held])
+            .map_err(|_| Failed::Gone("a reply without a header".to_owned()))?;
         let bytes = header.size.get() as usize;
         let ours = header.id.get() == id && header.command.get() == command as u16;
-        let flags = header.flags.get();
-        if !ours || flags & FLAG_REPLY == 0 || !(HEADER_BYTES..=MESSAGE_MAX).contains(&bytes) {
+        let (flags, errno) = (header.flags.get(), header.errno.get());
+        let whole = (HEADER_BYTES..=MESSAGE_MAX).contains(&bytes) && held <= bytes;
+        if !ours || flags & FLAG_REPLY == 0 || !whole {
             return Err(Failed::Gone(format!(
                 "it answered {command:?} with a message that is no reply to it"
             )));
         }
         let mut body = vec![0; bytes - HEADER_BYTES];
-        let read = self.stream.read_exact(&mut body);
+        let (first, last) = body.split_at_mut(rest.len());
+        first.copy_from_slice(rest);
+        let read = self.stream.read_exact(last);
         read.map_err(|error| over(&error))?;
         match flags & FLAG_ERROR {
             0 => Ok(body),
             _ => Err(Failed::Refused(Errno::from_raw_os_error(
-                header.errno.get().min(i32::MAX as u32) as i32,
+                errno.min(i32::MAX as u32) as i32,
             ))),
         }
+    }
+
+    /// Waits for bytes, awake where that pays.
+    fn some(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        let since = OsRuntime.spin_clock_ns();
+        let bytes = match self.some_awake(room, since)? {
+            Some(bytes) => bytes,
+            None => self.some_asleep(room)?,
+        };
+        if let Some((since, now)) = since.zip(OsRuntime.spin_clock_ns()) {
+            self.policy.gap(now.saturating_sub(since));
+        }
+        match bytes {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            bytes => Ok(bytes),
+        }
+    }
+
+    fn some_asleep(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.stream.read(room) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// None when it is not worth it any longer.
+    fn some_awake(&mut self, room: &mut [u8], since: Option<u64>) -> io::Result<Option<usize>> {
+        let mut spin = since.and_then(|since| Spin::begin(&self.policy, since, self.spinners_max));
+        while let Some(awake) = &mut spin {
+            match recv(&self.stream, &mut *room, RecvFlags::DONTWAIT) {
+                Ok((bytes, _)) => return Ok(Some(bytes)),
+                Err(Errno::AGAIN | Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            match awake.pause(&OsRuntime) {
+                Pause::Again => {}
+                Pause::Over => spin = None,
+                Pause::Contended => {
+                    self.policy.contended();
+                    spin = None;
+                }
+            }
+        }
+        Ok(None)
     }
 }
 
