@@ -109,7 +109,7 @@ fn worker(borrowed: &BorrowedStatus) -> Option<String> {
 }
 
 /// What of a port is in quarantine, in words; `None` = nothing.
-fn held_back(held: &PortQuarantine) -> Option<String> {
+pub(super) fn held_back(held: &PortQuarantine) -> Option<String> {
     let slices = (held.slices != 0).then(|| match held.slices {
         1 => "1 slice".to_owned(),
         count => format!("{count} slices"),

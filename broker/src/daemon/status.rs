@@ -292,4 +292,7 @@ pub struct QuarantinedFunction {
     pub fdid: FdidText,
     /// Why, and what would free it.
     pub reason: String,
+    /// For how long.
+    #[serde(default)]
+    pub for_ms: Option<u64>,
 }

@@ -78,7 +78,7 @@ impl Functions for One {
         Ok(OpenFunction {
             function,
             serial: 0,
-            kept: Box::new(()),
+            keep: vfio_shim::path::Keep::default(),
         })
     }
 }

@@ -106,6 +106,8 @@ pub enum Action {
     Answer(Token, Result<super::borrower::Answer, CallError>),
     /// A borrowed lease is over.
     Lost(LeaseId, String),
+    /// An offered function is to be closed for good: the kernel waits for it.
+    Gone(Bdf),
 }
 
 /// The open session.
@@ -230,6 +232,7 @@ impl PortCore {
     /// One event, at `now_ms` of a monotonic clock.
     pub fn handle(&mut self, event: Event, now_ms: u64) -> Vec<Action> {
         let mut out = Vec::new();
+        self.lender.tick(now_ms);
         match event {
             Event::Beat {
                 link_up,
@@ -252,6 +255,8 @@ impl PortCore {
                 self.lender_actions(actions, now_ms, &mut out);
             }
         }
+        let leaving = self.lender.leaving();
+        self.lender_actions(leaving, now_ms, &mut out);
         self.finish_undo(now_ms, &mut out);
         out
     }
@@ -267,6 +272,23 @@ impl PortCore {
     pub fn revoke(&mut self, bdf: Bdf, why: &str, now_ms: u64) -> Vec<Action> {
         let mut out = Vec::new();
         let actions = self.lender.revoke(bdf, why);
+        self.lender_actions(actions, now_ms, &mut out);
+        out
+    }
+
+    /// Tries again to put a function of the quarantine back.
+    pub fn retry(&mut self, bdf: Bdf, now_ms: u64) -> Result<Vec<Action>, Refusal> {
+        let mut out = Vec::new();
+        let actions = self.lender.retry(bdf)?;
+        self.lender_actions(actions, now_ms, &mut out);
+        Ok(out)
+    }
+
+    /// The kernel takes a lent function away.
+    pub fn taken_away(&mut self, bdf: Bdf, why: &str, now_ms: u64) -> Vec<Action> {
+        let mut out = Vec::new();
+        let mut actions = self.lender.taken_away(bdf, why);
+        actions.extend(self.lender.leaving());
         self.lender_actions(actions, now_ms, &mut out);
         out
     }
@@ -600,6 +622,7 @@ impl PortCore {
                     self.request(Waiting::Revoked(lease), request, now_ms, out);
                 }
                 LenderAction::Pool(message) => out.push(Action::Pool(message)),
+                LenderAction::Gone(bdf) => out.push(Action::Gone(bdf)),
             }
         }
     }

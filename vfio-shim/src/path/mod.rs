@@ -19,8 +19,8 @@ pub mod work;
 
 pub use borrower::CallError;
 pub use engine::{
-    BellStatus, BorrowedFunction, BorrowedPath, Engine, EngineConfig, EngineError, LentStatus,
-    PathPort, PortStatus, SessionStatus, VectorStatus,
+    BellStatus, BorrowedFunction, BorrowedPath, Engine, EngineConfig, EngineError, Keep,
+    LentStatus, PathPort, PortStatus, ScrubPlan, SessionStatus, VectorStatus,
 };
 pub use grant::{LeasePool, VolatilePool};
 pub use lender::OfferState;

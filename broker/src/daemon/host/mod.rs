@@ -3,6 +3,9 @@
 mod borrow;
 mod claim;
 mod functions;
+mod held;
+#[cfg(test)]
+mod held_tests;
 mod lend;
 mod port;
 #[cfg(test)]
@@ -236,6 +239,10 @@ impl Host for LocalHost {
                 self.borrow(fdid.0, wish)
             }
             Verb::Return { fdid } => self.give_back(fdid.0),
+            Verb::Revoke { bdf, deadline_s } => self.revoke(bdf.0, deadline_s),
+            Verb::Quarantine => self.quarantined(),
+            Verb::QuarantineRetry { bdf } => self.retry(bdf.0),
+            Verb::QuarantineClear { bdf, i_know } => self.clear(bdf.0, i_know),
             Verb::Status => Ok(Outcome::Status(Box::new(self.report()))),
         }
     }

@@ -1,8 +1,9 @@
 //! The irq thread: doorbells, the lender's relay with its fence, the borrower's scan, and the heartbeat; it never waits for an ioctl.
 
 use super::control::Input;
+use super::requests::{Watch, Wish};
 use super::{EngineError, Signals};
-use crate::model::{Aperture, Runtime};
+use crate::model::{Aperture, Bdf, Runtime};
 use crate::ntb::NtbPort;
 use crate::path::message::LeaseId;
 use crate::path::relay::{RelayStep, Scan, VectorRelay};
@@ -17,6 +18,7 @@ const KEY_PORT: u64 = 0;
 const KEY_COMMAND: u64 = 1;
 const KEY_TIMER: u64 = 2;
 const KEY_RELAY: u64 = 1 << 63;
+const KEY_WATCH: u64 = 1 << 62;
 /// How many events one wait takes.
 const EVENTS_MAX: usize = 64;
 
@@ -75,6 +77,9 @@ pub(super) enum IrqCommand {
         signals: Arc<Signals>,
     },
     ScanEnd(LeaseId),
+    /// Tell control when one of these fires.
+    Watch(Bdf, Vec<Watch>),
+    Unwatch(Bdf),
     Stop,
 }
 
@@ -130,6 +135,8 @@ pub(super) struct IrqThread {
     by_index: BTreeMap<u64, LeaseId>,
     index_last: u64,
     scans: BTreeMap<LeaseId, Scanned>,
+    watched: BTreeMap<u64, (Bdf, Watch)>,
+    watch_last: u64,
     bells: Arc<BellCounters>,
     told: Arc<Told>,
 }
@@ -195,6 +202,8 @@ impl IrqThread {
             by_index: BTreeMap::new(),
             index_last: 0,
             scans: BTreeMap::new(),
+            watched: BTreeMap::new(),
+            watch_last: 0,
             bells: Arc::clone(&bells),
             told: Arc::clone(&told),
         };
@@ -234,7 +243,8 @@ impl IrqThread {
                             return;
                         }
                     }
-                    key => self.raised(key),
+                    key if key & KEY_RELAY != 0 => self.raised(key),
+                    key => self.wished(key),
                 }
             }
         }
@@ -333,9 +343,36 @@ impl IrqThread {
                 IrqCommand::ScanEnd(lease) => {
                     self.scans.remove(&lease);
                 }
+                IrqCommand::Watch(bdf, watches) => self.watch(bdf, watches),
+                IrqCommand::Unwatch(bdf) => self.watched.retain(|_, (of, _)| *of != bdf),
             }
         }
         false
+    }
+
+    fn watch(&mut self, bdf: Bdf, watches: Vec<Watch>) {
+        for watch in watches {
+            self.watch_last += 1;
+            let key = KEY_WATCH | self.watch_last;
+            let data = epoll::EventData::new_u64(key);
+            match epoll::add(&self.epoll, &watch.fd, data, epoll::EventFlags::IN) {
+                // Closing the last copy of it takes it out again; the kernel has one as long as it
+                // is armed, so the executor disarms it first.
+                Ok(()) => drop(self.watched.insert(key, (bdf, watch))),
+                Err(error) => {
+                    tracing::error!(%bdf, %error, "what the kernel asks of a function is not heard");
+                }
+            }
+        }
+    }
+
+    fn wished(&mut self, key: u64) {
+        if let Some((bdf, watch)) = self.watched.get(&key)
+            && read_count(watch.fd.as_fd()) != 0
+        {
+            let wish: Wish = watch.wish;
+            let _ = self.inbox.send(Input::Wish(*bdf, wish));
+        }
     }
 
     fn arm(&mut self, relay: Relay) {
