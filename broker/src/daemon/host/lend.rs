@@ -4,6 +4,7 @@ use super::claim::Named;
 use super::functions::OpenFunction;
 use super::{LocalHost, refuse};
 use crate::daemon::vocabulary::{ErrorCode, Outcome, VerbError};
+use std::sync::Arc;
 use vfio_shim::model::{Bdf, IrqIndex};
 use vfio_shim::path::{PoolEntry, PoolState, Refusal, RefusalCode};
 
@@ -16,6 +17,7 @@ pub(super) struct Lent {
 /// A function that is offered.
 pub(super) struct Offer {
     pub(super) port: usize,
+    _open: OpenFunction,
 }
 
 /// An offer that is being made; forgotten on drop.
@@ -89,9 +91,6 @@ impl LocalHost {
 
     pub(super) fn remove(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Local(bdf))?;
-        if self.state().lent.contains_key(&bdf) {
-            self.forget_gone(bdf)?;
-        }
         let mut state = self.state();
         match state.lent.get(&bdf) {
             None => Err(not_in_pool(bdf)),
@@ -108,7 +107,6 @@ impl LocalHost {
 
     pub(super) fn available(&self, bdf: Bdf, port: Option<&str>) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Local(bdf))?;
-        self.forget_gone(bdf)?;
         if let Some(held) = self.offered_at(bdf)? {
             let held = &self.ports[held].name;
             if port.is_none_or(|wanted| wanted == held) {
@@ -130,7 +128,7 @@ impl LocalHost {
     }
 
     /// Through which port it is offered, if it is.
-    pub(super) fn offered_at(&self, bdf: Bdf) -> Result<Option<usize>, VerbError> {
+    fn offered_at(&self, bdf: Bdf) -> Result<Option<usize>, VerbError> {
         let state = self.state();
         let lent = state.lent.get(&bdf).ok_or_else(|| not_in_pool(bdf))?;
         Ok(lent.offer.as_ref().map(|offer| offer.port))
@@ -192,11 +190,12 @@ impl LocalHost {
         self.check_lendable(bdf)?;
         let function = self.functions.open(bdf)?;
         let entry = entry(bdf, &function);
-        // The port has it from here on, and nobody else: it closes it when the kernel asks.
-        let OpenFunction { function, keep, .. } = function;
-        let taken = open.engine.offer_with(entry, function, keep);
+        let taken = open.engine.offer(entry, Arc::clone(&function.function));
         taken.map_err(|refusal| from_refusal(&refusal))?;
-        Ok(Offer { port })
+        Ok(Offer {
+            port,
+            _open: function,
+        })
     }
 
     pub(super) fn unavailable(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
@@ -204,9 +203,13 @@ impl LocalHost {
         if let Some(port) = self.offered_at(bdf)? {
             let withdrawn = self.ports[port].engine.withdraw(bdf);
             withdrawn.map_err(|refusal| from_refusal(&refusal))?;
-            if let Some(lent) = self.state().lent.get_mut(&bdf) {
-                lent.offer = None;
-            }
+            // Closing a function and giving its driver back can wait: not under the lock.
+            let lent = self
+                .state()
+                .lent
+                .get_mut(&bdf)
+                .and_then(|lent| lent.offer.take());
+            drop(lent);
         }
         Ok(Outcome::Done)
     }
@@ -225,7 +228,7 @@ fn entry(bdf: Bdf, open: &OpenFunction) -> PoolEntry {
     }
 }
 
-pub(super) fn not_in_pool(bdf: Bdf) -> VerbError {
+fn not_in_pool(bdf: Bdf) -> VerbError {
     let text = format!("{bdf} is not in the pool: `sublet add {bdf}` first");
     refuse(ErrorCode::UnknownFunction, text)
 }
