@@ -13,10 +13,9 @@ use vfio_shim::model::Fdid;
 pub(super) struct Args {
     /// The function's fabric device id, as `list` prints it.
     fdid: Fdid,
-    /// The vfio-user socket for the VMM; a bare name lies in the configured directory. By default it
-    /// lies in a folder of the lease's own there, and is told.
+    /// The vfio-user socket for the VMM; a bare name lies in the configured directory.
     #[arg(long, value_name = "PATH")]
-    socket: Option<PathBuf>,
+    socket: PathBuf,
     /// The guest's memory (512M, 4G): refused here and now if the window does not hold it.
     #[arg(long, value_name = "BYTES", value_parser = parse_size)]
     ram: Option<u64>,
@@ -33,7 +32,7 @@ pub(super) struct Args {
 
 impl Args {
     pub fn verb(&self) -> Result<Verb, VerbError> {
-        let mut socket = self.socket.clone().unwrap_or_default();
+        let mut socket = self.socket.clone();
         // Relative to where the operator is, not to where the daemon is.
         if socket.components().count() > 1 {
             socket = std::path::absolute(&socket)

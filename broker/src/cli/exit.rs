@@ -1,6 +1,6 @@
 //! What a verb leaves behind: its output, its refusal, its exit code.
 
-use super::{borrow, list, status};
+use super::{borrow, list, quarantine, revoke, status};
 use crate::daemon::{
     error::ExitKind,
     vocabulary::{ErrorCode, Outcome, VerbError},
@@ -35,6 +35,8 @@ pub(super) fn print(outcome: &Outcome, as_json: bool) -> ExitCode {
             Outcome::Done => json!({"done": true}),
             Outcome::List(entries) => json!(entries),
             Outcome::Borrowed(borrowed) => json!(borrowed),
+            Outcome::Quarantine(list) => json!(list),
+            Outcome::Undone(undone) => json!(undone),
             Outcome::Status(status) => json!(status),
         }
         .to_string()
@@ -46,6 +48,8 @@ pub(super) fn print(outcome: &Outcome, as_json: bool) -> ExitCode {
                 lines.join("\n")
             }
             Outcome::Borrowed(borrowed) => borrow::block(borrowed),
+            Outcome::Quarantine(list) => quarantine::page(list),
+            Outcome::Undone(undone) => revoke::line(undone),
             Outcome::Status(status) => status::page(status),
         }
     };

@@ -10,8 +10,10 @@ mod daemon;
 mod demo;
 mod exit;
 mod list;
+mod quarantine;
 mod remove;
 mod return_;
+mod revoke;
 mod status;
 mod table;
 mod unavailable;
@@ -59,6 +61,8 @@ enum Command {
     List(list::Args),
     Borrow(borrow::Args),
     Return(return_::Args),
+    Revoke(revoke::Args),
+    Quarantine(quarantine::Args),
     Status(status::Args),
     #[command(hide = true)]
     Worker(worker::Args),
@@ -95,6 +99,8 @@ impl Command {
             Self::List(args) => Ok(args.verb()),
             Self::Borrow(args) => args.verb(),
             Self::Return(args) => Ok(args.verb()),
+            Self::Revoke(args) => args.verb(),
+            Self::Quarantine(args) => args.verb(),
             Self::Status(args) => Ok(args.verb()),
         })
     }

@@ -53,8 +53,7 @@ pub enum Verb {
     Borrow {
         /// The function.
         fdid: FdidText,
-        /// Where the vfio-user socket is to be; empty = in a folder of the lease's own.
-        #[serde(default)]
+        /// Where the vfio-user socket is to be.
         socket: PathBuf,
         /// Guest memory to reserve window for.
         ram: Option<u64>,
@@ -70,6 +69,28 @@ pub enum Verb {
         /// The function.
         fdid: FdidText,
     },
+    /// Ends the lease of a function of this host.
+    Revoke {
+        /// The function.
+        bdf: BdfText,
+        /// How long to wait for its undoing, in seconds; `None` = as long as that may take.
+        #[serde(default)]
+        deadline_s: Option<u32>,
+    },
+    /// Functions in quarantine, and what of each port's window is.
+    Quarantine,
+    /// Tries again to put a function in quarantine back to power-on state.
+    QuarantineRetry {
+        /// The function.
+        bdf: BdfText,
+    },
+    /// Gives a function out of quarantine as it is.
+    QuarantineClear {
+        /// The function.
+        bdf: BdfText,
+        /// That its last tenant's state may be in it still.
+        i_know: bool,
+    },
     /// Everything there is to know about this host.
     Status,
 }
@@ -82,10 +103,44 @@ pub enum Outcome {
     Done,
     /// Of `list`.
     List(Vec<ListEntry>),
+    /// Of `quarantine list`.
+    Quarantine(QuarantineList),
+    /// Of `revoke` and `quarantine retry`.
+    Undone(UndoneFunction),
     /// Of `borrow`.
     Borrowed(Box<BorrowedFunction>),
     /// Of `status`.
     Status(Box<HostStatus>),
+}
+
+/// What is in quarantine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuarantineList {
+    /// Functions that nobody gets.
+    pub functions: Vec<QuarantinedFunction>,
+    /// What of the ports' windows nobody gets; every port of the host.
+    pub ports: Vec<QuarantinedPort>,
+}
+
+/// What of one port nobody gets until the other host has confirmed that nothing maps it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuarantinedPort {
+    /// Its name in the configuration.
+    pub port: String,
+    /// What it is.
+    #[serde(flatten)]
+    pub held: PortQuarantine,
+}
+
+/// A function whose path was undone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UndoneFunction {
+    /// Which.
+    pub fdid: FdidText,
+    /// Where it stands now.
+    pub available: Availability,
+    /// Why it is where it is, if it is in quarantine or gone.
+    pub reason: Option<String>,
 }
 
 /// One reply over the control socket.

@@ -5,6 +5,7 @@ use crate::daemon::vocabulary::{ErrorCode, VerbError};
 use std::sync::Arc;
 use vfio_shim::model::{Bdf, ConfigView, Function, FunctionIds, RegionIndex};
 use vfio_shim::ntb::soft::{SoftFunction, SoftPf};
+use vfio_shim::path::Keep;
 
 /// PFs in software, and their VFs.
 pub(super) struct SoftFunctions {
@@ -67,7 +68,7 @@ impl Functions for SoftFunctions {
         Ok(OpenFunction {
             function,
             serial: ConfigView::new(&config).map_or(0, |view| view.serial()),
-            kept: Box::new(()),
+            keep: Keep::default(),
         })
     }
 }

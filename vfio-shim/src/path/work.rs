@@ -1,5 +1,6 @@
 //! What an executor does to one lent function, one piece after the other, and what it answers.
 
+use super::grant::Scrub;
 use super::message::{LeaseId, MapRange, Request};
 use crate::model::{BAR_COUNT, IrqIndex, RegionIndex, Span, WindowOffset};
 
@@ -23,6 +24,10 @@ pub enum FunctionWork {
     Open(OpenPlan),
     /// Undo all of the path, in the one order of undoing, ending with a reset.
     Close,
+    /// Stop what the function does, where its driver can, before it is taken from its guest.
+    Stop,
+    /// To power-on state, with whatever an undoing has left: for a function in quarantine.
+    PutBack,
     /// Map guest RAM behind the window into the function's container. All or none.
     Map(Vec<MapRange>),
     /// Unmap guest RAM.
@@ -78,6 +83,8 @@ pub enum WorkOutcome {
     Done,
     /// Done, with bytes.
     Bytes(Vec<u8>),
+    /// The path is undone; what was done about the function's own memory.
+    Closed(Scrub),
     /// The path is open; the size of its config space in bytes.
     Opened {
         /// 256 or 4096.

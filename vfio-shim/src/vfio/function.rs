@@ -184,6 +184,29 @@ impl VfioFunction {
         self.region_write(RegionIndex::CONFIG, offset.into(), &value.to_le_bytes())
     }
 
+    /// Tried again for so long while somebody holds the device's lock.
+    fn reset_within(&self, busy_max: Duration) -> Result<(), FunctionError> {
+        if !self.info.resettable {
+            return Err(FunctionError::NoReset);
+        }
+        self.set_bus_master(false)?;
+        let deadline = Instant::now() + busy_max;
+        loop {
+            match ioctl::device_reset(self.device.as_fd()) {
+                Ok(()) => return Ok(()),
+                Err(error)
+                    if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline =>
+                {
+                    std::thread::sleep(RESET_BUSY_STEP);
+                }
+                Err(source) => {
+                    let act = "reset the function";
+                    return Err(FunctionError::Kernel { act, source });
+                }
+            }
+        }
+    }
+
     /// The position in the device fd of `len` bytes at `offset` of a region.
     fn position(&self, region: RegionIndex, offset: u64, len: usize) -> Result<u64, FunctionError> {
         let refused = |span| FunctionError::OutOfRange {
@@ -348,25 +371,11 @@ impl Function for VfioFunction {
     /// Bus mastering is off afterwards. The kernel puts COMMAND and the MSI-X enable bit back as
     /// they were, so whoever wants vectors quiet too disables them first.
     fn reset(&self) -> Result<(), FunctionError> {
-        if !self.info.resettable {
-            return Err(FunctionError::NoReset);
-        }
-        self.set_bus_master(false)?;
-        let deadline = Instant::now() + RESET_BUSY_MAX;
-        loop {
-            match ioctl::device_reset(self.device.as_fd()) {
-                Ok(()) => return Ok(()),
-                Err(error)
-                    if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < deadline =>
-                {
-                    std::thread::sleep(RESET_BUSY_STEP);
-                }
-                Err(source) => {
-                    let act = "reset the function";
-                    return Err(FunctionError::Kernel { act, source });
-                }
-            }
-        }
+        self.reset_within(RESET_BUSY_MAX)
+    }
+
+    fn try_reset(&self) -> Result<(), FunctionError> {
+        self.reset_within(Duration::ZERO)
     }
 
     fn address_space(&self) -> &dyn AddressSpace {

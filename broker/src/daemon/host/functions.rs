@@ -2,9 +2,9 @@
 
 use super::refuse;
 use crate::daemon::vocabulary::{ErrorCode, VerbError};
-use std::any::Any;
 use std::sync::Arc;
 use vfio_shim::model::{Bdf, ConfigView, Function, FunctionIds};
+use vfio_shim::path::Keep;
 use vfio_shim::sysfs::{BindError, BindGuard, LendError, Sysfs, SysfsError};
 use vfio_shim::vfio::{OpenError, VfioFunction};
 
@@ -20,15 +20,14 @@ pub trait Functions: Send + Sync {
     fn open(&self, bdf: Bdf) -> Result<OpenFunction, VerbError>;
 }
 
-/// An open function. Fields drop in order: the function is closed, then what had to be changed in
-/// the host for it is changed back.
+/// An open function.
 pub struct OpenFunction {
     /// The function.
     pub function: Arc<dyn Function>,
     /// Its device serial number; 0 = it has none.
     pub serial: u64,
-    /// What is to be kept as long as it is open.
-    pub kept: Box<dyn Any + Send + Sync>,
+    /// What comes with it; dropped after it is closed.
+    pub keep: Keep,
 }
 
 /// The functions of this machine: sysfs and VFIO.
@@ -68,7 +67,10 @@ impl Functions for KernelFunctions {
         Ok(OpenFunction {
             function: Arc::new(function),
             serial: ConfigView::new(&config).map_or(0, |view| view.serial()),
-            kept: Box::new(bind),
+            keep: Keep {
+                kept: Some(Box::new(bind)),
+                ..Keep::default()
+            },
         })
     }
 }

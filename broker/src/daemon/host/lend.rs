@@ -4,7 +4,6 @@ use super::claim::Named;
 use super::functions::OpenFunction;
 use super::{LocalHost, refuse};
 use crate::daemon::vocabulary::{ErrorCode, Outcome, VerbError};
-use std::sync::Arc;
 use vfio_shim::model::{Bdf, IrqIndex};
 use vfio_shim::path::{PoolEntry, PoolState, Refusal, RefusalCode};
 
@@ -17,7 +16,6 @@ pub(super) struct Lent {
 /// A function that is offered.
 pub(super) struct Offer {
     pub(super) port: usize,
-    _open: OpenFunction,
 }
 
 /// An offer that is being made; forgotten on drop.
@@ -91,6 +89,9 @@ impl LocalHost {
 
     pub(super) fn remove(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Local(bdf))?;
+        if self.state().lent.contains_key(&bdf) {
+            self.forget_gone(bdf)?;
+        }
         let mut state = self.state();
         match state.lent.get(&bdf) {
             None => Err(not_in_pool(bdf)),
@@ -107,6 +108,7 @@ impl LocalHost {
 
     pub(super) fn available(&self, bdf: Bdf, port: Option<&str>) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Local(bdf))?;
+        self.forget_gone(bdf)?;
         if let Some(held) = self.offered_at(bdf)? {
             let held = &self.ports[held].name;
             if port.is_none_or(|wanted| wanted == held) {
@@ -128,7 +130,7 @@ impl LocalHost {
     }
 
     /// Through which port it is offered, if it is.
-    fn offered_at(&self, bdf: Bdf) -> Result<Option<usize>, VerbError> {
+    pub(super) fn offered_at(&self, bdf: Bdf) -> Result<Option<usize>, VerbError> {
         let state = self.state();
         let lent = state.lent.get(&bdf).ok_or_else(|| not_in_pool(bdf))?;
         Ok(lent.offer.as_ref().map(|offer| offer.port))
@@ -190,12 +192,11 @@ impl LocalHost {
         self.check_lendable(bdf)?;
         let function = self.functions.open(bdf)?;
         let entry = entry(bdf, &function);
-        let taken = open.engine.offer(entry, Arc::clone(&function.function));
+        // The port has it from here on, and nobody else: it closes it when the kernel asks.
+        let OpenFunction { function, keep, .. } = function;
+        let taken = open.engine.offer_with(entry, function, keep);
         taken.map_err(|refusal| from_refusal(&refusal))?;
-        Ok(Offer {
-            port,
-            _open: function,
-        })
+        Ok(Offer { port })
     }
 
     pub(super) fn unavailable(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
@@ -203,13 +204,9 @@ impl LocalHost {
         if let Some(port) = self.offered_at(bdf)? {
             let withdrawn = self.ports[port].engine.withdraw(bdf);
             withdrawn.map_err(|refusal| from_refusal(&refusal))?;
-            // Closing a function and giving its driver back can wait: not under the lock.
-            let lent = self
-                .state()
-                .lent
-                .get_mut(&bdf)
-                .and_then(|lent| lent.offer.take());
-            drop(lent);
+            if let Some(lent) = self.state().lent.get_mut(&bdf) {
+                lent.offer = None;
+            }
         }
         Ok(Outcome::Done)
     }
@@ -228,7 +225,7 @@ fn entry(bdf: Bdf, open: &OpenFunction) -> PoolEntry {
     }
 }
 
-fn not_in_pool(bdf: Bdf) -> VerbError {
+pub(super) fn not_in_pool(bdf: Bdf) -> VerbError {
     let text = format!("{bdf} is not in the pool: `sublet add {bdf}` first");
     refuse(ErrorCode::UnknownFunction, text)
 }

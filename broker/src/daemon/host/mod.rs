@@ -2,8 +2,10 @@
 
 mod borrow;
 mod claim;
-mod folder;
 mod functions;
+mod held;
+#[cfg(test)]
+mod held_tests;
 mod lend;
 mod port;
 #[cfg(test)]
@@ -150,8 +152,7 @@ impl LocalHost {
         let store = RedbStore::open(&config.state)?;
         let pool = PoolService::start(store, config.limits.lease_ttl.as_millis() as u64)?;
         let start = |(port, open): (&PortConfig, _)| {
-            let told = (config.node_id, config.limits.of_a_port());
-            OpenPort::start(told, port, open, pool.port(&port.name))
+            OpenPort::start(config.node_id, port, open, pool.port(&port.name))
         };
         let ports = ports.map(start).collect::<Result<_, HostError>>()?;
         pool.settle();
@@ -238,6 +239,10 @@ impl Host for LocalHost {
                 self.borrow(fdid.0, wish)
             }
             Verb::Return { fdid } => self.give_back(fdid.0),
+            Verb::Revoke { bdf, deadline_s } => self.revoke(bdf.0, deadline_s),
+            Verb::Quarantine => self.quarantined(),
+            Verb::QuarantineRetry { bdf } => self.retry(bdf.0),
+            Verb::QuarantineClear { bdf, i_know } => self.clear(bdf.0, i_know),
             Verb::Status => Ok(Outcome::Status(Box::new(self.report()))),
         }
     }

@@ -5,6 +5,7 @@ use crate::daemon::vocabulary::{BdfText, FdidText};
 use std::path::{Path, PathBuf};
 use vfio_shim::model::{Function, FunctionIds};
 use vfio_shim::ntb::soft::{SoftFunction, SoftLink, SoftPortConfig};
+use vfio_shim::path::Keep;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const FIRST: &str = "0000:01:00.1";
@@ -31,7 +32,7 @@ impl Functions for Willing {
         Ok(OpenFunction {
             function,
             serial: 0,
-            kept: Box::new(()),
+            keep: Keep::default(),
         })
     }
 }

@@ -17,10 +17,11 @@ use vfio_shim::model::Fdid;
 use vfio_shim::path::{self, OfferState, PoolState};
 use vmm_glue::vfio_user::SessionState;
 
-fn availability(state: &OfferState) -> Availability {
+pub(super) fn availability(state: &OfferState) -> Availability {
     match state {
         OfferState::Available => Availability::Available,
         OfferState::Quarantine(_) => Availability::Quarantine,
+        OfferState::Gone(_) => Availability::Unavailable,
         _ => Availability::InUse,
     }
 }
@@ -106,7 +107,9 @@ impl LocalHost {
                 pid: std::process::id(),
                 uptime_ms: self.started.elapsed().as_millis() as u64,
             },
-            quarantine: quarantine(&lent),
+            quarantine: QuarantineStatus {
+                functions: self.quarantine(&ports),
+            },
             ports: ports
                 .iter()
                 .map(|(port, status)| port_status(port, status.as_ref()))
@@ -136,8 +139,6 @@ impl LocalHost {
                 bells: vector.bells,
                 masked: vector.masked,
                 suspect: vector.suspect,
-                rate_limited: vector.rate_limited,
-                rate_limits: vector.rate_limits,
             });
         LentStatus {
             fdid: FdidText::from(Fdid {
@@ -156,9 +157,34 @@ impl LocalHost {
             last_end: lent.offer.last_end.clone().or_else(stored_end),
             last_error: match &lent.offer.state {
                 OfferState::Quarantine(why) => Some(why.clone()),
+                OfferState::Gone(why) => Some(format!(
+                    "taken away: {why}. When it is there again: `sublet available {}`",
+                    lent.offer.entry.bdf
+                )),
                 _ => None,
             },
         }
+    }
+
+    fn quarantine(
+        &self,
+        ports: &[(&OpenPort, Option<path::PortStatus>)],
+    ) -> Vec<QuarantinedFunction> {
+        let lent = ports.iter().flat_map(|(_, status)| status);
+        let lent =
+            lent.flat_map(|status| status.lent.iter().map(move |l| (status.now_ms, &l.offer)));
+        let held = lent.filter_map(|(now_ms, offer)| match &offer.state {
+            OfferState::Quarantine(why) => Some(QuarantinedFunction {
+                fdid: FdidText::from(Fdid {
+                    node: self.config.node_id,
+                    bdf: offer.entry.bdf,
+                }),
+                reason: why.clone(),
+                for_ms: offer.quarantined_ms.map(|since| now_ms - since),
+            }),
+            _ => None,
+        });
+        held.collect()
     }
 
     fn borrows(&self) -> Vec<BorrowedStatus> {
@@ -230,19 +256,6 @@ fn borrowed(fdid: Fdid, held: &Borrowed, view: View) -> BorrowedStatus {
 
 fn port_peer(status: Option<&path::PortStatus>) -> Option<u16> {
     status?.session.as_ref()?.info.peer_node
-}
-
-fn quarantine(lent: &[LentStatus]) -> QuarantineStatus {
-    let held = lent
-        .iter()
-        .filter(|lent| lent.state == Availability::Quarantine);
-    let functions = held.map(|lent| QuarantinedFunction {
-        fdid: lent.fdid,
-        reason: lent.last_error.clone().unwrap_or_default(),
-    });
-    QuarantineStatus {
-        functions: functions.collect(),
-    }
 }
 
 fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus {

@@ -25,18 +25,18 @@ const FOREIGN_POST: [(u32, u32); 7] = [
     (5, !(9 << 16 | 7)),
 ];
 const PATIENCE: Duration = Duration::from_secs(20);
-const VF: &str = "0000:01:00.1";
+pub(super) const VF: &str = "0000:01:00.1";
 const NTB: &str = "0000:02:00.0";
 
-fn bdf(text: &str) -> Bdf {
+pub(super) fn bdf(text: &str) -> Bdf {
     text.parse().unwrap()
 }
 
-fn fdid(text: &str) -> FdidText {
+pub(super) fn fdid(text: &str) -> FdidText {
     text.parse::<Fdid>().unwrap().into()
 }
 
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+pub(super) fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         if let Some(seen) = look() {
@@ -48,10 +48,10 @@ fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 }
 
 /// Node 4 lends to node 8; sysfs is a directory of node 4's.
-struct Rig {
-    hosts: [LocalHost; 2],
-    link: SoftLink,
-    function: Arc<SoftFunction>,
+pub(super) struct Rig {
+    pub(super) hosts: [LocalHost; 2],
+    pub(super) link: SoftLink,
+    pub(super) function: Arc<SoftFunction>,
     dir: tempfile::TempDir,
     state: tempfile::TempDir,
 }
@@ -93,7 +93,7 @@ fn host(config: &Config, port: Arc<SoftPort>, sysfs: &Path) -> LocalHost {
 }
 
 impl Rig {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::on(tempfile::tempdir().unwrap())
     }
 
@@ -153,7 +153,7 @@ impl Rig {
         refusal
     }
 
-    fn borrow(&self, change: impl FnOnce(&mut Borrow)) -> Result<Outcome, VerbError> {
+    pub(super) fn borrow(&self, change: impl FnOnce(&mut Borrow)) -> Result<Outcome, VerbError> {
         let mut borrow = Borrow {
             fdid: "40101".to_owned(),
             ram: None,
@@ -237,7 +237,7 @@ impl Drop for Rig {
     }
 }
 
-struct Borrow {
+pub(super) struct Borrow {
     fdid: String,
     ram: Option<u64>,
     bars: Option<BarMode>,
@@ -538,35 +538,6 @@ fn revoke_that_the_peer_has_not_confirmed_shows_in_status_until_it_has() {
         after.window.free,
         before.window.free.map(|free| free + bytes)
     );
-}
-
-#[test]
-fn lease_without_a_named_socket_has_a_folder_of_its_own_that_nobody_else_can_pass() {
-    use std::os::unix::fs::PermissionsExt;
-    let rig = Rig::new();
-    let verb = |socket: &str| Verb::Borrow {
-        fdid: fdid("40101"),
-        socket: socket.into(),
-        ram: None,
-        bars: None,
-        trust_vmm: false,
-        trust_domain: None,
-    };
-    let told = match rig.hosts[1].handle(verb("")).unwrap() {
-        Outcome::Borrowed(told) => told.socket,
-        other => panic!("{other:?}"),
-    };
-    let folder = rig.dir.path().join("40101");
-    assert_eq!(told, folder.join("vfio-user.sock"));
-    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-    assert_eq!((mode(&folder), mode(&told)), (0o700, 0o600));
-    let fdid = fdid("40101");
-    rig.hosts[1].handle(Verb::Return { fdid }).unwrap();
-    assert!(!folder.exists());
-    // A named one is the operator's, and its folder stays as it is.
-    rig.hosts[1].handle(verb("vf.sock")).unwrap();
-    assert_eq!(mode(&rig.dir.path().join("vf.sock")), 0o600);
-    assert!(!folder.exists());
 }
 
 #[test]

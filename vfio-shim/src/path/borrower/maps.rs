@@ -17,9 +17,8 @@ impl Borrower {
         maps: Vec<GuestMap>,
         pool: &mut SlicePool,
     ) -> Result<Actions, CallError> {
-        let limits = self.limits;
         let held = self.held(lease)?;
-        held.check_new(&maps, &limits)?;
+        held.check_new(&maps)?;
         let mut pins = Vec::with_capacity(maps.len());
         let mut places = Vec::with_capacity(maps.len());
         // The large ones first: they have the most to gain from an offset that agrees with the
@@ -35,7 +34,7 @@ impl Borrower {
                     return Err(refusal.into());
                 }
             };
-            held.insert(
+            held.maps.insert(
                 start,
                 Mapped {
                     offset,

@@ -12,6 +12,7 @@ use crate::path::refusal::RefusalCode;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use std::collections::{HashMap, hash_map::Entry};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 /// Interrupt requests on x86: an address space of guest RAM never maps them (Intel SDM 3A, 12.11).
@@ -445,6 +446,8 @@ impl Function for BorrowedFunction {
         if !is_message(index) {
             if index == IrqIndex::Req {
                 lock(&self.triggers).request = triggers.into_iter().next().flatten();
+                // Of a lease that is lost already it is fired at once.
+                self.state.signals.wake();
             }
             return Ok(());
         }
@@ -656,7 +659,12 @@ impl Signaller {
 }
 
 fn deliver(state: &LeaseShared, triggers: &Mutex<Triggers>) {
+    let lost = state.is_lost.load(Ordering::SeqCst);
     let mut held = lock(triggers);
+    // Once: QEMU then takes the device out of its machine.
+    if lost && let Some(request) = held.request.take() {
+        signal(request.as_fd());
+    }
     state.signals.take(|vector| {
         if let Some(vector) = held.vectors.get_mut(vector as usize) {
             vector.held = true;

@@ -2,7 +2,10 @@
 
 use super::executor::{Executor, ExecutorShared};
 use super::irq::{IrqCommand, IrqHandle, IrqThread, VectorCounters};
+use super::keep::Keep;
 use super::mapper::{Mapper, MapperJob};
+use super::requests::Wish;
+use super::taking::{Take, TakeReply};
 use super::{CallReply, EngineConfig, EngineError, LeaseShared, Shared, lock};
 use crate::model::{
     Access, Aperture, Bdf, DmaMap, Function, Memory, Runtime, Span, Task, WindowOffset,
@@ -26,6 +29,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 
+/// A refusal to take a function, and the function: whoever offered it closes it.
+pub(crate) type NotTaken = (Refusal, (Arc<dyn Function>, Keep));
+
 /// What reaches the control thread.
 pub(crate) enum Input {
     Beat,
@@ -36,11 +42,13 @@ pub(crate) enum Input {
     Call(Token, Call, Option<Arc<LeaseShared>>),
     Offer(
         Box<PoolEntry>,
-        Arc<dyn Function>,
-        mpsc::Sender<Result<(), Refusal>>,
+        (Arc<dyn Function>, Keep),
+        mpsc::Sender<Result<(), NotTaken>>,
     ),
-    Withdraw(Bdf, mpsc::Sender<Result<(), Refusal>>),
-    Revoke(Bdf, String),
+    Withdraw(Bdf, mpsc::Sender<Result<Option<Task>, Refusal>>),
+    Take(Bdf, Take, TakeReply),
+    Clear(Bdf, mpsc::Sender<Result<(), Refusal>>),
+    Wish(Bdf, Wish),
     Status(mpsc::Sender<PortStatus>),
     Stop,
 }
@@ -67,10 +75,6 @@ pub struct VectorStatus {
     pub masked: bool,
     /// Whether a fence of it did not read the session's nonce: it is silent until the next reset.
     pub suspect: bool,
-    /// Whether it is masked for its rate now: what it raises comes when the rate allows.
-    pub rate_limited: bool,
-    /// How often it was.
-    pub rate_limits: u64,
 }
 
 /// A lent function, as `status` tells it.
@@ -96,6 +100,8 @@ pub struct BellStatus {
 /// Everything that `status` tells of a port.
 #[derive(Clone, Debug)]
 pub struct PortStatus {
+    /// When this was told, by the clock of `OfferStatus::quarantined_ms`.
+    pub now_ms: u64,
     /// Whether the link is up.
     pub link_up: bool,
     /// The link session's state in words.
@@ -128,18 +134,19 @@ pub struct PortStatus {
     pub bells: BellStatus,
 }
 
-struct Worker {
-    jobs: mpsc::Sender<(JobId, FunctionWork)>,
-    handle: Task,
+pub(super) struct Worker {
+    pub(super) jobs: mpsc::Sender<(JobId, FunctionWork)>,
+    pub(super) hurry: mpsc::Sender<()>,
+    pub(super) handle: Task,
     shared: Arc<ExecutorShared>,
 }
 
 pub(super) struct Control {
     port: Arc<dyn NtbPort>,
-    config: EngineConfig,
-    shared: Arc<Shared>,
+    pub(super) config: EngineConfig,
+    pub(super) shared: Arc<Shared>,
     inbox: mpsc::Sender<Input>,
-    core: PortCore,
+    pub(super) core: PortCore,
     mailbox: Arc<dyn Aperture>,
     mailbox_span: Span,
     window: Arc<dyn Aperture>,
@@ -148,7 +155,11 @@ pub(super) struct Control {
     irq_join: Option<Task>,
     mapper: Option<mpsc::Sender<MapperJob>>,
     mapper_join: Option<Task>,
-    workers: BTreeMap<Bdf, Worker>,
+    pub(super) workers: BTreeMap<Bdf, Worker>,
+    /// Executors that end by themselves.
+    pub(super) leaving: BTreeMap<Bdf, Task>,
+    /// Who waits for a function to be at rest.
+    pub(super) takes: Vec<(Bdf, TakeReply)>,
     pool: Arc<dyn LeasePool>,
     stopping: bool,
 }
@@ -195,7 +206,7 @@ impl Control {
         let (thread, irq) = IrqThread::new(
             Arc::clone(&port),
             Arc::clone(&mailbox),
-            (config.heartbeat_ms, config.limits.interrupts_per_second),
+            config.heartbeat_ms,
             (inbox.clone(), Arc::clone(&shared.runtime)),
         )?;
         let entropy = Arc::clone(&shared.runtime);
@@ -205,7 +216,6 @@ impl Control {
                 window_bytes: config.window_bytes,
                 heartbeat_ms: config.heartbeat_ms,
                 lost_after_ms: config.lost_after_ms,
-                limits: config.limits,
             },
             Box::new(move || entropy.entropy()),
         );
@@ -224,6 +234,8 @@ impl Control {
             mapper: None,
             mapper_join: None,
             workers: BTreeMap::new(),
+            leaving: BTreeMap::new(),
+            takes: Vec::new(),
             pool,
             stopping: false,
         })
@@ -266,6 +278,7 @@ impl Control {
         let runtime = Arc::clone(&self.shared.runtime);
         while let Ok(input) = runtime.receive(events, None) {
             self.input(input);
+            self.tell_takers();
             if self.stopping && self.core.is_idle() {
                 break;
             }
@@ -302,18 +315,20 @@ impl Control {
                 return self.answer(token, Err(CallError::Gone(over.to_owned())));
             }
             Input::Call(token, call, _) => Event::Call(token, call),
-            Input::Offer(entry, function, reply) => {
-                let _ = reply.send(self.offer(*entry, function));
+            Input::Offer(entry, (function, keep), reply) => {
+                let _ = reply.send(self.offer(*entry, function, keep));
                 return;
             }
             Input::Withdraw(bdf, reply) => {
                 let _ = reply.send(self.withdraw(bdf));
                 return;
             }
-            Input::Revoke(bdf, why) => {
-                let actions = self.core.revoke(bdf, &why, now);
-                return self.perform(actions);
+            Input::Take(bdf, take, reply) => return self.take(bdf, take, reply),
+            Input::Clear(bdf, reply) => {
+                let _ = reply.send(self.core.lender.clear(bdf));
+                return;
             }
+            Input::Wish(bdf, wish) => return self.wish(bdf, wish),
             Input::Status(reply) => {
                 let _ = reply.send(self.status(now));
                 return;
@@ -342,7 +357,7 @@ impl Control {
         Inbox { status, slot }
     }
 
-    fn perform(&mut self, actions: Vec<Action>) {
+    pub(super) fn perform(&mut self, actions: Vec<Action>) {
         for action in actions {
             self.act(action);
         }
@@ -406,6 +421,7 @@ impl Control {
                     state.lose(why);
                 }
             }
+            Action::Gone(bdf) => self.gone(bdf),
         }
     }
 
@@ -491,13 +507,30 @@ impl Control {
             .write(SLOT_OFFSET + COMMIT_OFFSET as u64, &slot[COMMIT_OFFSET..]);
     }
 
-    fn offer(&mut self, entry: PoolEntry, function: Arc<dyn Function>) -> Result<(), Refusal> {
+    fn offer(
+        &mut self,
+        entry: PoolEntry,
+        function: Arc<dyn Function>,
+        keep: Keep,
+    ) -> Result<(), NotTaken> {
         let bdf = entry.bdf;
-        self.core.lender.offer(entry, function.info().clone())?;
+        if let Err(refusal) = self.core.lender.offer(entry, function.info().clone()) {
+            return Err((refusal, (function, keep)));
+        }
+        if keep.stop.is_some() {
+            self.core.lender.stops(bdf);
+        }
         let (jobs, work) = mpsc::channel();
+        let (hurry, hurried) = mpsc::channel();
+        let back = Arc::clone(&function);
         let shared = Arc::new(ExecutorShared::default());
         let executor = Executor {
             function,
+            bdf,
+            keep,
+            hurry: hurried,
+            hurried: false,
+            clean: false,
             port: Arc::clone(&self.port),
             base: self.config.window_base,
             irq: self.irq.clone(),
@@ -514,6 +547,7 @@ impl Control {
                     bdf,
                     Worker {
                         jobs,
+                        hurry,
                         handle,
                         shared,
                     },
@@ -522,19 +556,10 @@ impl Control {
             }
             Err(error) => {
                 let _ = self.core.lender.withdraw(bdf);
-                Err(Refusal::kernel(&error))
+                // Its guard went with the thread that could not be.
+                Err((Refusal::kernel(&error), (back, Keep::default())))
             }
         }
-    }
-
-    fn withdraw(&mut self, bdf: Bdf) -> Result<(), Refusal> {
-        self.core.lender.withdraw(bdf)?;
-        if let Some(worker) = self.workers.remove(&bdf) {
-            // Idle by the lender's state, so that this does not wait for an ioctl.
-            drop(worker.jobs);
-            worker.handle.join();
-        }
-        Ok(())
     }
 
     fn status(&self, now_ms: u64) -> PortStatus {
@@ -550,6 +575,7 @@ impl Control {
             .map(|offer| self.lent(offer))
             .collect();
         PortStatus {
+            now_ms,
             link_up: self.port.link_is_up(),
             link: self.core.link().state().to_string(),
             session,
@@ -586,8 +612,6 @@ impl Control {
             bells: counters.bells.load(Ordering::Relaxed),
             masked: counters.masked.load(Ordering::Relaxed),
             suspect: counters.suspect.load(Ordering::Relaxed),
-            rate_limited: counters.rate_limited.load(Ordering::Relaxed),
-            rate_limits: counters.rate_limits.load(Ordering::Relaxed),
         };
         let maps = worker.shared.maps.load(Ordering::Relaxed) as u32;
         let bytes = worker.shared.mapped_bytes.load(Ordering::Relaxed);
@@ -601,8 +625,11 @@ impl Control {
     /// Executors, mapper, irq thread; then the window is closed and the mailbox unmapped.
     fn end(&mut self) {
         for worker in std::mem::take(&mut self.workers).into_values() {
-            drop(worker.jobs);
+            drop((worker.jobs, worker.hurry));
             worker.handle.join();
+        }
+        for handle in std::mem::take(&mut self.leaving).into_values() {
+            handle.join();
         }
         self.mapper = None;
         self.irq.send(IrqCommand::Stop);

@@ -8,17 +8,21 @@
 //! 4. reset, and what it is known to leave behind
 //! 5. guest RAM out of the function's container
 //! 6. a read through its window, which pushes its last writes before it
+//! 7. its own memory is cleared, where something else does that and can be waited for
 
 use super::control::Input;
 use super::guest_maps::GuestMaps;
 use super::irq::{IrqCommand, IrqHandle, Relay, VectorCounters};
+use super::keep::{Keep, ScrubPlan};
+use super::requests;
 use super::scrub::scrub;
 use crate::model::{
-    Access, AddressSpace, BAR_COUNT, DmaMap, Function, FunctionError, IrqIndex, MapError, Memory,
-    PortIova, RegionIndex, Runtime, Span, WindowOffset,
+    Access, AddressSpace, BAR_COUNT, Bdf, DmaMap, Function, FunctionError, IrqIndex, MapError,
+    Memory, PortIova, RegionIndex, Runtime, Span, WindowOffset,
 };
 use crate::ntb::NtbPort;
 use crate::path::core::Event;
+use crate::path::grant::Scrub;
 use crate::path::lender::JobId;
 use crate::path::message::{MapRange, Refusal, RefusalCode};
 use crate::path::work::{FunctionWork, OpenPlan, WorkOutcome};
@@ -52,6 +56,14 @@ pub(super) struct Executor {
     pub(super) runtime: Arc<dyn Runtime>,
     pub(super) shared: Arc<ExecutorShared>,
     pub(super) path: Option<OpenPath>,
+    pub(super) bdf: Bdf,
+    /// Told when the kernel wants the function back.
+    pub(super) hurry: mpsc::Receiver<()>,
+    pub(super) hurried: bool,
+    /// Whether its memory was cleared after its last tenant.
+    pub(super) clean: bool,
+    /// Dropped after the function.
+    pub(super) keep: Keep,
 }
 
 pub(super) struct OpenPath {
@@ -65,6 +77,7 @@ impl Executor {
     /// Works until the senders of `jobs` are gone; a path still open then is undone.
     pub(super) fn run(mut self, jobs: &mpsc::Receiver<(JobId, FunctionWork)>) {
         let runtime = Arc::clone(&self.runtime);
+        requests::arm(&*self.function, self.bdf, &self.irq);
         while let Ok((job, work)) = runtime.receive(jobs, None) {
             let result = self.work(work);
             let _ = self.inbox.send(Input::Event(Event::Worked(job, result)));
@@ -72,12 +85,15 @@ impl Executor {
         if let Err(refusal) = self.close() {
             tracing::error!(%refusal, "a lent function was not put back to power-on state");
         }
+        requests::disarm(&*self.function, self.bdf, &self.irq);
     }
 
     pub(super) fn work(&mut self, work: FunctionWork) -> Done {
         match work {
             FunctionWork::Open(plan) => self.open(plan),
-            FunctionWork::Close => self.close().map(|()| WorkOutcome::Done),
+            FunctionWork::Close => self.close().map(WorkOutcome::Closed),
+            FunctionWork::Stop => self.stop().map(|()| WorkOutcome::Done),
+            FunctionWork::PutBack => self.put_back_again().map(WorkOutcome::Closed),
             FunctionWork::Map(ranges) => self.map(&ranges),
             FunctionWork::Unmap(spans) => self.unmap(&spans),
             FunctionWork::Irqs(index, enable) => self.irqs(index, enable),
@@ -171,6 +187,11 @@ impl Executor {
     fn prepare(&mut self) -> Done {
         self.command(COMMAND_BUS_MASTER, false)?;
         self.put_back()?;
+        if !self.clean {
+            // Whoever had it before, nobody here has seen its memory cleared.
+            self.scrub()?;
+        }
+        self.clean = false;
         self.map_slices()?;
         let config = self.function.info().regions[RegionIndex::CONFIG.0 as usize].size;
         Ok(WorkOutcome::Opened {
@@ -317,17 +338,77 @@ impl Executor {
     }
 
     /// To power-on state, but for memory decoding.
-    fn put_back(&self) -> Result<(), FunctionError> {
-        self.function.reset()?;
+    fn put_back(&mut self) -> Result<(), FunctionError> {
+        match self.is_hurried() {
+            // The kernel holds the function for itself while it takes it away: waiting for it
+            // would be waiting for ourselves.
+            true => self.function.try_reset()?,
+            false => self.function.reset()?,
+        }
         self.command(COMMAND_MEMORY, true)?;
         scrub(&*self.function)
     }
 
+    /// Whether the kernel wants the function back.
+    fn is_hurried(&mut self) -> bool {
+        self.hurried = self.hurried || self.hurry.try_recv().is_ok();
+        self.hurried
+    }
+
+    /// After a reset: the function's own memory is cleared of its tenant, as far as is known.
+    fn scrub(&mut self) -> Result<Scrub, Refusal> {
+        let scrub = match self.keep.scrub {
+            ScrubPlan::Reset => Scrub::No,
+            ScrubPlan::DriverWaits => Scrub::Waited,
+            ScrubPlan::Wait { ms } => {
+                let until_ms = self.runtime.now_ms().saturating_add(ms);
+                let cut_short = match self.is_hurried() {
+                    true => Some("the kernel took it away"),
+                    false => match self.runtime.receive(&self.hurry, Some(until_ms)) {
+                        Ok(()) => Some("the kernel took it away"),
+                        Err(mpsc::RecvTimeoutError::Disconnected) => Some("the daemon ended"),
+                        Err(mpsc::RecvTimeoutError::Timeout) => None,
+                    },
+                };
+                if let Some(who) = cut_short {
+                    self.hurried = true;
+                    let text = format!("{who} before its memory was cleared");
+                    return Err(Refusal::new(RefusalCode::Kernel, 0, text));
+                }
+                Scrub::Assumed
+            }
+        };
+        match self.keep.reset_failed.as_mut().and_then(|failed| failed()) {
+            Some(line) => Err(Refusal::new(RefusalCode::Kernel, 0, line)),
+            None => Ok(scrub),
+        }
+    }
+
+    fn stop(&self) -> Result<(), Refusal> {
+        match &self.keep.stop {
+            Some(stop) => stop().map_err(|error| kernel("stop the function", error).into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Whatever of undoing has failed, once more, and the reset in any case.
+    fn put_back_again(&mut self) -> Result<Scrub, Refusal> {
+        if self.path.is_some() {
+            return self.close();
+        }
+        self.command(COMMAND_BUS_MASTER, false)?;
+        self.put_back()?;
+        let scrub = self.scrub()?;
+        self.clean = true;
+        self.drain();
+        Ok(scrub)
+    }
+
     /// The one order of undoing. Every step is tried even when one before it failed; the first
     /// failure is told.
-    fn close(&mut self) -> Result<(), Refusal> {
+    fn close(&mut self) -> Result<Scrub, Refusal> {
         if self.path.is_none() {
-            return Ok(());
+            return Ok(Scrub::No);
         }
         let irqs = self.irqs_off().map_err(Refusal::from);
         let bus_master = self
@@ -341,7 +422,11 @@ impl Executor {
             .take_if(|path| path.slices.is_empty() && path.maps.is_empty());
         self.tell_maps();
         self.drain();
-        irqs.and(bus_master).and(slices).and(reset).and(maps)
+        irqs.and(bus_master).and(slices).and(reset).and(maps)?;
+        // Last, as it can take its time: by now nobody's memory is behind the function.
+        let scrub = self.scrub()?;
+        self.clean = true;
+        Ok(scrub)
     }
 
     fn tell_maps(&self) {

@@ -17,38 +17,41 @@ mod executor;
 mod forged_tests;
 mod guest_maps;
 mod irq;
+mod keep;
 #[cfg(test)]
 mod late_tests;
 mod mapper;
 #[cfg(test)]
 mod order_tests;
 mod path_port;
+mod requests;
 mod scrub;
 mod signals;
 #[cfg(test)]
 mod soft_fault_tests;
 #[cfg(test)]
 mod soft_tests;
+mod taking;
 #[cfg(test)]
-mod storm_tests;
+mod taking_tests;
 #[cfg(test)]
 mod undo_tests;
 
 pub use borrowed::BorrowedFunction;
 pub use control::{BellStatus, LentStatus, PortStatus, SessionStatus, VectorStatus};
+pub use keep::{Keep, ResetFailed, ScrubPlan, StopFunction};
 pub use path_port::{BorrowedPath, PathPort, Tell};
 pub use signals::Signals;
 
 use super::borrower::{Answer, Call, CallError, OpenedPath, Token};
 use super::grant::{LeasePool, VolatilePool};
 use super::lender::OfferState;
-use super::limits::Limits;
 use super::message::{LeaseId, PoolEntry, Refusal};
 use crate::model::{Bdf, Function, MapError, OsRuntime, PortIova, Runtime, Task};
 use crate::ntb::NtbPort;
 use control::{Control, Input};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 /// How long a map, or the reply to the first bus-master enable, may take, milliseconds.
@@ -71,8 +74,6 @@ pub struct EngineConfig {
     pub heartbeat_ms: u64,
     /// The peer is lost when its heartbeat stands still for so long, milliseconds.
     pub lost_after_ms: u64,
-    /// What each tenant may take of the port.
-    pub limits: Limits,
 }
 
 /// Why an engine could not start.
@@ -116,6 +117,8 @@ pub(crate) struct LeaseShared {
     pub(crate) runtime: Arc<dyn Runtime>,
     pub(crate) signals: Arc<Signals>,
     pub(crate) lost: Mutex<Option<String>>,
+    /// For whoever must not wait for an access under way, as its answer may be theirs to bring.
+    pub(crate) is_lost: AtomicBool,
     /// Makes a worker in another process let go of the lease's slices.
     pub(crate) let_go: Mutex<Option<LetGo>>,
 }
@@ -128,6 +131,7 @@ impl LeaseShared {
             runtime,
             signals: Arc::new(signals),
             lost: Mutex::new(None),
+            is_lost: AtomicBool::new(false),
             let_go: Mutex::new(None),
         })
     }
@@ -135,6 +139,7 @@ impl LeaseShared {
     /// When it returns, no load or store of the lease is under way and none begins.
     pub(crate) fn lose(&self, why: String) {
         let why = self.runtime.lock(&self.lost).get_or_insert(why).clone();
+        self.is_lost.store(true, Ordering::SeqCst);
         self.signals.wake();
         self.ask_to_let_go(&why);
     }
@@ -227,28 +232,92 @@ impl Engine {
 
     /// Puts a function into the pool. Its executor starts here and ends at `withdraw`.
     pub fn offer(&self, entry: PoolEntry, function: Arc<dyn Function>) -> Result<(), Refusal> {
-        self.ask(|reply| Input::Offer(Box::new(entry), function, reply))
+        self.offer_with(entry, function, Keep::default())
     }
 
-    /// Takes a function out of the pool; refused while somebody has it.
+    /// The same, with what comes with the function. Whoever holds the function besides this keeps
+    /// it open when the kernel wants it back.
+    pub fn offer_with(
+        &self,
+        entry: PoolEntry,
+        function: Arc<dyn Function>,
+        keep: Keep,
+    ) -> Result<(), Refusal> {
+        let offered = |reply| Input::Offer(Box::new(entry), (function, keep), reply);
+        let taken = self.wait_for(offered)?;
+        // What was not taken is closed here, and not by the control thread.
+        taken.map_err(|(refusal, _function)| refusal)
+    }
+
+    /// Takes a function out of the pool; refused while somebody has it. It is closed when this
+    /// returns, and what was kept for it is dropped.
     pub fn withdraw(&self, bdf: Bdf) -> Result<(), Refusal> {
-        self.ask(|reply| Input::Withdraw(bdf, reply))
+        let executor = self.ask(|reply| Input::Withdraw(bdf, reply))?;
+        if let Some(executor) = executor {
+            executor.join();
+        }
+        Ok(())
     }
 
-    /// Ends the lease of a lent function from this side.
+    /// Ends the lease of a lent function from this side. Nobody waits for it.
     pub fn revoke(&self, bdf: Bdf, why: &str) {
-        let _ = self.inbox.send(Input::Revoke(bdf, why.to_owned()));
+        let _ = self.inbox.send(Input::revoke(bdf, why).0);
+    }
+
+    /// The same, and waits until its path is undone; tells where the function stands then. Past
+    /// the wait the undoing goes on by itself.
+    pub fn revoke_and_wait(
+        &self,
+        bdf: Bdf,
+        why: &str,
+        wait_ms: u64,
+    ) -> Result<OfferState, CallError> {
+        let (input, answer) = Input::revoke(bdf, why);
+        self.take(input, &answer, wait_ms)
+    }
+
+    /// Tries again to put a function in quarantine back to power-on state, and tells where it
+    /// stands then.
+    pub fn retry(&self, bdf: Bdf, wait_ms: u64) -> Result<OfferState, CallError> {
+        let (input, answer) = Input::retry(bdf);
+        self.take(input, &answer, wait_ms)
+    }
+
+    /// Gives a function out of quarantine as it is.
+    pub fn clear(&self, bdf: Bdf) -> Result<(), Refusal> {
+        self.ask(|reply| Input::Clear(bdf, reply))
+    }
+
+    fn take(
+        &self,
+        input: Input,
+        answer: &mpsc::Receiver<Result<OfferState, CallError>>,
+        wait_ms: u64,
+    ) -> Result<OfferState, CallError> {
+        let stopped = || CallError::Gone("the port has stopped".into());
+        self.inbox.send(input).map_err(|_| stopped())?;
+        let runtime = &self.shared.runtime;
+        let until_ms = runtime.now_ms().saturating_add(wait_ms);
+        match runtime.receive(answer, Some(until_ms)) {
+            Ok(answer) => answer,
+            Err(mpsc::RecvTimeoutError::Timeout) => Err(CallError::Timeout(wait_ms)),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(stopped()),
+        }
     }
 
     fn ask<T>(
         &self,
         input: impl FnOnce(mpsc::Sender<Result<T, Refusal>>) -> Input,
     ) -> Result<T, Refusal> {
+        self.wait_for(input)?
+    }
+
+    fn wait_for<R>(&self, input: impl FnOnce(mpsc::Sender<R>) -> Input) -> Result<R, Refusal> {
         let (reply, answer) = mpsc::channel();
-        let stopped = || Refusal::stopped();
-        self.inbox.send(input(reply)).map_err(|_| stopped())?;
+        let sent = self.inbox.send(input(reply));
+        sent.map_err(|_| Refusal::stopped())?;
         let answered = self.shared.runtime.receive(&answer, None);
-        answered.map_err(|_| stopped())?
+        answered.map_err(|_| Refusal::stopped())
     }
 
     /// Everything that `status` tells of the port.
@@ -413,6 +482,7 @@ impl OfferState {
             Self::Granting | Self::Leased | Self::Opening | Self::Open => "in use",
             Self::Closing => "closing",
             Self::Quarantine(_) => "quarantine",
+            Self::Gone(_) => "gone",
         }
     }
 }

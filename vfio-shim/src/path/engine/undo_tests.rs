@@ -3,6 +3,7 @@
 use super::control::Input;
 use super::executor::{Executor, ExecutorShared};
 use super::irq::{IrqHandle, IrqThread};
+use super::keep::{Keep, ScrubPlan};
 use crate::model::{
     Access, AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds,
     FunctionInfo, IrqIndex, MapError, OsRuntime, PortIova, RegionIndex, Runtime, Span,
@@ -10,6 +11,7 @@ use crate::model::{
 };
 use crate::ntb::NtbPort;
 use crate::ntb::soft::{SoftFunction, SoftLink, SoftPort, SoftPortConfig};
+use crate::path::grant::Scrub;
 use crate::path::message::{LeaseId, MapRange};
 use crate::path::wire::BELL_MAILBOX;
 use crate::path::work::{FunctionWork, OpenPlan, WorkOutcome};
@@ -147,6 +149,7 @@ struct Rig {
     far: Arc<SoftPort>,
     irq: IrqHandle,
     told: mpsc::Receiver<Input>,
+    hurry: mpsc::Sender<()>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -162,12 +165,13 @@ impl Rig {
         let link = SoftLink::new([config; 2]).unwrap();
         let (port, far) = (link.port(0), link.port(1));
         let (inbox, told) = mpsc::channel();
+        let (hurrying, hurry) = mpsc::channel();
         let (_, mailbox) = super::control::mailbox_memory().unwrap();
         let shared_port: Arc<dyn NtbPort> = port.clone();
         let runtime: Arc<dyn Runtime> = Arc::new(OsRuntime);
         let door = (inbox.clone(), Arc::clone(&runtime));
         let (thread, irq) =
-            IrqThread::new(Arc::clone(&shared_port), mailbox, (60_000, 1_000_000), door).unwrap();
+            IrqThread::new(Arc::clone(&shared_port), mailbox, 60_000, door).unwrap();
         port.doorbell_unmask_only(BELL_MAILBOX);
         for side in [&port, &far] {
             side.link_enable(true);
@@ -191,6 +195,11 @@ impl Rig {
             runtime,
             shared: Arc::new(ExecutorShared::default()),
             path: None,
+            bdf: "01:00.1".parse().unwrap(),
+            hurry,
+            hurried: false,
+            clean: false,
+            keep: Keep::default(),
         };
         Self {
             executor,
@@ -199,6 +208,7 @@ impl Rig {
             far,
             irq,
             told,
+            hurry: hurrying,
             thread: Some(std::thread::spawn(move || thread.run())),
         }
     }
@@ -338,4 +348,52 @@ fn nvme_keeps_no_admin_queue_of_the_last_tenant_and_no_other_class_is_written_to
         let done = rig.function.done.lock().unwrap();
         assert_eq!(*done, once.repeat(3), "class {class:#x}");
     }
+}
+
+#[test]
+fn memory_that_something_else_clears_is_waited_for_and_told_as_assumed() {
+    let mut rig = Rig::new();
+    const MS: u64 = 50;
+    rig.executor.keep.scrub = ScrubPlan::Wait { ms: MS };
+    let start = std::time::Instant::now();
+    rig.open().unwrap();
+    // Who had it before is not known.
+    assert!(start.elapsed().as_millis() >= u128::from(MS));
+    let start = std::time::Instant::now();
+    let closed = rig.executor.work(FunctionWork::Close).unwrap();
+    assert_eq!(closed, WorkOutcome::Closed(Scrub::Assumed));
+    assert!(start.elapsed().as_millis() >= u128::from(MS));
+    rig.executor.keep.scrub = ScrubPlan::DriverWaits;
+    rig.open().unwrap();
+    let closed = rig.executor.work(FunctionWork::Close).unwrap();
+    assert_eq!(closed, WorkOutcome::Closed(Scrub::Waited));
+}
+
+#[test]
+fn wait_for_memory_to_be_cleared_ends_when_the_kernel_wants_the_function_back() {
+    let mut rig = Rig::new();
+    rig.open().unwrap();
+    rig.executor.keep.scrub = ScrubPlan::Wait { ms: 3_600_000 };
+    let hurry = rig.hurry.clone();
+    let late = std::thread::spawn(move || hurry.send(()).unwrap());
+    let refusal = rig.executor.work(FunctionWork::Close).unwrap_err();
+    late.join().unwrap();
+    assert!(
+        refusal.text.contains("before its memory was cleared"),
+        "{refusal}"
+    );
+    assert!(rig.executor.path.is_none(), "nothing of it is mapped");
+}
+
+#[test]
+fn reset_that_failed_by_the_kernels_word_is_a_failed_one() {
+    let mut rig = Rig::new();
+    rig.open().unwrap();
+    rig.executor.keep.reset_failed = Some(Box::new(|| Some("FLR failed".to_owned())));
+    let refusal = rig.executor.work(FunctionWork::Close).unwrap_err();
+    assert_eq!(refusal.text, "FLR failed");
+    let refusal = rig.executor.work(FunctionWork::PutBack).unwrap_err();
+    assert_eq!(refusal.text, "FLR failed");
+    rig.executor.keep.reset_failed = None;
+    rig.executor.work(FunctionWork::PutBack).unwrap();
 }

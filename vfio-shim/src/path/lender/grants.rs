@@ -18,6 +18,10 @@ pub(super) struct Asked {
 }
 
 impl Asked {
+    pub(super) fn is_of(&self, bdf: Bdf) -> bool {
+        self.bdf == bdf
+    }
+
     pub(super) fn give_up(&mut self, cause: EndCause) {
         // An operation's id means nothing in the next session.
         if cause == EndCause::Reclaimed {
@@ -67,6 +71,7 @@ impl Lender {
                 let text = format!("{bdf} is in quarantine: {why}");
                 return Err(refuse(RefusalCode::Quarantine, 0, text));
             }
+            OfferState::Gone(_) => return Err(unknown(bdf)),
             _ => return Err(taken(bdf)),
         }
         offer.state = OfferState::Granting;
@@ -150,15 +155,6 @@ impl Lender {
             actions.push(LenderAction::Reply(op, code, Box::new(result)));
         }
         actions
-    }
-
-    /// Ends a lease from the lender's side.
-    pub fn revoke(&mut self, bdf: Bdf, why: &str) -> Vec<LenderAction> {
-        let cause = EndCause::Revoked(why.to_owned());
-        for asked in self.asks.values_mut().filter(|asked| asked.bdf == bdf) {
-            asked.give_up(cause.clone());
-        }
-        self.end(bdf, cause)
     }
 
     /// Ends the lease of a function, if it has one and is not about to lose it.

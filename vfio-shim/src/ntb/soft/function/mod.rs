@@ -46,6 +46,8 @@ struct Device {
     behaviour: Box<dyn Behaviour>,
     config: Mutex<Config>,
     vectors: Mutex<Vec<Vector>>,
+    /// The host's own irqs: an error of the device, and a wish to have it back.
+    host_irqs: Mutex<[Option<OwnedFd>; 2]>,
     space: Arc<SoftSpace>,
     /// Its PF has destroyed it.
     gone: AtomicBool,
@@ -176,12 +178,17 @@ impl SoftFunction {
         Ok(Self::of(info, config, behaviour))
     }
 
-    fn of(info: FunctionInfo, config: Config, behaviour: Box<dyn Behaviour>) -> Self {
+    fn of(mut info: FunctionInfo, config: Config, behaviour: Box<dyn Behaviour>) -> Self {
+        // As vfio-pci gives them to any device.
+        for index in [IrqIndex::Err, IrqIndex::Req] {
+            info.irqs[index as usize] = IrqInfo { count: 1 };
+        }
         let vectors = info.irqs.iter().map(|irq| irq.count).max().unwrap_or(0);
         let device = Device {
             behaviour,
             config: Mutex::new(config),
             vectors: Mutex::new((0..vectors).map(|_| Vector::default()).collect()),
+            host_irqs: Mutex::default(),
             space: Arc::new(SoftSpace::new()),
             gone: AtomicBool::new(false),
             resets: AtomicU64::new(0),
@@ -222,6 +229,11 @@ impl SoftFunction {
     pub fn triggers(&self) -> usize {
         let vectors = lock(&self.device.vectors);
         vectors.iter().filter(|v| v.has_trigger()).count()
+    }
+
+    /// Whether the host's wish to have it back would be heard.
+    pub fn hears_requests(&self) -> bool {
+        lock(&self.device.host_irqs)[1].is_some()
     }
 
     /// From now on these operations fail, counted from 1. Maps fail by its space's plan.
@@ -277,6 +289,25 @@ impl SoftFunction {
         }
     }
 
+    fn host_irq_exists(
+        &self,
+        index: IrqIndex,
+        start: u32,
+        count: usize,
+    ) -> Result<(), FunctionError> {
+        let there = self.info.irqs[index as usize].count;
+        let end = u64::from(start) + count as u64;
+        match end > u64::from(there) {
+            true => Err(FunctionError::NoVector {
+                index,
+                start,
+                end,
+                count: there,
+            }),
+            false => Ok(()),
+        }
+    }
+
     fn with_vectors(
         &self,
         index: IrqIndex,
@@ -295,11 +326,20 @@ impl SoftFunction {
                 count: there,
             });
         }
-        // Only one index has vectors, so `end` is within them.
+        // Only one index of the device's own has vectors, so `end` is within them.
         let mut vectors = lock(&self.device.vectors);
         let range = vectors.iter_mut().skip(start as usize).take(count);
         range.for_each(&mut act);
         Ok(())
+    }
+}
+
+/// Which of the host's own irqs.
+fn host_irq(index: IrqIndex) -> Option<usize> {
+    match index {
+        IrqIndex::Err => Some(0),
+        IrqIndex::Req => Some(1),
+        IrqIndex::Intx | IrqIndex::Msi | IrqIndex::Msix => None,
     }
 }
 
@@ -372,6 +412,13 @@ impl Function for SoftFunction {
         start: u32,
         triggers: Vec<Option<OwnedFd>>,
     ) -> Result<(), FunctionError> {
+        if let Some(irq) = host_irq(index) {
+            self.host_irq_exists(index, start, triggers.len())?;
+            if let Some(trigger) = triggers.into_iter().next() {
+                lock(&self.device.host_irqs)[irq] = trigger;
+            }
+            return Ok(());
+        }
         self.planned("set triggers", Operation::SetIrqs)?;
         let count = triggers.len();
         let mut triggers = triggers.into_iter();
@@ -381,6 +428,10 @@ impl Function for SoftFunction {
     }
 
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), FunctionError> {
+        if let Some(irq) = host_irq(index) {
+            lock(&self.device.host_irqs)[irq] = None;
+            return Ok(());
+        }
         let count = self.info.irqs[index as usize].count as usize;
         self.with_vectors(index, 0, count, Vector::disable)
     }
@@ -392,10 +443,21 @@ impl Function for SoftFunction {
         count: u32,
         masked: bool,
     ) -> Result<(), FunctionError> {
+        if host_irq(index).is_some() {
+            return self.host_irq_exists(index, start, count as usize);
+        }
         self.with_vectors(index, start, count as usize, |vector| vector.mask(masked))
     }
 
     fn raise_irqs(&self, index: IrqIndex, start: u32, count: u32) -> Result<(), FunctionError> {
+        if let Some(irq) = host_irq(index) {
+            self.host_irq_exists(index, start, count as usize)?;
+            let triggers = lock(&self.device.host_irqs);
+            if let Some(trigger) = triggers[irq].as_ref().filter(|_| count != 0) {
+                let _ = rustix::io::write(trigger, &1u64.to_ne_bytes());
+            }
+            return Ok(());
+        }
         self.with_vectors(index, start, count as usize, Vector::raise)
     }
 

@@ -1,0 +1,38 @@
+//! What comes with a lent function besides itself: how its memory is cleared, how it is stopped, what is kept for it.
+
+use std::any::Any;
+use std::io;
+
+/// How a function's own memory is cleared of a tenant after its reset.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ScrubPlan {
+    /// The reset is all there is.
+    #[default]
+    Reset,
+    /// Its driver waits in the reset until it is cleared.
+    DriverWaits,
+    /// Something else clears it after the reset and tells nobody: so long is waited.
+    Wait {
+        /// Milliseconds.
+        ms: u64,
+    },
+}
+
+/// Stops what a function does by other means than its own registers, until its next reset.
+pub type StopFunction = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
+
+/// Whether the kernel has told of a reset of it that failed, since this was last called.
+pub type ResetFailed = Box<dyn FnMut() -> Option<String> + Send>;
+
+/// What comes with a lent function.
+#[derive(Default)]
+pub struct Keep {
+    /// How its memory is cleared.
+    pub scrub: ScrubPlan,
+    /// How it is stopped, where that is possible.
+    pub stop: Option<StopFunction>,
+    /// Where a failed reset is told that the reset itself does not tell.
+    pub reset_failed: Option<ResetFailed>,
+    /// Kept as long as the function is open, and dropped after it.
+    pub kept: Option<Box<dyn Any + Send>>,
+}

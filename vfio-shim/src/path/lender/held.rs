@@ -1,0 +1,182 @@
+//! What an operator or the kernel asks of the lender's end: a lease back, a function out of quarantine, a function away.
+
+use super::{Lender, LenderAction, Offer, OfferState, Pending, refuse, unknown};
+use crate::model::Bdf;
+use crate::path::grant::EndCause;
+use crate::path::message::{LeaseId, Refusal, RefusalCode};
+use crate::path::plan::{Owner, SlicePool};
+use crate::path::work::{FunctionWork, WorkOutcome};
+
+/// The slices of a lease whose undoing failed: they are behind this host's function still.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Left {
+    lease: LeaseId,
+    /// Whether nothing of them is mapped at the borrower any more.
+    confirmed: bool,
+}
+
+impl Left {
+    pub(super) fn new(lease: LeaseId, confirmed: bool) -> Self {
+        Self { lease, confirmed }
+    }
+}
+
+fn not_in_quarantine(bdf: Bdf) -> Refusal {
+    let text = format!("{bdf} is not in quarantine: see `sublet quarantine list`");
+    refuse(RefusalCode::WrongState, 0, text)
+}
+
+impl Lender {
+    /// What time it is, for what `status` tells.
+    pub fn tick(&mut self, now_ms: u64) {
+        self.now_ms = now_ms;
+    }
+
+    /// Where an offered function stands.
+    pub fn state(&self, bdf: Bdf) -> Option<&OfferState> {
+        self.offers.get(&bdf).map(|offer| &offer.state)
+    }
+
+    /// Refused where there is no lease to end.
+    pub fn check_revoke(&self, bdf: Bdf) -> Result<(), Refusal> {
+        let state = self.state(bdf).ok_or_else(|| unknown(bdf))?;
+        let (code, text) = match state {
+            OfferState::Granting | OfferState::Leased | OfferState::Opening | OfferState::Open => {
+                return Ok(());
+            }
+            OfferState::Closing => (
+                RefusalCode::Busy,
+                format!("a lease of {bdf} is ending already: see `sublet status`"),
+            ),
+            OfferState::Available => (
+                RefusalCode::NoLease,
+                format!("nobody has {bdf}: there is no lease to revoke"),
+            ),
+            OfferState::Quarantine(why) => (
+                RefusalCode::NoLease,
+                format!(
+                    "nobody has {bdf}, it is in quarantine ({why}): see `sublet quarantine list`"
+                ),
+            ),
+            OfferState::Gone(why) => (
+                RefusalCode::NoLease,
+                format!("nobody has {bdf}, it was taken away ({why})"),
+            ),
+        };
+        Err(refuse(code, 0, text))
+    }
+
+    /// Tries again what failed when its last lease was undone.
+    pub fn retry(&mut self, bdf: Bdf) -> Result<Vec<LenderAction>, Refusal> {
+        let offer = self.offers.get_mut(&bdf).ok_or_else(|| unknown(bdf))?;
+        if !matches!(offer.state, OfferState::Quarantine(_)) {
+            return Err(not_in_quarantine(bdf));
+        }
+        offer.state = OfferState::Closing;
+        Ok(self.give(bdf, FunctionWork::PutBack, Pending::Retry))
+    }
+
+    /// Gives a function out of quarantine as it is, at an operator's word.
+    pub fn clear(&mut self, bdf: Bdf) -> Result<(), Refusal> {
+        let offer = self.offers.get_mut(&bdf).ok_or_else(|| unknown(bdf))?;
+        let OfferState::Quarantine(why) = &offer.state else {
+            return Err(not_in_quarantine(bdf));
+        };
+        offer.last_end = Some(format!(
+            "cleared from quarantine by the operator, not put back ({why})"
+        ));
+        offer.state = OfferState::Available;
+        offer.quarantined_ms = None;
+        // Its slices stay held back: they may be mapped still.
+        Ok(())
+    }
+
+    pub(super) fn retried(
+        &mut self,
+        bdf: Bdf,
+        result: Result<WorkOutcome, Refusal>,
+        pool: &mut SlicePool,
+    ) {
+        let Some(offer) = self.offers.get_mut(&bdf) else {
+            return;
+        };
+        match result {
+            Ok(_) => {
+                offer.state = OfferState::Available;
+                offer.quarantined_ms = None;
+                if let Some(left) = offer.left.take_if(|left| left.confirmed) {
+                    pool.free_all(Owner::Lent(left.lease));
+                }
+                // What the borrower has not confirmed yet is freed when it does.
+                offer.left = None;
+            }
+            Err(refusal) => offer.state = OfferState::Quarantine(refusal.text),
+        }
+    }
+
+    /// The borrower has confirmed that nothing of a revoked lease is mapped.
+    pub fn revoke_confirmed(&mut self, lease: LeaseId, pool: &mut SlicePool) {
+        let mut left = self.offers.values_mut().filter_map(|o| o.left.as_mut());
+        match left.find(|left| left.lease == lease) {
+            // Behind the own function still.
+            Some(left) => left.confirmed = true,
+            None => pool.free_all(Owner::Lent(lease)),
+        }
+    }
+
+    /// The kernel takes the function away: its lease ends, and it leaves the pool.
+    pub fn taken_away(&mut self, bdf: Bdf, why: &str) -> Vec<LenderAction> {
+        let Some(offer) = self.offers.get_mut(&bdf) else {
+            return Vec::new();
+        };
+        if offer.wanted.is_none() && !matches!(offer.state, OfferState::Gone(_)) {
+            offer.wanted = Some(why.to_owned());
+            self.wanted += 1;
+        }
+        self.revoke(bdf, why)
+    }
+
+    /// Functions that are to leave and that nothing is done to any more.
+    pub fn leaving(&mut self) -> Vec<LenderAction> {
+        if self.wanted == 0 {
+            return Vec::new();
+        }
+        let idle = |offer: &&mut Offer| {
+            let state = &offer.state;
+            offer.wanted.is_some()
+                && matches!(state, OfferState::Available | OfferState::Quarantine(_))
+        };
+        let mut gone = Vec::new();
+        for offer in self.offers.values_mut().filter(idle) {
+            let why = offer.wanted.take().unwrap_or_default();
+            offer.state = OfferState::Gone(why);
+            offer.quarantined_ms = None;
+            gone.push(LenderAction::Gone(offer.entry.bdf));
+        }
+        self.wanted -= gone.len();
+        gone
+    }
+
+    /// Ends a lease from the lender's side: nobody may wait for the borrower's leave.
+    pub fn revoke(&mut self, bdf: Bdf, why: &str) -> Vec<LenderAction> {
+        let cause = EndCause::Revoked(why.to_owned());
+        for asked in self.asks.values_mut().filter(|asked| asked.is_of(bdf)) {
+            asked.give_up(cause.clone());
+        }
+        let open = |offer: &Offer| matches!(offer.state, OfferState::Open | OfferState::Opening);
+        let stops = |offer: &Offer| offer.stops && open(offer);
+        let mut actions = Vec::new();
+        if self.offers.get(&bdf).is_some_and(stops) {
+            actions = self.give(bdf, FunctionWork::Stop, Pending::Stop);
+        }
+        actions.extend(self.end(bdf, cause));
+        actions
+    }
+
+    /// What the function does can be stopped by other means than its own registers.
+    pub fn stops(&mut self, bdf: Bdf) {
+        if let Some(offer) = self.offers.get_mut(&bdf) {
+            offer.stops = true;
+        }
+    }
+}
