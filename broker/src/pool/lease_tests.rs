@@ -48,7 +48,8 @@ impl Rig {
     }
 
     fn handle(&mut self, event: Event) -> Vec<(String, ToPort)> {
-        self.pool.handle(event, self.now)
+        let now = self.now;
+        self.pool.handle(event, || now)
     }
 
     fn after(&mut self, ms: u64) -> Vec<(String, ToPort)> {
@@ -122,6 +123,28 @@ impl Rig {
             other => panic!("no end: {other:?}"),
         }
     }
+}
+
+#[test]
+fn lease_lives_from_when_it_is_written_however_slow_the_store_was() {
+    let mut rig = Rig::new();
+    let started = rig.now;
+    let read = std::cell::Cell::new(0);
+    // Each look at the clock is a second after the last one.
+    let now = || {
+        read.set(read.get() + 1);
+        let ms = 1_000 * read.get();
+        Now { ms, ..started }
+    };
+    let ask = Ask {
+        port: "ntb0".into(),
+        ask: AskId(1),
+        function: function("a"),
+        borrower: Some(8),
+        secret: Secret([1; 16]),
+    };
+    rig.pool.handle(Event::Ask(ask), now);
+    assert_eq!(rig.pool.next_ms(), Some(2_000 + TTL_MS));
 }
 
 #[test]

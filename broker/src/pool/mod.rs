@@ -55,10 +55,11 @@ impl<S: LeaseStore> Pool<S> {
         })
     }
 
-    /// One event, and all that the store has to do for it; what the ports are told.
-    pub fn handle(&mut self, event: Event, now: Now) -> Vec<(String, ToPort)> {
+    /// One event, and all that the store has to do for it; what the ports are told. The clock is
+    /// read again after the store, which may be slow: a lease lives from when it is written.
+    pub fn handle(&mut self, event: Event, now: impl Fn() -> Now) -> Vec<(String, ToPort)> {
         let mut told = Vec::new();
-        let mut todo: VecDeque<Action> = self.machine.handle(event, now).into();
+        let mut todo: VecDeque<Action> = self.machine.handle(event, now()).into();
         while let Some(action) = todo.pop_front() {
             let event = match action {
                 Action::Tell(port, message) => {
@@ -76,7 +77,7 @@ impl<S: LeaseStore> Pool<S> {
                     Event::Read(function, result)
                 }
             };
-            todo.extend(self.machine.handle(event, now));
+            todo.extend(self.machine.handle(event, now()));
         }
         told
     }

@@ -125,7 +125,7 @@ impl<S: LeaseStore> Thread<S> {
                 Ok(Input::Event(event)) => self.handle(event),
                 Ok(Input::Status(reply)) => {
                     let status = PoolStatus {
-                        leases: self.pool.status(self.now()),
+                        leases: self.pool.status(now(&*self.runtime)),
                         store_error: self.pool.last_error().map(str::to_owned),
                     };
                     let _ = reply.send(status);
@@ -145,20 +145,20 @@ impl<S: LeaseStore> Thread<S> {
     }
 
     fn handle(&mut self, event: Event) {
-        let now = self.now();
-        for (port, message) in self.pool.handle(event, now) {
+        let runtime = &*self.runtime;
+        for (port, message) in self.pool.handle(event, || now(runtime)) {
             if let Some(line) = self.lines.get(&port) {
                 line(message);
             }
         }
     }
+}
 
-    fn now(&self) -> Now {
-        let unix = SystemTime::now().duration_since(UNIX_EPOCH);
-        Now {
-            ms: self.runtime.now_ms(),
-            unix_ms: unix.map_or(0, |unix| unix.as_millis() as u64),
-        }
+fn now(runtime: &dyn Runtime) -> Now {
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH);
+    Now {
+        ms: runtime.now_ms(),
+        unix_ms: unix.map_or(0, |unix| unix.as_millis() as u64),
     }
 }
 

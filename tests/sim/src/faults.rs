@@ -168,6 +168,13 @@ impl World {
                 new.push((trouble, count));
             }
         }
+        for side in 0..2 {
+            let expired = self.hosts[side].disk.expired();
+            if expired != 0 {
+                self.table.meet(Trouble::LeaseExpired, expired);
+                new.push((Trouble::LeaseExpired, expired));
+            }
+        }
         for (trouble, count) in new {
             self.trace
                 .tell(count, || format!("struck: {trouble:?}, {count} times"));
@@ -205,6 +212,9 @@ impl World {
         }
         if self.cut {
             self.table.meet(Trouble::CableOut, 1);
+        }
+        if self.is_forged() {
+            self.table.meet(Trouble::PeerForges, 1);
         }
     }
 }

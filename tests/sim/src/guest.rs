@@ -132,6 +132,8 @@ pub struct Guest {
     pub(crate) values_last: u64,
     /// How often a link has gone down so far.
     pub downs: u64,
+    /// A host forges: interrupts come as it likes, and memory that a device has holds anything.
+    pub forged: bool,
 }
 
 /// A fresh trigger.
@@ -166,6 +168,17 @@ impl Guest {
             tally: Tally::default(),
             values_last: 0,
             downs: 0,
+            forged: false,
+        }
+    }
+
+    /// A host has forged something.
+    pub fn forged_at(&mut self) {
+        self.forged = true;
+        for block in 0..self.mapped.len() {
+            if self.mapped[block] != Some(false) {
+                self.ram.expose(block);
+            }
         }
     }
 
@@ -244,7 +257,7 @@ impl Guest {
         else {
             return;
         };
-        if downs != self.downs || !self.master {
+        if downs != self.downs || !self.master || self.forged {
             return;
         }
         if let Some(to) = to
@@ -272,7 +285,7 @@ impl Guest {
 
     /// All is delivered that can be: what is owed now is lost.
     pub fn check_nothing_lost(&mut self) {
-        let live = self.life == Life::Running && self.armed && self.master;
+        let live = self.life == Life::Running && self.armed && self.master && !self.forged;
         for (at, vector) in self.vectors.iter_mut().enumerate() {
             if !live || vector.masked || vector.masking {
                 continue;

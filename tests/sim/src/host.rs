@@ -1,7 +1,7 @@
 //! A host of the simulation: its port's engine, the functions it lends, and what its kernel does when they die.
 
 use crate::coroutine::{Pause, pause};
-use crate::pool::{Disk, Watched};
+use crate::pool::{Disk, Watch, Watched};
 use crate::random::Random;
 use crate::scheduler::{Process, Scheduler};
 use std::sync::Arc;
@@ -19,7 +19,8 @@ pub const WINDOW_BASE: PortIova = PortIova(1 << 32);
 /// The product's defaults.
 pub const HEARTBEAT_MS: u64 = 250;
 const LOST_AFTER_MS: u64 = 1500;
-const LEASE_TTL_MS: u64 = 60_000;
+/// The product's default.
+pub const LEASE_TTL_MS: u64 = 60_000;
 /// Vectors of the engine function.
 const VECTORS: u16 = 3;
 const VRAM_BYTES: u64 = 1 << 20;
@@ -101,6 +102,10 @@ pub struct Host {
     pub engine: Option<Arc<Engine>>,
     /// Its daemon's pool, while that lives.
     pub pool: Option<PoolService>,
+    /// What that pool has granted.
+    pub watch: Option<Watch>,
+    /// How long a lease lives without a path.
+    pub lease_ttl_ms: u64,
     /// Where that writes leases down: it stays when the daemon ends.
     pub disk: Disk,
     /// Whether it has power.
@@ -124,6 +129,8 @@ impl Host {
             process,
             engine: None,
             pool: None,
+            watch: None,
+            lease_ttl_ms: LEASE_TTL_MS,
             disk: Disk::default(),
             powered: true,
             closing: None,
@@ -151,9 +158,12 @@ impl Host {
         let runtime = scheduler.runtime(self.process);
         let port: Arc<dyn NtbPort> = self.port.clone();
         let store = self.disk.open();
-        let service = PoolService::start_on(Arc::clone(&runtime), store, LEASE_TTL_MS);
+        let service = PoolService::start_on(Arc::clone(&runtime), store, self.lease_ttl_ms);
         let service = service.expect("a pool");
-        let pool: Arc<dyn LeasePool> = Arc::new(Watched::new(service.port("ntb0"), &self.disk));
+        let clock = (Arc::clone(&runtime), self.lease_ttl_ms);
+        let watched = Watched::new(service.port("ntb0"), &self.disk, clock);
+        self.watch = Some(watched.watch());
+        let pool: Arc<dyn LeasePool> = Arc::new(watched);
         self.engine = Some(Engine::start_on(runtime, port, config, pool).expect("an engine"));
         service.settle();
         self.pool = Some(service);

@@ -8,6 +8,8 @@
 
 pub mod coroutine;
 pub mod faults;
+pub mod forged;
+pub mod forger;
 pub mod guest;
 pub mod host;
 pub mod lease;

@@ -15,6 +15,7 @@ pub const CONTROL: usize = 0;
 pub const READ_ONLY: usize = 7;
 /// What one transfer copies.
 pub const SLOT_BYTES: u64 = 256;
+const SLOT_WORDS: usize = SLOT_BYTES as usize / 8;
 /// Slots of a block: the lower half is copied to, the upper half from.
 pub const SLOTS: usize = (BLOCK_BYTES / SLOT_BYTES) as usize;
 /// Not 0, which an Arc takes for no memirq page.
@@ -66,6 +67,10 @@ pub struct Ram {
     fd: OwnedFd,
     mapped: MappedAperture,
     slots: Vec<Content>,
+    /// Blocks that a forging host's function may write anything into.
+    exposed: [bool; BLOCKS],
+    /// What was written last where nobody could write any more.
+    sealed_last: u64,
     /// Transfers under way: from where, to where, and what.
     under_way: Vec<(Slot, Slot, u64)>,
 }
@@ -81,6 +86,8 @@ impl Ram {
             fd,
             mapped,
             slots: vec![Content::default(); BLOCKS * SLOTS],
+            exposed: [false; BLOCKS],
+            sealed_last: 0,
             under_way: Vec::new(),
         };
         for slot in slots() {
@@ -96,9 +103,8 @@ impl Ram {
 
     /// The guest itself writes a slot.
     pub fn fill(&mut self, slot: Slot, value: u64) {
-        for at in (0..SLOT_BYTES).step_by(8) {
-            self.mapped.write_u64(slot.offset() + at, value);
-        }
+        let words = [value.to_le_bytes(); SLOT_WORDS];
+        self.mapped.write(slot.offset(), words.as_flattened());
         self.slots[slot.index()] = Content {
             settled: value,
             pending: Vec::new(),
@@ -122,7 +128,12 @@ impl Ram {
 
     /// What stands in a slot; a panic if it may not stand there.
     pub fn look(&self, slot: Slot) -> u64 {
-        let value = self.mapped.read_u64(slot.offset());
+        let mut words = [[0; 8]; SLOT_WORDS];
+        self.mapped.read(slot.offset(), words.as_flattened_mut());
+        let value = u64::from_le_bytes(words[0]);
+        if self.exposed[slot.0] {
+            return value;
+        }
         let content = &self.slots[slot.index()];
         // A device that reads what is not there any more reads ones, and writes them.
         let ones = value == u64::MAX && !content.pending.is_empty();
@@ -132,9 +143,7 @@ impl Ram {
             "INVARIANT memory: guest {} finds {value:#x} in slot {slot:?}, where {:#x} or one of {:x?} may be",
             self.guest, content.settled, content.pending
         );
-        let whole = (8..SLOT_BYTES)
-            .step_by(8)
-            .all(|at| self.mapped.read_u64(slot.offset() + at) == value);
+        let whole = words.iter().all(|word| *word == words[0]);
         assert!(
             whole,
             "INVARIANT memory: guest {} finds slot {slot:?} torn",
@@ -143,8 +152,19 @@ impl Ram {
         value
     }
 
+    /// As long as a device has this block, it may hold anything: its host, or the function's, forges.
+    pub fn expose(&mut self, block: usize) {
+        self.exposed[block] = ![CONTROL, READ_ONLY].contains(&block);
+    }
+
     /// Nothing is written into this block by any device from now on.
     pub fn freeze(&mut self, block: usize) {
+        if std::mem::take(&mut self.exposed[block]) {
+            for slot in slots().filter(|slot| slot.0 == block) {
+                self.sealed_last += 1;
+                self.fill(slot, self.guest << 32 | 0x4000_0000 | self.sealed_last);
+            }
+        }
         for slot in slots().filter(|slot| slot.0 == block) {
             let settled = self.look(slot);
             let pending = Vec::new();

@@ -43,6 +43,7 @@ impl World {
             Op::KillDaemon | Op::PowerOff | Op::Restart => self.life(op),
             Op::FreezeHost | Op::ThawHost => self.freezer(op),
             Op::CutCable | Op::PlugCable => self.cable(op),
+            Op::Forge => self.forge(),
             _ => self.guest(op),
         }
     }

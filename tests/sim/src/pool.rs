@@ -2,17 +2,17 @@
 
 use crate::coroutine::{Pause, pause};
 use crate::table::Trouble;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sublet::pool::{
     Change, FailSwitch, FailingStore, FunctionKey, JournalEntry, LeaseRecord, LeaseStore,
     MemoryStore, Snapshot, StoreError, When,
 };
-use vfio_shim::model::Bdf;
+use vfio_shim::model::{Bdf, Runtime};
 use vfio_shim::path::LeaseId;
 use vfio_shim::path::LeasePool;
-use vfio_shim::path::grant::{AskId, PortLine, ToPool, ToPort};
+use vfio_shim::path::grant::{AskId, EndCause, PortLine, ToPool, ToPort};
 
 /// A host's disk: it stays when the daemon is killed or the host loses power.
 #[derive(Default)]
@@ -25,6 +25,9 @@ pub struct Disk {
     seen: u64,
     /// The greatest epoch that any port of this host was ever told.
     epoch_told: Arc<AtomicU64>,
+    /// Leases that ended as nobody opened their path.
+    expired: Arc<AtomicU64>,
+    expired_seen: u64,
 }
 
 impl Disk {
@@ -54,6 +57,12 @@ impl Disk {
             When::After => Trouble::StoreUnsure,
         };
         (new != 0).then_some((trouble, new))
+    }
+
+    /// How many leases have expired since the last look.
+    pub fn expired(&mut self) -> u64 {
+        let expired = self.expired.load(Ordering::Relaxed);
+        expired - std::mem::replace(&mut self.expired_seen, expired)
     }
 
     /// The lease of a function that is in force by what is written.
@@ -98,6 +107,21 @@ impl<S: LeaseStore> LeaseStore for PacedStore<S> {
 struct Ledger {
     asks: BTreeMap<AskId, Bdf>,
     held: BTreeMap<Bdf, LeaseId>,
+    /// Leases without a path, and when they were granted.
+    unopened: BTreeMap<LeaseId, u64>,
+    opened: BTreeSet<LeaseId>,
+}
+
+/// What a daemon's pool has granted.
+pub struct Watch(Arc<Mutex<Ledger>>);
+
+impl Watch {
+    /// The oldest lease whose path nobody has opened, and when it was granted.
+    pub fn unopened(&self) -> Option<(LeaseId, u64)> {
+        let ledger = lock(&self.0);
+        let unopened = ledger.unopened.iter().min_by_key(|(_, granted)| **granted);
+        unopened.map(|(lease, granted)| (*lease, *granted))
+    }
 }
 
 /// The product's pool as a port sees it, with a ledger of its own beside it.
@@ -105,18 +129,33 @@ pub struct Watched {
     pool: Arc<dyn LeasePool>,
     store: MemoryStore,
     epoch_told: Arc<AtomicU64>,
+    expired: Arc<AtomicU64>,
+    runtime: Arc<dyn Runtime>,
+    ttl_ms: u64,
     ledger: Arc<Mutex<Ledger>>,
 }
 
 impl Watched {
     /// Around a daemon's pool, whose leases are on this disk.
-    pub fn new(pool: Arc<dyn LeasePool>, disk: &Disk) -> Self {
+    pub fn new(
+        pool: Arc<dyn LeasePool>,
+        disk: &Disk,
+        (runtime, ttl_ms): (Arc<dyn Runtime>, u64),
+    ) -> Self {
         Self {
             pool,
             store: disk.store.clone(),
             epoch_told: Arc::clone(&disk.epoch_told),
+            expired: Arc::clone(&disk.expired),
+            runtime,
+            ttl_ms,
             ledger: Arc::default(),
         }
+    }
+
+    /// What it has granted.
+    pub fn watch(&self) -> Watch {
+        Watch(Arc::clone(&self.ledger))
     }
 }
 
@@ -138,19 +177,55 @@ impl Ledger {
         let held = self.held.insert(bdf, lease);
         assert_eq!(held, None, "INVARIANT lease: {bdf} is granted twice");
     }
+
+    fn not_open(&self, lease: LeaseId) {
+        assert!(
+            !self.opened.contains(&lease),
+            "INVARIANT expiry: lease {lease} expires, and its path was opened"
+        );
+    }
+
+    /// The pool says that a lease has expired.
+    fn expires(&self, lease: LeaseId, now_ms: u64, ttl_ms: u64) {
+        self.not_open(lease);
+        let granted_ms = self.unopened.get(&lease).copied();
+        let early = granted_ms.is_some_and(|granted| now_ms < granted + ttl_ms);
+        assert!(
+            !early,
+            "INVARIANT expiry: lease {lease} of {granted_ms:?} ms expires at {now_ms} ms, before its {ttl_ms} ms"
+        );
+    }
+
+    /// Says whether it has expired.
+    fn ended(&mut self, bdf: Bdf, lease: LeaseId, cause: &EndCause) -> bool {
+        let expired = *cause == EndCause::Expired;
+        if expired {
+            self.not_open(lease);
+        }
+        if self.held.get(&bdf) == Some(&lease) {
+            self.held.remove(&bdf);
+        }
+        self.unopened.remove(&lease);
+        expired
+    }
 }
 
 impl LeasePool for Watched {
     fn connect(&self, port: PortLine) {
         let ledger = Arc::clone(&self.ledger);
         let (store, told) = (self.store.clone(), Arc::clone(&self.epoch_told));
+        let (runtime, ttl_ms) = (Arc::clone(&self.runtime), self.ttl_ms);
         self.pool.connect(Box::new(move |message| {
+            if let ToPort::Expired(lease) = &message {
+                lock(&ledger).expires(*lease, runtime.now_ms(), ttl_ms);
+            }
             if let ToPort::Granted(ask, result) = &message {
                 let mut ledger = lock(&ledger);
                 let bdf = ledger.asks.remove(ask).expect("an ask, answered once");
                 if let Ok(grant) = result {
                     let last = told.swap(grant.lease.0, Ordering::Relaxed);
                     ledger.granted(bdf, grant.lease, written(&store, bdf), last);
+                    ledger.unopened.insert(grant.lease, runtime.now_ms());
                 }
             }
             port(message);
@@ -164,11 +239,19 @@ impl LeasePool for Watched {
                 ToPool::Grant { ask, bdf, .. } => {
                     ledger.asks.insert(*ask, *bdf);
                 }
-                ToPool::Ended { bdf, lease, .. } if ledger.held.get(bdf) == Some(lease) => {
-                    ledger.held.remove(bdf);
+                ToPool::Ended { bdf, lease, end } => {
+                    if ledger.ended(*bdf, *lease, &end.cause) {
+                        self.expired.fetch_add(1, Ordering::Relaxed);
+                    }
                 }
-                ToPool::Opened { .. } | ToPool::Ended { .. } => {}
-                ToPool::Gone => ledger.held.clear(),
+                ToPool::Opened { lease, .. } => {
+                    ledger.unopened.remove(lease);
+                    ledger.opened.insert(*lease);
+                }
+                ToPool::Gone => {
+                    ledger.held.clear();
+                    ledger.unopened.clear();
+                }
             }
         }
         self.pool.tell(message);

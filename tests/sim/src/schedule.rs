@@ -15,6 +15,28 @@ pub const STEPS_MIN: usize = 200;
 /// Steps from one quiet moment to the next.
 const STEPS_TO_QUIET: usize = 50;
 
+/// What is special in a schedule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Which stores its fabric can hold back.
+    pub fabric: Fabric,
+    /// One of its hosts forges.
+    pub forger: bool,
+    /// Leases live so short that borrowers are often late.
+    pub short_leases: bool,
+}
+
+impl Shape {
+    /// By chance.
+    fn draw(random: &mut Random) -> Self {
+        Self {
+            fabric: Fabric::ALL[random.below(Fabric::ALL.len())],
+            forger: random.once_in(5),
+            short_leases: random.once_in(3),
+        }
+    }
+}
+
 /// What came of a schedule.
 #[derive(Clone, Debug)]
 pub struct Report {
@@ -68,14 +90,22 @@ fn open_fds() -> usize {
 
 /// Runs a schedule. `dir` is for sockets, and empty again after it.
 pub fn run(seed: u64, story: bool, dir: &Path) -> Result<Report, Failure> {
-    let fds = open_fds();
     let mut random = Random::new(seed);
-    let fabric = Fabric::ALL[random.below(Fabric::ALL.len())];
-    let mut world = World::new(random, fabric.plan(), Trace::new(story), dir);
-    world
-        .trace
-        .tell(0, || format!("seed {seed}, fabric {fabric:?}"));
-    let result = catch_unwind(AssertUnwindSafe(|| drive(&mut world, fabric)));
+    let shape = Shape::draw(&mut random);
+    run_as(shape, (seed, random), story, dir)
+}
+
+/// The same of a given shape.
+pub fn run_as(
+    shape: Shape,
+    (seed, random): (u64, Random),
+    story: bool,
+    dir: &Path,
+) -> Result<Report, Failure> {
+    let fds = open_fds();
+    let mut world = World::new(random, shape, Trace::new(story), dir);
+    world.trace.tell(0, || format!("seed {seed}, {shape:?}"));
+    let result = catch_unwind(AssertUnwindSafe(|| drive(&mut world, shape.fabric)));
     let words = PANIC.take();
     if result.is_err() {
         let story = world.trace.story().to_vec();

@@ -13,7 +13,7 @@ use vfio_shim::model::{Idle, Runtime, Task, Wait};
 /// A thread pauses before a port's or function's operation once in so many of them.
 const PREEMPT_ONCE_IN: usize = 12;
 /// Threads that wait for fds look once in so many steps, as long as others can run.
-const LOOK_AT_FDS_ONCE_IN: usize = 6;
+const LOOK_AT_FDS_ONCE_IN: usize = 12;
 /// How the threads are called that write VMMs' eventfds.
 const SIGNALLER: &str = "irq-lease-";
 /// More steps without any time passing than threads that make progress can need.
@@ -155,8 +155,12 @@ struct Running {
 pub struct Scheduler {
     core: Arc<Core>,
     threads: Vec<Running>,
+    /// Room for the choice of each step: threads that can run, and those that wait for fds.
+    ready: [Vec<usize>; 2],
     frozen: Vec<Process>,
     frozen_sides: [bool; 2],
+    /// When they were last frozen or thawed.
+    thawed_ms: [u64; 2],
     /// Goes on whenever something may have changed for a thread that found nothing.
     epoch: u64,
     serial_last: u64,
@@ -181,8 +185,10 @@ impl Scheduler {
                 state: Mutex::new(state),
             }),
             threads: Vec::new(),
+            ready: [Vec::new(), Vec::new()],
             frozen: Vec::new(),
             frozen_sides: [false; 2],
+            thawed_ms: [0; 2],
             epoch: 1,
             serial_last: 0,
             process_last: 0,
@@ -244,7 +250,12 @@ impl Scheduler {
     }
 
     fn adopt(&mut self) {
-        let born = std::mem::take(&mut self.core.lock().born);
+        let mut state = self.core.lock();
+        if state.born.is_empty() {
+            return;
+        }
+        let born = std::mem::take(&mut state.born);
+        drop(state);
         for born in born {
             self.begin(born.process, born.name, born.run, born.ended);
         }
@@ -256,7 +267,9 @@ impl Scheduler {
 
     /// All of a host's software stands still, or goes on.
     pub fn freeze_host(&mut self, side: usize, frozen: bool) {
-        self.frozen_sides[side] = frozen;
+        if std::mem::replace(&mut self.frozen_sides[side], frozen) != frozen {
+            self.thawed_ms[side] = self.now_ms();
+        }
         self.epoch += 1;
     }
 
@@ -272,6 +285,11 @@ impl Scheduler {
     /// Whether a host stands still.
     pub fn is_frozen_host(&self, side: usize) -> bool {
         self.frozen_sides[side]
+    }
+
+    /// Since when a host runs, if it does.
+    pub fn awake_since_ms(&self, side: usize) -> Option<u64> {
+        (!self.frozen_sides[side]).then_some(self.thawed_ms[side])
     }
 
     /// Whether any host does.
@@ -330,30 +348,30 @@ impl Scheduler {
         self.epoch += 1;
     }
 
+    /// The thread that runs next, by chance; `None` when all wait for time to pass.
+    fn choose(&mut self) -> Option<usize> {
+        self.ready.iter_mut().for_each(Vec::clear);
+        for (at, running) in self.threads.iter().enumerate() {
+            if running.looked != self.epoch && !self.is_frozen(running.process) {
+                self.ready[usize::from(running.fds)].push(at);
+            }
+        }
+        let [others, waiting_for_fds] = &self.ready;
+        if others.is_empty() && waiting_for_fds.is_empty() {
+            return None;
+        }
+        let mut state = self.core.lock();
+        let fds = others.is_empty()
+            || !waiting_for_fds.is_empty() && state.random.once_in(LOOK_AT_FDS_ONCE_IN);
+        let ready = if fds { waiting_for_fds } else { others };
+        Some(ready[state.random.below(ready.len())])
+    }
+
     /// One thread runs until it pauses: whether it was one that signals guests. `None` when all
     /// wait for time to pass.
     pub fn step(&mut self, trace: &mut Trace) -> Option<bool> {
         self.adopt();
-        let ready = |this: &Self, running: &Running| {
-            running.looked != this.epoch && !this.is_frozen(running.process)
-        };
-        let count = |fds: bool| {
-            let all = self.threads.iter().filter(|r| ready(self, r));
-            all.filter(|running| running.fds == fds).count()
-        };
-        let (many, many_fds) = (count(false), count(true));
-        if many + many_fds == 0 {
-            return None;
-        }
-        let mut state = self.core.lock();
-        let fds = many == 0 || many_fds != 0 && state.random.once_in(LOOK_AT_FDS_ONCE_IN);
-        let nth = state.random.below(if fds { many_fds } else { many });
-        drop(state);
-        let at = {
-            let all = (0..self.threads.len()).filter(|at| ready(self, &self.threads[*at]));
-            let mut all = all.filter(|at| self.threads[*at].fds == fds);
-            all.nth(nth).expect("counted just now")
-        };
+        let at = self.choose()?;
         let running = &mut self.threads[at];
         let signals = running.name.starts_with(SIGNALLER);
         let pause = running.thread.resume();

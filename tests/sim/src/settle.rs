@@ -1,8 +1,9 @@
 //! What must hold: at every moment, and when all faults are over and all is quiet.
 
 use crate::guest::Life;
-use crate::host::{HEARTBEAT_MS, WINDOW_BYTES};
+use crate::host::{HEARTBEAT_MS, LEASE_TTL_MS, WINDOW_BYTES};
 use crate::memory::BLOCK_BYTES;
+use crate::pool::Watch;
 use crate::rig::MAILBOX_BYTES;
 use crate::world::World;
 use std::sync::Arc;
@@ -11,6 +12,8 @@ use vfio_shim::model::{Bdf, COMMAND, Function, RegionIndex};
 use vfio_shim::ntb::soft::{ARC_SCRATCH, SCRATCH};
 use vfio_shim::path::{LeaseId, OfferState, PortStatus};
 
+/// How late a lease's expiry may be: as long as an `open` under way may take, and then some.
+const EXPIRY_SLACK_MS: u64 = 8_000;
 /// How long all may take to be quiet: the longest wait of the product, and then some.
 const QUIET_MS: u64 = 40_000;
 
@@ -23,8 +26,12 @@ impl World {
             let live = guests.filter(|guest| guest.life == Life::Running);
             live.for_each(|guest| guest.ram.check());
         }
-        self.check_scratch();
+        if !self.is_forged() {
+            self.check_scratch();
+        }
         self.check_held_once();
+        self.check_free();
+        self.check_expiry();
     }
 
     /// A store into a function's register is of a guest that has the function still.
@@ -54,6 +61,61 @@ impl World {
         }
     }
 
+    /// A function that nobody has by what is written reaches nothing.
+    fn check_free(&self) {
+        for host in self.hosts.iter().filter(|host| !host.tainted) {
+            for lent in &host.functions {
+                let maps = lent.soft.space().maps().len();
+                assert!(
+                    maps == 0 || host.disk.holder(lent.bdf).is_some(),
+                    "INVARIANT reach: {} of {} has {maps} maps, and nobody has it by the store",
+                    lent.bdf,
+                    host.name()
+                );
+            }
+        }
+    }
+
+    /// A lease whose path nobody opens ends in time.
+    pub fn check_expiry(&self) {
+        let now_ms = self.scheduler.now_ms();
+        for host in self.hosts.iter().filter(|host| host.engine.is_some()) {
+            let unopened = host.watch.as_ref().and_then(Watch::unopened);
+            let awake = self.scheduler.awake_since_ms(host.side);
+            if let (Some((lease, granted_ms)), Some(awake_ms)) = (unopened, awake) {
+                let end_ms = granted_ms.max(awake_ms) + host.lease_ttl_ms + EXPIRY_SLACK_MS;
+                assert!(
+                    now_ms <= end_ms,
+                    "INVARIANT expiry: lease {lease} of {}, granted at {granted_ms} ms, lives at {now_ms} ms without a path",
+                    host.name()
+                );
+            }
+        }
+    }
+
+    /// However much was forged, this host holds no more than it has functions.
+    pub fn check_bounds(&mut self, side: usize) {
+        if self.hosts[side].engine.is_none() {
+            return;
+        }
+        // What a forger has borrowed and never opened goes by itself.
+        let ttl_ms = self.hosts[side].lease_ttl_ms;
+        if ttl_ms < LEASE_TTL_MS {
+            self.run_for(ttl_ms + EXPIRY_SLACK_MS);
+            self.check_expiry();
+        }
+        let functions = self.hosts[side].functions.len();
+        let Some(status) = self.status(side) else {
+            return;
+        };
+        let held = (status.lent.len(), status.borrowed.len());
+        assert!(
+            held.0 <= functions && held.1 <= functions,
+            "INVARIANT bounds: {} lends and has borrowed {held:?}, and its peer forges",
+            self.hosts[side].name()
+        );
+    }
+
     /// Of two borrowers' ends of one function, one at least is lost.
     fn check_held_once(&self) {
         for (at, one) in self.held.iter().enumerate() {
@@ -73,6 +135,7 @@ impl World {
         self.trace.tell(3, || "all faults end".to_owned());
         self.plan_nothing();
         self.thaw_all();
+        self.end_forging();
         let end_ms = self.scheduler.now_ms() + QUIET_MS;
         loop {
             self.revive();
@@ -90,6 +153,9 @@ impl World {
         // A lost bell is found at a heartbeat, and an unmap told to the lender by then.
         self.run_for(3 * HEARTBEAT_MS);
         self.reap();
+        if let Some(forger) = &mut self.forger {
+            forger.at_it = false;
+        }
     }
 
     fn thaw_all(&mut self) {

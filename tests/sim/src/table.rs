@@ -36,11 +36,12 @@ pub enum Op {
     ThawVmm,
     CutCable,
     PlugCable,
+    Forge,
 }
 
 impl Op {
     /// All of them, with how often each is chosen.
-    pub const ALL: [(Self, usize); 28] = [
+    pub const ALL: [(Self, usize); 29] = [
         (Self::Lend, 6),
         (Self::Unlend, 1),
         (Self::Borrow, 14),
@@ -69,6 +70,7 @@ impl Op {
         (Self::ThawVmm, 20),
         (Self::CutCable, 1),
         (Self::PlugCable, 40),
+        (Self::Forge, 60),
     ];
 }
 
@@ -93,11 +95,13 @@ pub enum Trouble {
     VmmFrozen,
     HostDown,
     CableOut,
+    LeaseExpired,
+    PeerForges,
 }
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 19] = [
         Self::BellLost,
         Self::BellLate,
         Self::StoreHeld,
@@ -115,6 +119,8 @@ impl Trouble {
         Self::VmmFrozen,
         Self::HostDown,
         Self::CableOut,
+        Self::LeaseExpired,
+        Self::PeerForges,
     ];
 }
 
@@ -213,6 +219,11 @@ impl Table {
         }
     }
 
+    /// How often they met.
+    pub fn met(&self, op: Op, trouble: Trouble) -> u64 {
+        self.cells.get(&(op, trouble)).copied().unwrap_or(0)
+    }
+
     /// Of so many schedules each.
     pub fn cell(&mut self, op: Op, trouble: Trouble, count: u64) {
         *self.cells.entry((op, trouble)).or_default() += count;
@@ -250,7 +261,7 @@ impl fmt::Display for Table {
         for (op, _) in Op::ALL {
             write!(f, "\n{:>12}", format!("{op:?}"))?;
             for trouble in Trouble::ALL {
-                let count = self.cells.get(&(op, trouble)).copied().unwrap_or(0);
+                let count = self.met(op, trouble);
                 write!(f, " {count:>12}")?;
             }
         }
@@ -274,6 +285,6 @@ mod tests {
         let empty = table.empty();
         assert!(empty.contains(&(Op::Lend, Trouble::BellLate)));
         assert!(!empty.contains(&(Op::Borrow, Trouble::BellLate)));
-        assert_eq!(empty.len(), 28 * 17 - 4);
+        assert_eq!(empty.len(), 29 * 19 - 4);
     }
 }

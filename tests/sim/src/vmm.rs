@@ -126,7 +126,13 @@ impl Vmm {
             iova: address(block).into(),
             len: BLOCK_BYTES.into(),
         };
-        self.guest.borrow_mut().mapped[block] = None;
+        {
+            let mut guest = self.guest.borrow_mut();
+            guest.mapped[block] = None;
+            if guest.forged {
+                guest.ram.expose(block);
+            }
+        }
         let fd = self
             .guest
             .borrow()
@@ -320,6 +326,9 @@ impl Vmm {
         {
             let mut guest = self.guest.borrow_mut();
             guest.ram.freeze_all();
+            if guest.forged {
+                guest.forged_at();
+            }
             guest.prepare_control();
             for vector in &mut guest.vectors {
                 (vector.masked, vector.masking) = (false, false);

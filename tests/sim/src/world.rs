@@ -1,9 +1,11 @@
 //! Two hosts, the cable between them, their operators, VMMs and guests; and how time passes for all of them.
 
+use crate::forger::Forger;
 use crate::guest::{Guest, Life, Tally};
 use crate::host::{Host, WINDOW_BYTES};
 use crate::lease::{Borrow, Held, Kind, Outcome, Verb, Vmm};
 use crate::random::Random;
+use crate::schedule::Shape;
 use crate::scheduler::{Process, Scheduler, wait_for};
 use crate::table::Table;
 use crate::trace::Trace;
@@ -48,15 +50,16 @@ pub struct World {
     pub cut: bool,
     /// Operations and the faults they met.
     pub table: Table,
+    /// One of both hosts forges, if there is one that does.
+    pub forger: Option<Forger>,
     dir: PathBuf,
     sockets: u64,
     guests_last: u64,
 }
 
 impl World {
-    /// Both daemons run, all functions are offered. `holding` is the kind of stores that the fabric
-    /// can hold back at all.
-    pub fn new(mut random: Random, holding: FaultPlan, trace: Trace, dir: &Path) -> Self {
+    /// Both daemons run, all functions are offered.
+    pub fn new(mut random: Random, shape: Shape, trace: Trace, dir: &Path) -> Self {
         let mut scheduler = Scheduler::new(random.fork());
         let hosts = [0, 1].map(|_| {
             let core = Arc::clone(scheduler.core());
@@ -65,7 +68,8 @@ impl World {
         let config = SoftPortConfig {
             window_bytes: [WINDOW_BYTES; 2],
         };
-        let link = SoftLink::between(hosts.clone(), [config; 2], holding).expect("a link");
+        let link =
+            SoftLink::between(hosts.clone(), [config; 2], shape.fabric.plan()).expect("a link");
         link.arm(FaultPlan::default()).expect("no faults");
         let mut side = 0;
         let hosts = hosts.map(|soft| {
@@ -87,11 +91,21 @@ impl World {
             refused: false,
             cut: false,
             table: Table::default(),
+            forger: None,
             dir: dir.to_owned(),
             sockets: 0,
             guests_last: 0,
         };
-        (0..2).for_each(|side| world.start(side));
+        if shape.forger {
+            let side = world.random.below(2);
+            world.forger = Some(Forger::new(side, &world.hosts));
+        }
+        for side in 0..2 {
+            if shape.short_leases {
+                world.hosts[side].lease_ttl_ms = 20 + world.random.below(1500) as u64;
+            }
+            world.start(side);
+        }
         world
     }
 
@@ -362,6 +376,10 @@ impl World {
             lent.arc,
             lent.vectors,
         );
+        let guest = Guest {
+            forged: self.is_forged(),
+            ..guest
+        };
         let guest = Rc::new(RefCell::new(guest));
         let theirs = Rc::clone(&guest);
         let process = self.scheduler.process(side);

@@ -62,6 +62,13 @@ impl MappedAperture {
         // so `offset` does.
         Some(unsafe { self.mapping.addr().as_ptr().add(offset as usize) })
     }
+
+    /// Where an access of whole, aligned words begins, if an area holds all of it.
+    fn words(&self, offset: u64, len: usize) -> Option<*mut u64> {
+        let whole = offset.is_multiple_of(8) && len.is_multiple_of(8);
+        let start = self.address(offset, len).filter(|_| whole);
+        start.map(<*mut u8>::cast)
+    }
 }
 
 /// Splits an access of `len` bytes at `offset` into naturally aligned ones: (offset, range).
@@ -87,6 +94,15 @@ impl Aperture for MappedAperture {
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) {
+        if let Some(start) = self.words(offset, data.len()) {
+            let (words, _) = data.as_chunks_mut::<8>();
+            for (at, word) in words.iter_mut().enumerate() {
+                // SAFETY: `words` says that all of `data.len()` bytes are mapped, and aligned; the
+                // rest as below.
+                *word = unsafe { start.add(at).read_volatile() }.to_ne_bytes();
+            }
+            return fence(Ordering::Acquire);
+        }
         data.fill(0xff);
         for (at, range) in split(offset, data.len()) {
             let Some(address) = self.address(at, range.len()) else {
@@ -112,6 +128,14 @@ impl Aperture for MappedAperture {
     fn write(&self, offset: u64, data: &[u8]) {
         // Earlier stores of this thread stay before these: a message before its commit word.
         fence(Ordering::Release);
+        if let Some(start) = self.words(offset, data.len()) {
+            let (words, _) = data.as_chunks::<8>();
+            for (at, word) in words.iter().enumerate() {
+                // SAFETY: as in `read`.
+                unsafe { start.add(at).write_volatile(u64::from_ne_bytes(*word)) };
+            }
+            return;
+        }
         for (at, range) in split(offset, data.len()) {
             let Some(address) = self.address(at, range.len()) else {
                 continue;

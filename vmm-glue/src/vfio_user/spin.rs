@@ -7,7 +7,10 @@
 
 use std::{
     num::NonZero,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     thread::{available_parallelism, yield_now},
 };
 use vfio_shim::model::Runtime;
@@ -89,8 +92,10 @@ impl Drop for Slot {
 
 /// All cores but one, so that whoever is waited for has one.
 pub fn spinners_max() -> usize {
-    let cores = available_parallelism().map_or(1, NonZero::get);
-    (cores - 1).min(SPINNERS_MAX)
+    // To ask reads files of the cgroup.
+    static CORES: OnceLock<usize> = OnceLock::new();
+    let cores = CORES.get_or_init(|| available_parallelism().map_or(1, NonZero::get));
+    (*cores - 1).min(SPINNERS_MAX)
 }
 
 /// What came of a moment of waiting awake.

@@ -469,8 +469,9 @@ impl Control {
     }
 
     fn prepare_mailbox(&self, nonce: u64) {
-        for offset in (0..MAILBOX_BYTES).step_by(8) {
-            self.mailbox.write_u64(offset, 0);
+        const ZEROS: [u8; 4096] = [0; 4096];
+        for offset in (0..MAILBOX_BYTES).step_by(ZEROS.len()) {
+            self.mailbox.write(offset, &ZEROS);
         }
         self.mailbox.write_u64(0, nonce);
     }

@@ -1,0 +1,50 @@
+//! Schedules of a given shape: with a peer that forges, and with leases that expire under their borrowers.
+
+use sim_tests::faults::Fabric;
+use sim_tests::random::Random;
+use sim_tests::schedule::{self, Shape};
+use sim_tests::table::{Op, Table, Trouble};
+use std::sync::Mutex;
+
+/// Each counts this process's file descriptors.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// Runs so many schedules; what was met in them.
+fn passed(many: u64, forger: bool, short_leases: bool) -> Table {
+    let _alone = ALONE.lock();
+    let dir = tempfile::tempdir().unwrap();
+    let mut table = Table::default();
+    for seed in 1..=many {
+        let shape = Shape {
+            fabric: Fabric::ALL[seed as usize % Fabric::ALL.len()],
+            forger,
+            short_leases,
+        };
+        schedule::keep_panics();
+        let report = schedule::run_as(shape, (seed, Random::new(seed)), false, dir.path());
+        let _ = std::panic::take_hook();
+        match report {
+            Ok(report) => table.add(&report.table),
+            Err(failure) => panic!("seed {seed} of {shape:?}: {}", failure.words),
+        }
+    }
+    table
+}
+
+#[test]
+fn honest_host_keeps_its_invariants_whatever_its_peer_forges() {
+    let table = passed(16, true, false);
+    assert!(table.met(Op::Forge, Trouble::PeerForges) > 0);
+    assert!(table.met(Op::Interrupt, Trouble::PeerForges) > 0);
+}
+
+#[test]
+fn lease_that_nobody_opens_expires_and_one_with_an_open_path_never_does() {
+    let table = passed(16, true, true);
+    let expired: u64 = Op::ALL
+        .iter()
+        .map(|(op, _)| table.met(*op, Trouble::LeaseExpired))
+        .sum();
+    assert!(expired > 0, "no lease expired");
+    assert!(table.met(Op::Interrupt, Trouble::PeerForges) > 0);
+}
