@@ -54,7 +54,7 @@ pub enum LendError {
 
 /// Whether this driver is VFIO's: vfio-pci, or a variant such as xe-vfio-pci.
 pub fn is_vfio_driver(driver: &str) -> bool {
-    driver == "vfio-pci" || driver.ends_with("-vfio-pci")
+    driver == "vfio-pci" || driver.ends_with("-vfio-pci") || driver.ends_with("_vfio_pci")
 }
 
 impl Sysfs {

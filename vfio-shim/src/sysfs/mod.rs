@@ -2,15 +2,19 @@
 
 mod bind;
 mod device;
+mod kernel_log;
 mod lend;
 mod sriov;
 #[cfg(test)]
 mod tests;
+mod xe;
 
 pub use bind::{BindError, BindGuard, OldBinding};
 pub use device::{BarAddress, FunctionLookup};
+pub use kernel_log::KernelLog;
 pub use lend::{LendError, is_vfio_driver};
 pub use sriov::{PfIdentity, SriovError, VFS_MAX};
+pub use xe::XE_CLEARED_MS;
 
 use crate::model::Bdf;
 use std::{

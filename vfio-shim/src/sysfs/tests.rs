@@ -307,3 +307,39 @@ fn ids_and_bar_addresses_are_read_and_nonsense_is_an_error() {
         Err(SysfsError::Content { .. })
     ));
 }
+
+#[test]
+fn vf_of_xe_is_stopped_by_its_pfs_file_and_others_have_none() {
+    let tree = Tree::new();
+    for (vf, index) in [("0000:4a:00.1", 0), ("0000:4a:00.2", 1)] {
+        tree.function(vf, None, None);
+        relink(&tree.file("0000:4a:00.0", ""), &tree.file(vf, "physfn"));
+        let name = format!("virtfn{index}");
+        put(&tree.file("0000:4a:00.0", "sriov_numvfs"), "2\n");
+        relink(&tree.file(vf, ""), &tree.file("0000:4a:00.0", &name));
+    }
+    tree.function("0000:4a:00.0", None, Some("xe"));
+    let sysfs = tree.kernel(&[]);
+    let (first, second) = (bdf("4a:00.1"), bdf("4a:00.2"));
+    assert_eq!(sysfs.xe_stop(second).unwrap(), None);
+    put(&tree.file("0000:4a:00.0", "sriov_admin/vf2/stop"), "");
+    assert_eq!(sysfs.xe_stop(first).unwrap(), None);
+    assert_eq!(sysfs.xe_stop(bdf("4a:00.0")).unwrap(), None);
+    let stop = sysfs.xe_stop(second).unwrap().unwrap();
+    sysfs.stop_xe_vf(&stop).unwrap();
+    let written = tree.writes.lock().unwrap().pop().unwrap();
+    let name = "bus/pci/devices/0000:4a:00.0/sriov_admin/vf2/stop".to_owned();
+    assert_eq!(written, (name, "1".to_owned()));
+    let ids = |bdf| sysfs.ids(bdf).unwrap();
+    assert!(sysfs.is_xe_vf(first, &ids(first)).unwrap());
+    let pf = bdf("4a:00.0");
+    assert!(!sysfs.is_xe_vf(pf, &ids(pf)).unwrap(), "a PF is none");
+    let nvme = FunctionIds {
+        class: 0x01_0802,
+        ..ids(first)
+    };
+    assert!(!sysfs.is_xe_vf(first, &nvme).unwrap());
+    assert_eq!(sysfs.xe_vfio_driver(), None);
+    put(&tree.driver("xe-vfio-pci").join("bind"), "");
+    assert_eq!(sysfs.xe_vfio_driver(), Some("xe-vfio-pci"));
+}

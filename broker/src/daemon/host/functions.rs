@@ -2,10 +2,14 @@
 
 use super::refuse;
 use crate::daemon::vocabulary::{ErrorCode, VerbError};
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use vfio_shim::model::{Bdf, ConfigView, Function, FunctionIds};
-use vfio_shim::path::Keep;
-use vfio_shim::sysfs::{BindError, BindGuard, LendError, Sysfs, SysfsError};
+use vfio_shim::path::{Keep, ResetFailed, ScrubPlan, StopFunction};
+use vfio_shim::sysfs::{
+    BindError, BindGuard, KernelLog, LendError, Sysfs, SysfsError, XE_CLEARED_MS,
+};
 use vfio_shim::vfio::{OpenError, VfioFunction};
 
 /// Where the functions of a host come from.
@@ -41,6 +45,49 @@ impl KernelFunctions {
     }
 }
 
+impl KernelFunctions {
+    /// Of a VF that xe drives: its PF, and its number there, counted from 1.
+    fn xe_vf(&self, bdf: Bdf) -> Result<Option<(Bdf, u32)>, VerbError> {
+        let ids = self.ids(bdf)?;
+        let is_xe = self.sysfs.is_xe_vf(bdf, &ids);
+        let pf = || self.sysfs.pf_of(bdf);
+        match is_xe.and_then(|is_xe| if is_xe { pf() } else { Ok(None) }) {
+            Ok(found) => Ok(found.map(|(pf, index)| (pf, index + 1))),
+            Err(error) => Err(from_sysfs(&error)),
+        }
+    }
+
+    fn stop(&self, bdf: Bdf) -> Result<Option<StopFunction>, VerbError> {
+        let file = self.sysfs.xe_stop(bdf);
+        let file = file.map_err(|error| from_sysfs(&error))?;
+        Ok(file.map(|file| {
+            let sysfs = self.sysfs.clone();
+            let stop = move || sysfs.stop_xe_vf(&file).map_err(io::Error::other);
+            Box::new(stop) as StopFunction
+        }))
+    }
+}
+
+/// How a function's own memory is cleared of a tenant.
+fn scrub_plan(xe: Option<(Bdf, u32)>, waits: Option<&str>) -> ScrubPlan {
+    match (xe, waits) {
+        (None, _) => ScrubPlan::Reset,
+        (Some(_), Some(_)) => ScrubPlan::DriverWaits,
+        (Some(_), None) => ScrubPlan::Wait { ms: XE_CLEARED_MS },
+    }
+}
+
+/// The PF's driver tells in the kernel's log alone that it could not clear a VF.
+fn reset_failed((pf, number): (Bdf, u32)) -> Option<ResetFailed> {
+    let log = KernelLog::open(Path::new("/dev/kmsg"));
+    let log = log.inspect_err(|error| {
+        tracing::warn!(%error, "a reset of {pf}'s VFs that fails will not be told by the kernel's log");
+    });
+    let mut log = log.ok()?;
+    let (pf, vf) = (pf.to_string(), format!("VF{number} "));
+    Some(Box::new(move || log.find(&[&pf, &vf, "FLR failed"])))
+}
+
 impl Functions for KernelFunctions {
     fn check_exists(&self, bdf: Bdf) -> Result<(), VerbError> {
         let checked = self.sysfs.check_exists(bdf);
@@ -58,7 +105,9 @@ impl Functions for KernelFunctions {
     }
 
     fn open(&self, bdf: Bdf) -> Result<OpenFunction, VerbError> {
-        let bind = BindGuard::bind(&self.sysfs, bdf, "vfio-pci", false);
+        let xe = self.xe_vf(bdf)?;
+        let waits = self.sysfs.xe_vfio_driver().filter(|_| xe.is_some());
+        let bind = BindGuard::bind(&self.sysfs, bdf, waits.unwrap_or("vfio-pci"), false);
         let bind = bind.map_err(|error| from_bind(&error))?;
         let function = VfioFunction::open(bdf, &self.sysfs).map_err(|error| from_open(&error))?;
         let config = function
@@ -68,8 +117,10 @@ impl Functions for KernelFunctions {
             function: Arc::new(function),
             serial: ConfigView::new(&config).map_or(0, |view| view.serial()),
             keep: Keep {
+                scrub: scrub_plan(xe, waits),
+                stop: self.stop(bdf)?,
+                reset_failed: xe.and_then(reset_failed),
                 kept: Some(Box::new(bind)),
-                ..Keep::default()
             },
         })
     }
@@ -113,4 +164,18 @@ fn from_open(error: &OpenError) -> VerbError {
         _ => ErrorCode::Kernel,
     };
     refuse(code, chain(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vf_of_xe_is_waited_for_by_its_driver_or_by_the_clock_and_others_are_not() {
+        let xe = Some(("4a:00.0".parse().unwrap(), 1));
+        assert_eq!(scrub_plan(None, None), ScrubPlan::Reset);
+        let plan = scrub_plan(xe, Some("xe-vfio-pci"));
+        assert_eq!(plan, ScrubPlan::DriverWaits);
+        assert_eq!(scrub_plan(xe, None), ScrubPlan::Wait { ms: 12_000 });
+    }
 }

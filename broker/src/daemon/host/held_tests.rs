@@ -76,6 +76,11 @@ fn quarantined() -> Rig {
     next_reset_fails(&rig);
     let after = undone(revoke(&rig, None));
     assert_eq!(after.available, Availability::Quarantine);
+    // Its borrower is told by a message of its own.
+    until("the borrower is told", || {
+        let held = rig.hosts[1].report().borrowed.pop()?;
+        (held.state == "lost").then_some(())
+    });
     rig
 }
 

@@ -4,7 +4,7 @@ use super::soft_tests::{Rig, bdf, until};
 use super::*;
 use crate::model::{FunctionIds, IrqIndex};
 use crate::ntb::soft::{Fault, FaultPlan, SoftFunction};
-use crate::path::message::RefusalCode;
+use crate::path::message::{PoolState, RefusalCode};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -209,6 +209,41 @@ fn path_of_a_function_that_reports_an_error_is_lost_and_the_function_is_put_back
         (state(&rig) == OfferState::Available).then_some(())
     });
     rig.engines[1].borrow(bdf(), None).unwrap();
+}
+
+#[test]
+fn what_a_function_does_is_stopped_before_it_is_taken_from_its_guest_and_not_when_it_is_returned() {
+    let rig = rig();
+    let stopped = Arc::new(AtomicU64::new(u64::MAX));
+    let (told, function) = (Arc::clone(&stopped), Arc::clone(&rig.function));
+    let keep = Keep {
+        // After how many resets.
+        stop: Some(Box::new(move || {
+            told.store(function.resets(), Ordering::SeqCst);
+            Ok(())
+        })),
+        ..Keep::default()
+    };
+    rig.engines[0].withdraw(bdf()).unwrap();
+    let entry = PoolEntry {
+        bdf: bdf(),
+        ids: FunctionIds::default(),
+        state: PoolState::Available,
+        irq_count: 4,
+        bar_bytes: 0,
+        serial: 0,
+    };
+    let offered: Arc<dyn Function> = rig.function.clone();
+    rig.engines[0].offer_with(entry, offered, keep).unwrap();
+    let (lease, ..) = rig.engines[1].borrow(bdf(), None).unwrap();
+    rig.engines[1].give_back(lease).unwrap();
+    assert_eq!(stopped.load(Ordering::SeqCst), u64::MAX);
+    rig.engines[1].borrow(bdf(), None).unwrap();
+    let before = rig.function.resets();
+    let revoked = rig.engines[0].revoke_and_wait(bdf(), "wanted back", WAIT_MS);
+    revoked.unwrap();
+    assert_eq!(stopped.load(Ordering::SeqCst), before);
+    assert_eq!(rig.function.resets(), before + 1);
 }
 
 /// Besides the reset, which on this fabric takes no time.
