@@ -252,7 +252,7 @@ fn a_wrong_command_line_is_a_usage_error() {
     for args in [
         &["lend"][..],
         &["add", "4a:00.9"],
-        &["borrow", "44a01"],
+        &["borrow", "--socket", "x"],
         &["borrow", "4401", "--socket", "x"],
         &["borrow", "44a01", "--socket", "x", "--ram", "1GB"],
         &["daemon", "--in-process", "--sandbox=off", "--config", "x"],

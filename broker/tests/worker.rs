@@ -282,7 +282,9 @@ fn hostile(what: &str) -> ! {
     use std::os::fd::AsFd;
     let channel = Channel::of(std::io::stdin().as_fd().try_clone_to_owned().unwrap());
     let impossible = ToPort::Load(Token(1), 5, 0, 4);
-    if what == "a BAR" {
+    if what == "flood" {
+        flood(&channel);
+    } else if what == "a BAR" {
         channel.send_to_port(&impossible).unwrap();
     } else {
         rustix::net::send(
@@ -295,6 +297,46 @@ fn hostile(what: &str) -> ! {
     loop {
         std::thread::park();
     }
+}
+
+/// It begins as any worker does, and then sends without end.
+fn flood(channel: &Channel) -> ! {
+    loop {
+        match channel.receive_from_port().unwrap() {
+            Some(sublet::ipc::ToWorker::Start(..)) => break,
+            Some(_) => {}
+            None => exit(1),
+        }
+    }
+    let ready = ToPort::Ready(sublet::jail::Report::default());
+    channel.send_to_port(&ready).unwrap();
+    let store = ToPort::Store(0, 0x40, vec![0; 4]);
+    while channel.send_to_port(&store).is_ok() {}
+    exit(0);
+}
+
+#[test]
+fn worker_that_floods_its_port_is_slowed_and_told_and_ended_like_any_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = program(dir.path(), "hostile flood");
+    let limits = "[limits]\nworker_messages_per_second = 200\n";
+    let rig = Rig::limited(&program, Sandbox::On, limits);
+    rig.borrow().unwrap();
+    let began = std::time::Instant::now();
+    let first = rig.worker();
+    let slowed = until("it is slowed", || {
+        let worker = rig.worker();
+        (worker.slowed > first.slowed + 3).then_some(worker)
+    });
+    // A bucket holds a tenth of a second's worth.
+    let most = 20 + 200 * (began.elapsed().as_millis() as u64 / 1000 + 1);
+    let taken = slowed.messages - first.messages;
+    assert!(taken <= most, "{taken} of {most}");
+    let pid = slowed.pid;
+    rig.give_back().unwrap();
+    assert!(!lives(pid));
+    rig.wait_clean();
+    rig.end();
 }
 
 #[test]

@@ -13,9 +13,10 @@ use vfio_shim::model::Fdid;
 pub(super) struct Args {
     /// The function's fabric device id, as `list` prints it.
     fdid: Fdid,
-    /// The vfio-user socket for the VMM; a bare name lies in the configured directory.
+    /// The vfio-user socket for the VMM; a bare name lies in the configured directory. By default it
+    /// lies in a folder of the lease's own there, and is told.
     #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
+    socket: Option<PathBuf>,
     /// The guest's memory (512M, 4G): refused here and now if the window does not hold it.
     #[arg(long, value_name = "BYTES", value_parser = parse_size)]
     ram: Option<u64>,
@@ -32,7 +33,7 @@ pub(super) struct Args {
 
 impl Args {
     pub fn verb(&self) -> Result<Verb, VerbError> {
-        let mut socket = self.socket.clone();
+        let mut socket = self.socket.clone().unwrap_or_default();
         // Relative to where the operator is, not to where the daemon is.
         if socket.components().count() > 1 {
             socket = std::path::absolute(&socket)

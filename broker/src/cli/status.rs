@@ -77,6 +77,18 @@ fn attention(status: &HostStatus) -> Vec<String> {
                 lent.fdid, vector.index
             )
         }));
+        let over_rate = lent.vectors.iter().filter(|vector| vector.rate_limits != 0);
+        findings.extend(over_rate.map(|vector| {
+            let now = match vector.rate_limited {
+                true => ", and is now",
+                false => "",
+            };
+            format!(
+                "{}: interrupt vector {} was masked {} times for its rate{now}: a guest that \
+                 storms, or limits.interrupts_per_second is too low for its driver",
+                lent.fdid, vector.index, vector.rate_limits
+            )
+        }));
         findings.extend(
             lent.last_error
                 .iter()
@@ -103,6 +115,13 @@ fn worker(borrowed: &BorrowedStatus) -> Option<String> {
         return Some(format!(
             "{fdid}: its worker (process {pid}) runs without a sandbox, as --sandbox=off says: a \
              VMM that takes it over has this host"
+        ));
+    }
+    if worker.slowed != 0 {
+        return Some(format!(
+            "{fdid}: its worker (process {pid}) was slowed {} times, as it sends its port more than \
+             limits.worker_messages_per_second: its VMM floods it, or has taken it over",
+            worker.slowed
         ));
     }
     (!worker.answers).then(|| format!("{fdid}: its worker (process {pid}) does not answer"))
@@ -263,7 +282,7 @@ mod tests {
     use crate::daemon::vocabulary::{Availability, LentVector};
 
     #[test]
-    fn suspect_vector_needs_attention_and_others_do_not() {
+    fn suspect_vector_and_one_over_its_rate_need_attention_and_others_do_not() {
         let lent = LentStatus {
             fdid: "44a01".parse::<vfio_shim::model::Fdid>().unwrap().into(),
             state: Availability::InUse,
@@ -278,6 +297,8 @@ mod tests {
                 .map(|(suspect, index)| LentVector {
                     index,
                     suspect,
+                    rate_limits: 3 * u64::from(suspect),
+                    rate_limited: suspect,
                     ..LentVector::default()
                 })
                 .collect(),
@@ -292,7 +313,10 @@ mod tests {
         };
         let text = "44a01: interrupt vector 1 is suspect, as its fence read wrong: silent until \
                     the guest resets the function";
-        assert_eq!(attention(&status), [text]);
+        let over_rate = "44a01: interrupt vector 1 was masked 3 times for its rate, and is now: a \
+                         guest that storms, or limits.interrupts_per_second is too low for its \
+                         driver";
+        assert_eq!(attention(&status), [text, over_rate]);
     }
 
     #[test]

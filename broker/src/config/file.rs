@@ -52,7 +52,10 @@ pub(super) struct Port {
 pub(super) struct Limits {
     pub functions_per_port: Option<Spanned<i64>>,
     pub guest_mapped_bytes: Option<Spanned<Size>>,
+    pub functions_per_domain: Option<Spanned<i64>>,
     pub guest_maps: Option<Spanned<i64>>,
+    pub worker_messages_per_second: Option<Spanned<i64>>,
+    pub interrupts_per_second: Option<Spanned<i64>>,
     pub lease_ttl_ms: Option<Spanned<i64>>,
 }
 
@@ -63,6 +66,10 @@ pub(super) struct Policy {
     pub allow: Vec<Spanned<String>>,
     pub memory_check: Option<Spanned<String>>,
     pub bars: Option<Spanned<String>>,
+    #[serde(default)]
+    pub vmm_uids: Vec<Spanned<i64>>,
+    #[serde(default)]
+    pub vmm_gids: Vec<Spanned<i64>>,
 }
 
 /// A number of bytes: an integer, or a string with a suffix.

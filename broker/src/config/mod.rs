@@ -32,6 +32,12 @@ const _: () = assert!(
 );
 /// Most DMA maps of one guest: what a VFIO container takes by default.
 pub const GUEST_MAPS_MAX: u32 = 65_535;
+/// Most functions borrowed for one trust domain.
+pub const FUNCTIONS_PER_DOMAIN_MAX: u32 = FUNCTIONS_PER_PORT_MAX * PORTS_MAX as u32;
+/// The highest rate of a worker's messages, per second.
+pub const WORKER_MESSAGES_PER_SECOND_MAX: u32 = 1_000_000;
+/// Most users, and most groups, whose VMMs may attach: root and the daemon's own go along.
+pub const VMM_PEERS_MAX: usize = vmm_glue::vfio_user::PEERS_MAX - 2;
 /// Longest path of a Unix socket: `sun_path` without its NUL and room for a temporary suffix.
 pub const SOCKET_PATH_MAX: usize = 90;
 /// Longest path of the state folder.
@@ -95,10 +101,27 @@ pub struct Limits {
     pub functions_per_port: u32,
     /// Most bytes of memory that one guest may have mapped; `None` = what its window holds.
     pub guest_mapped_bytes: Option<u64>,
+    /// Most functions borrowed for one trust domain, over all ports.
+    pub functions_per_domain: u32,
     /// Most DMA maps of one guest.
     pub guest_maps: u32,
+    /// Most messages in a second that a port takes from one worker: one that sends more waits.
+    pub worker_messages_per_second: u32,
+    /// Most interrupts in a second that are relayed of one vector of a lent function.
+    pub interrupts_per_second: u32,
     /// How long a lease lives without an open path.
     pub lease_ttl: Duration,
+}
+
+impl Limits {
+    /// What a port holds each of its tenants to.
+    pub fn of_a_port(&self) -> vfio_shim::path::Limits {
+        vfio_shim::path::Limits {
+            guest_maps: self.guest_maps,
+            guest_mapped_bytes: self.guest_mapped_bytes.unwrap_or(u64::MAX),
+            interrupts_per_second: self.interrupts_per_second,
+        }
+    }
 }
 
 /// What this host lets happen.
@@ -110,6 +133,19 @@ pub struct Policy {
     pub memory_check: bool,
     /// How BARs reach a guest when `borrow` does not say.
     pub bars: BarMode,
+    /// Users whose VMMs may attach, besides root and this daemon's own.
+    pub vmm_uids: Vec<u32>,
+    /// Groups whose VMMs may attach.
+    pub vmm_gids: Vec<u32>,
+}
+
+impl Policy {
+    /// All users whose VMMs may attach.
+    pub fn vmm_uids(&self) -> Vec<u32> {
+        let mut uids = vec![0, rustix::process::geteuid().as_raw()];
+        uids.extend(&self.vmm_uids);
+        uids
+    }
 }
 
 impl Config {

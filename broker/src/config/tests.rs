@@ -166,9 +166,26 @@ fn values_out_of_range_are_told_with_the_range() {
         refusal(&format!("{GOOD}window_limit_bytes = \"3M\"\n")),
         "s.toml:10:22: `window_limit_bytes` is 3145728; write a multiple of 2M from 4M on"
     );
-    for (count, accepted) in [(0, false), (1, true), (64, true), (65, false)] {
-        let text = format!("{GOOD}[limits]\nfunctions_per_port = {count}\n");
-        assert_eq!(parse(&text).is_ok(), accepted, "{count}");
+    for key in ["vmm_uids", "vmm_gids"] {
+        let list = |count: usize, id: i64| {
+            let ids = vec![id.to_string(); count].join(", ");
+            parse(&format!("{GOOD}[policy]\n{key} = [{ids}]\n"))
+        };
+        assert!(list(VMM_PEERS_MAX, 4_294_967_294).is_ok());
+        assert!(list(VMM_PEERS_MAX + 1, 1).is_err());
+        assert!(list(1, 4_294_967_295).is_err() && list(1, -1).is_err());
+    }
+    for (key, most) in [
+        ("functions_per_port", 64),
+        ("functions_per_domain", 1024),
+        ("guest_maps", 65_535),
+        ("worker_messages_per_second", 1_000_000),
+        ("interrupts_per_second", 10_000_000),
+    ] {
+        for (count, accepted) in [(0, false), (1, true), (most, true), (most + 1, false)] {
+            let text = format!("{GOOD}[limits]\n{key} = {count}\n");
+            assert_eq!(parse(&text).is_ok(), accepted, "{key} = {count}");
+        }
     }
 }
 

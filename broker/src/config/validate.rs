@@ -1,8 +1,9 @@
 //! From what the file says to validated objects; every refusal has place, cause and mend.
 
 use super::{
-    BdfPattern, Config, ConfigError, FUNCTIONS_PER_PORT_MAX, GUEST_MAPS_MAX, Limits, PORTS_MAX,
-    Peers, Policy, PortConfig, SOCKET_PATH_MAX, STATE_PATH_MAX,
+    BdfPattern, Config, ConfigError, FUNCTIONS_PER_DOMAIN_MAX, FUNCTIONS_PER_PORT_MAX,
+    GUEST_MAPS_MAX, Limits, PORTS_MAX, Peers, Policy, PortConfig, SOCKET_PATH_MAX, STATE_PATH_MAX,
+    VMM_PEERS_MAX, WORKER_MESSAGES_PER_SECOND_MAX,
     error::{Places, nearest},
     file, parse_size,
 };
@@ -10,6 +11,7 @@ use crate::daemon::vocabulary::BarMode;
 use std::{ops::RangeInclusive, path::PathBuf, time::Duration};
 use toml::Spanned;
 use vfio_shim::model::Bdf;
+use vfio_shim::path::limits::{INTERRUPTS_PER_SECOND_DEFAULT, INTERRUPTS_PER_SECOND_MAX};
 
 const CONTROL_DEFAULT: &str = "/run/sublet/control.sock";
 const SOCKETS_DEFAULT: &str = "/run/sublet";
@@ -23,6 +25,8 @@ const LEASE_TTL_MS_DEFAULT: u64 = 60_000;
 /// Long enough for a reset at the path's opening, and a day.
 const LEASE_TTL_MS: RangeInclusive<i64> = 20_000..=86_400_000;
 const FUNCTIONS_PER_PORT_DEFAULT: u32 = 64;
+/// A worker answers its VMM with one message each, and a VMM waits for most of the answers.
+const WORKER_MESSAGES_PER_SECOND_DEFAULT: u32 = 50_000;
 /// A window is cut into huge pages of 2 MiB, and the first of them holds the mailbox.
 const WINDOW_STEP_BYTES: u64 = 2 << 20;
 
@@ -140,6 +144,24 @@ fn limits(at: &Places<'_>, said: file::Limits) -> Result<Limits> {
             Some(bytes) => Some(size(at, "guest_mapped_bytes", bytes)?),
             None => None,
         },
+        functions_per_domain: count(
+            "functions_per_domain",
+            &said.functions_per_domain,
+            FUNCTIONS_PER_DOMAIN_MAX,
+            FUNCTIONS_PER_DOMAIN_MAX,
+        )?,
+        worker_messages_per_second: count(
+            "worker_messages_per_second",
+            &said.worker_messages_per_second,
+            WORKER_MESSAGES_PER_SECOND_DEFAULT,
+            WORKER_MESSAGES_PER_SECOND_MAX,
+        )?,
+        interrupts_per_second: count(
+            "interrupts_per_second",
+            &said.interrupts_per_second,
+            INTERRUPTS_PER_SECOND_DEFAULT,
+            INTERRUPTS_PER_SECOND_MAX,
+        )?,
         guest_maps: count(
             "guest_maps",
             &said.guest_maps,
@@ -174,7 +196,19 @@ fn policy(at: &Places<'_>, said: file::Policy) -> Result<Policy> {
             Some(word) => choice(at, "bars", word, &bars)?,
             None => BarMode::Trapped,
         },
+        vmm_uids: ids(at, "vmm_uids", &said.vmm_uids)?,
+        vmm_gids: ids(at, "vmm_gids", &said.vmm_gids)?,
     })
+}
+
+/// Numbers of users or groups; the last one of all is the kernel's for none.
+fn ids(at: &Places<'_>, key: &str, said: &[Spanned<i64>]) -> Result<Vec<u32>> {
+    if let Some(over) = said.get(VMM_PEERS_MAX) {
+        let cause = format!("`{key}` has more than {VMM_PEERS_MAX} entries");
+        return Err(at.error(over.span(), cause, "give the VMMs a group in common"));
+    }
+    let id = |one| ranged(at, key, one, 0..=i64::from(u32::MAX) - 1).map(|id| id as u32);
+    said.iter().map(id).collect()
 }
 
 fn ranged(

@@ -202,6 +202,10 @@ pub struct LentVector {
     /// Whether a fence of it read something else than the session's nonce: what the function wrote
     /// before may not have arrived, so it is silent until the function's next reset.
     pub suspect: bool,
+    /// Whether it is masked because it is over its rate, now: its interrupts come late.
+    pub rate_limited: bool,
+    /// How often it was.
+    pub rate_limits: u64,
 }
 
 /// One function that this host has borrowed.
@@ -241,6 +245,10 @@ pub struct WorkerStatus {
     pub pid: u32,
     /// Whether it has answered when it was asked.
     pub answers: bool,
+    /// Messages that its port has taken from it.
+    pub messages: u64,
+    /// How often its port let it wait, as it sent more than it may in a second.
+    pub slowed: u64,
     /// Whether Landlock shuts it off from files and network.
     pub landlock: bool,
     /// Whether seccomp holds it to its list of system calls.

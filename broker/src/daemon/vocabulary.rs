@@ -53,7 +53,8 @@ pub enum Verb {
     Borrow {
         /// The function.
         fdid: FdidText,
-        /// Where the vfio-user socket is to be.
+        /// Where the vfio-user socket is to be; empty = in a folder of the lease's own.
+        #[serde(default)]
         socket: PathBuf,
         /// Guest memory to reserve window for.
         ram: Option<u64>,

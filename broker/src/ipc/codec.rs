@@ -1,8 +1,8 @@
 //! The messages between a daemon and a worker as bytes: total on any bytes, bounded both ways.
 
 use super::message::{
-    Answered, Check, FILES_MAX, MapPart, MapPiece, PIECES_MAX, SIGNALS_MAX, Start, ToPort,
-    ToWorker, Token, Told,
+    Answered, Check, FILES_MAX, MapPart, MapPiece, PEERS_MAX, PIECES_MAX, SIGNALS_MAX, Start,
+    ToPort, ToWorker, Token, Told,
 };
 use crate::jail::Report;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -276,6 +276,8 @@ fn put_start(w: &mut Writer, start: &Start) -> Coded<()> {
     put_text(w, &start.path)?;
     w.bool(start.mapped);
     w.bool(start.memory_check);
+    put_peers(w, &start.vmm_uids)?;
+    put_peers(w, &start.vmm_gids)?;
     w.u32(start.maps_max);
     w.u64(start.bytes_max);
     w.bool(start.window.is_some());
@@ -289,6 +291,8 @@ fn get_start(r: &mut Reader<'_>) -> Coded<Start> {
         path: get_text(r)?,
         mapped: r.bool("mapped")?,
         memory_check: r.bool("memory check")?,
+        vmm_uids: get_peers(r)?,
+        vmm_gids: get_peers(r)?,
         maps_max: r.u32()?,
         bytes_max: r.u64()?,
         window: match (r.bool("window")?, r.u64()?) {
@@ -296,6 +300,17 @@ fn get_start(r: &mut Reader<'_>) -> Coded<Start> {
             (false, _) => None,
         },
     })
+}
+
+fn put_peers(w: &mut Writer, peers: &[u32]) -> Coded<()> {
+    w.count("peers", peers.len(), PEERS_MAX)?;
+    peers.iter().for_each(|id| w.u32(*id));
+    Ok(())
+}
+
+fn get_peers(r: &mut Reader<'_>) -> Coded<Vec<u32>> {
+    let count = r.count("peers", PEERS_MAX)?;
+    (0..count).map(|_| Ok(r.u32()?)).collect()
 }
 
 /// How many descriptors go with a start: listener, table, grip, and the window's.

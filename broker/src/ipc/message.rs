@@ -9,6 +9,7 @@ use vfio_shim::{
         message::{RANGES_MAX, RemoteFunction, Request},
     },
 };
+pub use vmm_glue::vfio_user::PEERS_MAX;
 use vmm_glue::vfio_user::SessionState;
 
 /// The most memory files of one map call; a guest has at most as many.
@@ -114,6 +115,10 @@ pub struct Start {
     pub mapped: bool,
     /// Whether guest memory must be shared.
     pub memory_check: bool,
+    /// Of which users a VMM may be, at most [`PEERS_MAX`], and of which groups, at most as many.
+    pub vmm_uids: Vec<u32>,
+    /// Groups.
+    pub vmm_gids: Vec<u32>,
     /// The most DMA maps.
     pub maps_max: u32,
     /// The most bytes of guest memory.

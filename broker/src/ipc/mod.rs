@@ -12,7 +12,7 @@ mod tests;
 
 pub use codec::MessageError;
 pub use message::{
-    Answered, Check, FILES_MAX, MapPart, MapPiece, PIECES_MAX, SIGNALS_MAX, Start, ToPort,
-    ToWorker, Token, Told,
+    Answered, Check, FILES_MAX, MapPart, MapPiece, PEERS_MAX, PIECES_MAX, SIGNALS_MAX, Start,
+    ToPort, ToWorker, Token, Told,
 };
 pub use socket::{Channel, ChannelError, FDS_MAX, MESSAGE_BYTES_MAX, Sent};

@@ -118,6 +118,8 @@ fn to_worker() -> Vec<ToWorker> {
         path: "/run/sublet/vm1.sock".into(),
         mapped: true,
         memory_check: true,
+        vmm_uids: (0..PEERS_MAX as u32).collect(),
+        vmm_gids: vec![7],
         maps_max: 64,
         bytes_max: 1 << 40,
         window: Some(0x1000),
@@ -221,6 +223,13 @@ fn limits_hold_and_one_more_is_refused() {
     ] {
         assert!(near.send_to_port(&message).is_err());
     }
+    let start = to_worker().into_iter().find_map(|message| match message {
+        ToWorker::Start(start, fds) => Some((start, fds)),
+        _ => None,
+    });
+    let (mut start, fds) = start.unwrap();
+    start.vmm_gids = vec![7; PEERS_MAX + 1];
+    assert!(ToWorker::Start(start, fds).encode().is_err());
     let config = |bytes| ToWorker::Config(vec![0; bytes]);
     assert!(config(2048).encode().is_ok() && config(2049).encode().is_err());
     for bytes in [MESSAGE_BYTES_MAX, MESSAGE_BYTES_MAX + 1] {

@@ -92,6 +92,7 @@ impl Rig {
                 window_bytes: WINDOW_BYTES,
                 heartbeat_ms: 10,
                 lost_after_ms: 10_000,
+                limits: Default::default(),
             };
             let name = format!("ntb{side}");
             Engine::start_with_pool(link.port(side), config, pool.port(&name)).unwrap()

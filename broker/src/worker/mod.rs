@@ -38,7 +38,9 @@ use vfio_shim::{
         BorrowedFunction, CallError, LeaseId, borrower::OpenedPath, message::RemoteFunction, words,
     },
 };
-use vmm_glue::vfio_user::{BarMode, Endpoint, EndpointError, MemoryCheck, Options, SessionShared};
+use vmm_glue::vfio_user::{
+    BarMode, Endpoint, EndpointError, MemoryCheck, Options, Peers, SessionShared,
+};
 use window::BarWindow;
 
 /// Why a worker ends before it serves anybody.
@@ -234,6 +236,10 @@ fn options(start: &Start, port: &Arc<ChannelPort>) -> Options {
         memory_check: match start.memory_check {
             true => MemoryCheck::On,
             false => MemoryCheck::Off,
+        },
+        peers: Peers::Only {
+            uids: start.vmm_uids.clone(),
+            gids: start.vmm_gids.clone(),
         },
         maps_max: start.maps_max,
         bytes_max: start.bytes_max,

@@ -1,5 +1,7 @@
 //! Two hosts of this process, joined by a soft NTB; the borrower's workers are processes of their own.
 
+pub mod raw;
+
 use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
     fs::{MemfdFlags, ftruncate, memfd_create},
@@ -35,7 +37,8 @@ use vfio_user::Client;
 const PATIENCE: Duration = Duration::from_secs(60);
 const WINDOW_BYTES: u64 = 64 << 20;
 pub const VF: &str = "0000:01:00.1";
-const RAM_BYTES: u64 = 1 << 20;
+pub const VF_2: &str = "0000:01:00.2";
+pub const RAM_BYTES: u64 = 1 << 20;
 const CONFIG: u32 = 7;
 const MSIX: u32 = 2;
 /// vfio.h: eventfds, as triggers.
@@ -60,10 +63,10 @@ pub fn ids() -> FunctionIds {
     }
 }
 
-/// The one function of a host.
-struct One(Arc<SoftFunction>);
+/// The two functions of a host, of which a test offers what it needs.
+struct Two([Arc<SoftFunction>; 2]);
 
-impl Functions for One {
+impl Functions for Two {
     fn check_exists(&self, _: Bdf) -> Result<(), VerbError> {
         Ok(())
     }
@@ -73,8 +76,9 @@ impl Functions for One {
     fn check_lendable(&self, _: Bdf) -> Result<(), VerbError> {
         Ok(())
     }
-    fn open(&self, _: Bdf) -> Result<OpenFunction, VerbError> {
-        let function: Arc<dyn Function> = self.0.clone();
+    fn open(&self, bdf: Bdf) -> Result<OpenFunction, VerbError> {
+        let second = bdf == VF_2.parse().unwrap();
+        let function: Arc<dyn Function> = self.0[usize::from(second)].clone();
         Ok(OpenFunction {
             function,
             serial: 0,
@@ -88,10 +92,12 @@ pub struct Rig {
     pub hosts: [Arc<dyn Host>; 2],
     pub link: SoftLink,
     pub function: Arc<SoftFunction>,
+    /// Not offered before [`Rig::offer`].
+    pub second: Arc<SoftFunction>,
     pub dir: tempfile::TempDir,
 }
 
-fn config(node: u16, dir: &Path) -> Config {
+fn config(node: u16, dir: &Path, limits: &str) -> Config {
     let dir = dir.display();
     let text = format!(
         r#"
@@ -111,50 +117,54 @@ fn config(node: u16, dir: &Path) -> Config {
         lost_after_ms = 10000
         [policy]
         allow = ["0000:01:00.*"]
+        {limits}
         "#
     );
     Config::parse(Path::new("test.toml"), &text).unwrap()
 }
 
 pub fn fdid() -> FdidText {
-    let bdf = VF.parse().unwrap();
+    fdid_of(VF)
+}
+
+pub fn fdid_of(bdf: &str) -> FdidText {
+    let bdf = bdf.parse().unwrap();
     FdidText::from(Fdid { node: 4, bdf })
 }
 
 impl Rig {
     /// With workers of this program, as far as an offered function.
     pub fn with(program: &Path, sandbox: Sandbox) -> Self {
+        Self::limited(program, sandbox, "")
+    }
+
+    /// The same, with this section of limits in both configurations.
+    pub fn limited(program: &Path, sandbox: Sandbox, limits: &str) -> Self {
         let port = SoftPortConfig {
             window_bytes: [WINDOW_BYTES; 2],
         };
         let link = SoftLink::new([port; 2]).unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let function = Arc::new(SoftFunction::new(ids(), 4));
+        let [function, second] = [(); 2].map(|()| Arc::new(SoftFunction::new(ids(), 4)));
         let hosts = [4, 8].map(|node| {
             let machine = Machine {
                 ports: vec![link.port(usize::from(node == 8))],
-                functions: Arc::new(One(Arc::clone(&function))),
+                functions: Arc::new(Two([Arc::clone(&function), Arc::clone(&second)])),
             };
             let workers = Workers::Processes {
                 program: program.to_owned(),
                 sandbox,
             };
-            start_on(&config(node, dir.path()), machine, workers).unwrap()
+            start_on(&config(node, dir.path(), limits), machine, workers).unwrap()
         });
         let rig = Self {
             hosts,
             link,
             function,
+            second,
             dir,
         };
-        let bdf = || BdfText::from(VF.parse::<Bdf>().unwrap());
-        rig.lender().handle(Verb::Add { bdf: bdf() }).unwrap();
-        rig.lender()
-            .handle(Verb::Available {
-                bdf: bdf(),
-                port: None,
-            })
-            .unwrap();
+        rig.offer(VF);
         until("a session", || {
             let open = |host: &Arc<dyn Host>| status(host).ports[0].session.peer_node.is_some();
             rig.hosts.iter().all(open).then_some(())
@@ -164,6 +174,18 @@ impl Rig {
 
     pub fn new() -> Self {
         Self::with(Path::new(env!("CARGO_BIN_EXE_sublet")), Sandbox::On)
+    }
+
+    /// Takes a function into the pool and offers it.
+    pub fn offer(&self, bdf: &str) {
+        let bdf = || BdfText::from(bdf.parse::<Bdf>().unwrap());
+        let available = Verb::Available {
+            bdf: bdf(),
+            port: None,
+        };
+        for verb in [Verb::Add { bdf: bdf() }, available] {
+            self.lender().handle(verb).unwrap();
+        }
     }
 
     pub fn lender(&self) -> &Arc<dyn Host> {
@@ -179,9 +201,13 @@ impl Rig {
     }
 
     pub fn borrow(&self) -> Result<(), VerbError> {
+        self.borrow_as(fdid(), "vf.sock")
+    }
+
+    pub fn borrow_as(&self, fdid: FdidText, socket: &str) -> Result<(), VerbError> {
         let borrow = Verb::Borrow {
-            fdid: fdid(),
-            socket: "vf.sock".into(),
+            fdid,
+            socket: socket.into(),
             ram: None,
             bars: None,
             trust_vmm: false,
@@ -284,11 +310,16 @@ fn said<T, E: std::fmt::Debug>(what: &str, result: Result<T, E>) -> Try<T> {
 impl Vmm {
     /// Connects, maps its memory, enables the function and its interrupts.
     pub fn start(rig: &Rig) -> Try<Self> {
+        Self::at(&rig.socket())
+    }
+
+    /// The same behind this socket.
+    pub fn at(socket: &Path) -> Try<Self> {
         let fd = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&fd, RAM_BYTES).unwrap();
         let ram = MappedAperture::memory(fd.as_fd(), 0, RAM_BYTES).unwrap();
         let irq = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
-        let mut client = said("connect", Client::new(&rig.socket()))?;
+        let mut client = said("connect", Client::new(socket))?;
         said("map", client.dma_map(0, 0, RAM_BYTES, fd.as_raw_fd()))?;
         let fds = [irq.as_raw_fd()];
         said("irqs", client.set_irqs(MSIX, EVENTFDS, 0, 1, &fds))?;
@@ -373,6 +404,21 @@ impl Vmm {
         said("map", self.client.dma_map(0x4000, 1 << 32, 0x4000, raw))?;
         said("unmap", self.client.dma_unmap(1 << 32, 0x4000))?;
         self.copy(2)
+    }
+
+    /// DMA of a few bytes by the function, between any addresses; done when it has interrupted.
+    pub fn dma(&mut self, from: u64, to: u64) -> Try<()> {
+        let stores = [
+            (SOURCE, from.to_le_bytes().to_vec()),
+            (DESTINATION, to.to_le_bytes().to_vec()),
+            (LENGTH, 8u32.to_le_bytes().to_vec()),
+            (VECTOR, 0u32.to_le_bytes().to_vec()),
+            (DOORBELL, 1u32.to_le_bytes().to_vec()),
+        ];
+        for (register, bytes) in stores {
+            said("write", self.client.region_write(0, register, &bytes))?;
+        }
+        self.wait_interrupt()
     }
 
     pub fn ident(&mut self) -> Try<u32> {

@@ -153,6 +153,7 @@ impl Host {
             window_bytes: WINDOW_BYTES,
             heartbeat_ms: HEARTBEAT_MS,
             lost_after_ms: LOST_AFTER_MS,
+            limits: Default::default(),
         };
         self.port.reset();
         let runtime = scheduler.runtime(self.process);

@@ -87,6 +87,7 @@ fn engine(link: &SoftLink, side: u8) -> Arc<Engine> {
         window_bytes: WINDOW_BYTES,
         heartbeat_ms: 10,
         lost_after_ms: 10_000,
+        limits: Default::default(),
     };
     Engine::start(link.port(usize::from(side)), config).unwrap()
 }

@@ -38,6 +38,7 @@ fn engine(link: &SoftLink, side: u8) -> Arc<Engine> {
         window_bytes: WINDOW_BYTES,
         heartbeat_ms: 250,
         lost_after_ms: 10_000,
+        limits: Default::default(),
     };
     Engine::start(link.port(usize::from(side)), config).expect("an engine")
 }

@@ -128,14 +128,26 @@ impl dyn Runtime + '_ {
 
     /// How long the next look at fds may take: for ever, or not at all.
     pub fn look(&self, again: bool) -> Option<Timespec> {
+        self.look_until(again, None)
+    }
+
+    /// How long the next look at fds may take: until then by the clock, or not at all.
+    pub fn look_until(&self, again: bool, until_ms: Option<u64>) -> Option<Timespec> {
         let wait = Wait {
-            until_ms: None,
+            until_ms,
             again,
             fds: true,
         };
-        match self.idle(wait) {
-            Idle::Block => None,
-            Idle::Look => Some(Timespec {
+        match (self.idle(wait), until_ms) {
+            (Idle::Block, None) => None,
+            (Idle::Block, Some(until_ms)) => {
+                let left_ms = until_ms.saturating_sub(self.now_ms());
+                Some(Timespec {
+                    tv_sec: (left_ms / 1000) as i64,
+                    tv_nsec: (left_ms % 1000 * 1_000_000) as _,
+                })
+            }
+            (Idle::Look, _) => Some(Timespec {
                 tv_sec: 0,
                 tv_nsec: 0,
             }),

@@ -6,6 +6,7 @@
 use super::borrower::{Borrower, BorrowerAction, Call, CallError, Pin, Step, Token};
 use super::grant::{ToPool, ToPort};
 use super::lender::{JobId, Lender, LenderAction};
+use super::limits::Limits;
 use super::link::{Link, LinkAction, LinkEvent, OverReason};
 use super::mailbox::{Mailbox, MailboxAction, MailboxCounters, MailboxError};
 use super::message::{LeaseId, Message, OpId, Refusal, RefusalCode, Reply, Request, Secret};
@@ -29,6 +30,8 @@ pub struct CoreConfig {
     pub heartbeat_ms: u64,
     /// The peer is lost when its heartbeat stands still for so long, milliseconds.
     pub lost_after_ms: u64,
+    /// What each tenant may take.
+    pub limits: Limits,
 }
 
 /// What happened.
@@ -158,13 +161,14 @@ impl PortCore {
     /// A port whose window is closed.
     pub fn new(config: CoreConfig, entropy: Entropy) -> Self {
         let link = Link::new(config.heartbeat_ms, config.lost_after_ms);
+        let borrower = Borrower::new(config.limits);
         Self {
             pool: SlicePool::closed(),
             config,
             entropy,
             link,
             lender: Lender::default(),
-            borrower: Borrower::default(),
+            borrower,
             session: None,
             past: MailboxCounters::default(),
             link_up: false,

@@ -97,6 +97,7 @@ impl Host {
             window_bytes,
             heartbeat_ms: 250,
             lost_after_ms: 1500,
+            limits: Default::default(),
         };
         let (says, pool_says) = mpsc::channel();
         let pool = VolatilePool::default();

@@ -8,6 +8,7 @@ mod core_tests;
 pub mod engine;
 pub mod grant;
 pub mod lender;
+pub mod limits;
 pub mod link;
 pub mod mailbox;
 pub mod message;
@@ -25,6 +26,7 @@ pub use engine::{
 };
 pub use grant::{LeasePool, VolatilePool};
 pub use lender::OfferState;
+pub use limits::Limits;
 pub use message::{LeaseId, PoolEntry, PoolState};
 pub use refusal::{Refusal, RefusalCode};
 

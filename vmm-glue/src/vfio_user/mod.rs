@@ -30,5 +30,6 @@ pub use endpoint::Endpoint;
 pub use error::{EndpointError, SessionError, words};
 pub use irqs::IrqError;
 pub use options::{BarMode, MemoryCheck, Options};
+pub use peer::{PEERS_MAX, Peers};
 pub use session::serve_connection;
 pub use shared::{Counter, SessionCounters, SessionShared, SessionState};

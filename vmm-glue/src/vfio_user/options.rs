@@ -1,6 +1,6 @@
 //! What the owner decides about a guest session.
 
-use super::{memory_check::MemoryMaps, spin, version::MAPS_MAX};
+use super::{memory_check::MemoryMaps, peer::Peers, spin, version::MAPS_MAX};
 use std::{path::PathBuf, sync::Arc};
 use vfio_shim::model::{OsRuntime, Runtime};
 
@@ -32,6 +32,8 @@ pub struct Options {
     pub bars: BarMode,
     /// Whether guest memory must be mapped shared.
     pub memory_check: MemoryCheck,
+    /// Whose VMMs may attach.
+    pub peers: Peers,
     /// The most DMA maps at once; over [`MAPS_MAX`] is the same as that.
     pub maps_max: u32,
     /// The most bytes of guest memory mapped at once, over all maps.
@@ -49,6 +51,7 @@ impl Default for Options {
         Self {
             bars: BarMode::default(),
             memory_check: MemoryCheck::default(),
+            peers: Peers::default(),
             maps_max: MAPS_MAX,
             bytes_max: u64::MAX,
             memory_maps: Arc::new(PathBuf::from("/proc")),

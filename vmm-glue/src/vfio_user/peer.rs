@@ -1,4 +1,4 @@
-//! Which process is at the other end of a connected socket.
+//! Which process is at the other end of a connected socket, of which user, and whether that one may attach.
 #![allow(unsafe_code)] // getsockopt(2) fills a value in: rustix's takes a process id of 0 for impossible, and it is not.
 
 use std::{
@@ -6,8 +6,45 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-/// The process that connected; 0 for one in a PID namespace that this process does not see.
-pub(super) fn peer_pid(socket: BorrowedFd<'_>) -> io::Result<i32> {
+/// The most users, and the most groups, that may be named.
+pub const PEERS_MAX: usize = 16;
+
+/// Whose VMMs may attach. The socket's own mode is the first check, and this is the second: a file
+/// that was made open to everybody by mistake lets in no more than these.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Peers {
+    /// Whoever can connect.
+    #[default]
+    Any,
+    /// Processes of these users, or whose group is one of these.
+    Only {
+        /// Users.
+        uids: Vec<u32>,
+        /// Groups.
+        gids: Vec<u32>,
+    },
+}
+
+/// The process that connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Peer {
+    /// 0 for one in a PID namespace that this process does not see.
+    pub(super) pid: i32,
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+}
+
+impl Peers {
+    pub(super) fn may_attach(&self, peer: Peer) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Only { uids, gids } => uids.contains(&peer.uid) || gids.contains(&peer.gid),
+        }
+    }
+}
+
+/// Who connected, as the kernel saw it at that time.
+pub(super) fn peer(socket: BorrowedFd<'_>) -> io::Result<Peer> {
     let mut credentials = libc::ucred {
         pid: 0,
         uid: 0,
@@ -26,20 +63,39 @@ pub(super) fn peer_pid(socket: BorrowedFd<'_>) -> io::Result<i32> {
         )
     };
     match result {
-        0 => Ok(credentials.pid),
+        0 => Ok(Peer {
+            pid: credentials.pid,
+            uid: credentials.uid,
+            gid: credentials.gid,
+        }),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::peer_pid;
+    use super::{Peer, Peers, peer};
     use std::{fs::File, os::fd::AsFd, os::unix::net::UnixStream, process};
 
     #[test]
     fn a_socket_tells_its_peer_and_a_file_tells_an_error() {
         let (one, _other) = UnixStream::pair().unwrap();
-        assert_eq!(peer_pid(one.as_fd()).unwrap(), process::id() as i32);
-        assert!(peer_pid(File::open("/dev/null").unwrap().as_fd()).is_err());
+        let me = Peer {
+            pid: process::id() as i32,
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+        };
+        assert_eq!(peer(one.as_fd()).unwrap(), me);
+        assert!(peer(File::open("/dev/null").unwrap().as_fd()).is_err());
+    }
+
+    #[test]
+    fn one_of_the_named_users_or_groups_may_attach_and_nobody_else() {
+        let (pid, uids, gids) = (1, vec![0, 107], vec![50]);
+        let only = Peers::Only { uids, gids };
+        for (uid, gid, may) in [(0, 9, true), (107, 9, true), (9, 50, true), (9, 107, false)] {
+            assert_eq!(only.may_attach(Peer { pid, uid, gid }), may, "{uid}:{gid}");
+            assert!(Peers::Any.may_attach(Peer { pid, uid, gid }));
+        }
     }
 }

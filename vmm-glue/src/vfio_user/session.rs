@@ -12,7 +12,7 @@ use super::{
     dispatch::Guest,
     error::{EndpointError, SessionError, words},
     options::Options,
-    peer::peer_pid,
+    peer::peer,
     shared::{SessionShared, SessionState},
     socket::{Incoming, Receiver, Stop, Wake, send},
     wire::Reply,
@@ -40,7 +40,19 @@ pub fn serve_connection(
     stop: BorrowedFd<'_>,
     shared: &SessionShared,
 ) -> Result<(), EndpointError> {
-    let pid = peer_pid(socket.as_fd()).map_err(EndpointError::Peer)?;
+    let peer = peer(socket.as_fd()).map_err(EndpointError::Peer)?;
+    let pid = peer.pid;
+    if !options.peers.may_attach(peer) {
+        let (uid, gid) = (peer.uid, peer.gid);
+        let words = format!(
+            "a process of user {uid}, group {gid} (process {pid}) may not attach here: start the \
+             VMM as a user that may, or name it in policy.vmm_uids or policy.vmm_gids"
+        );
+        tracing::error!("{words}");
+        shared.counters.refused.count();
+        shared.fail(words);
+        return Ok(());
+    }
     shared.counters.sessions.count();
     shared.enter(SessionState::Connected { pid });
     tracing::info!(pid, "a VMM connected");

@@ -15,7 +15,7 @@ use std::{
         unix::{fs::PermissionsExt, net::UnixListener},
     },
 };
-use vmm_glue::vfio_user::{Endpoint, EndpointError, SessionState, wire::Command, words};
+use vmm_glue::vfio_user::{Endpoint, EndpointError, Peers, SessionState, wire::Command, words};
 
 const DISABLED: [&str; 5] = [
     "disable Intx",
@@ -150,6 +150,30 @@ fn status_tells_the_vmm_and_its_end() {
     assert_eq!(rig.shared.state(), SessionState::Connected { pid });
     drop(client);
     rig.wait_idle();
+}
+
+#[test]
+fn vmm_of_a_user_that_may_not_attach_is_sent_away_in_words_and_touches_nothing() {
+    let me = rustix::process::geteuid().as_raw();
+    let rig = Rig::with(|options| {
+        options.peers = Peers::Only {
+            uids: vec![me + 1],
+            gids: Vec::new(),
+        };
+    });
+    for count in 1..=2 {
+        // Nothing is read of it: the connection is closed, whatever it may send.
+        assert!(rig.connect().is_ended());
+        let (pid, gid) = (std::process::id(), rustix::process::getegid().as_raw());
+        let words = format!(
+            "a process of user {me}, group {gid} (process {pid}) may not attach here: start the \
+             VMM as a user that may, or name it in policy.vmm_uids or policy.vmm_gids"
+        );
+        assert_eq!(rig.shared.last_error(), Some(words));
+        assert_eq!(rig.shared.counters.refused.get(), count);
+    }
+    assert_eq!(rig.shared.counters.sessions.get(), 0);
+    assert!(rig.function.journal().is_empty());
 }
 
 #[test]

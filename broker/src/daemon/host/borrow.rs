@@ -1,6 +1,7 @@
 //! The borrower's verbs: a function of another host, served to one VMM by a worker.
 
 use super::claim::Named;
+use super::folder::LeaseFolder;
 use super::lend::from_refusal;
 use super::port::OpenPort;
 use super::served::Server;
@@ -54,6 +55,8 @@ pub(super) struct Borrowed {
     pub(super) trust_domain: String,
     pub(super) lost: Option<String>,
     pub(super) worker: Option<Arc<Server>>,
+    /// Behind the worker, which removes its socket.
+    _folder: Option<LeaseFolder>,
     engine: Arc<Engine>,
 }
 
@@ -124,7 +127,12 @@ impl LocalHost {
             domain: domain.clone(),
         };
         let _wished = self.wished(fdid, trust, wish.trust_vmm)?;
-        let path = self.config.socket_path(&wish.socket);
+        let folder = match wish.socket.as_os_str().is_empty() {
+            true => Some(LeaseFolder::make(&self.config.sockets, fdid)?),
+            false => None,
+        };
+        let named = || self.config.socket_path(&wish.socket);
+        let path = folder.as_ref().map_or_else(named, LeaseFolder::socket);
         let endpoint = Endpoint::bind(&path)
             .map_err(|error| refuse(ErrorCode::Socket, vfio_shim::path::words(&error)))?;
         let wanted = (fdid.bdf, wish.ram);
@@ -139,6 +147,7 @@ impl LocalHost {
             trust_domain: domain,
             lost: None,
             worker: Some(Arc::new(server)),
+            _folder: folder,
             engine: Arc::clone(&port.engine),
         };
         let told = told(fdid, &held);
@@ -183,9 +192,27 @@ impl LocalHost {
             .map(|(fdid, _, bars, domain)| (fdid, bars, domain));
         let port = &self.ports[wish.adapter];
         self.check_room_to_borrow(&state, wish.adapter)?;
+        self.check_room_of_domain(&state, &wish.domain)?;
         trust(port, others, wish.bars, trust_vmm, &wish.domain)?;
         state.wished.insert(fdid, wish);
         Ok(Wished { host: self, fdid })
+    }
+
+    /// Refused when as many as the configuration allows are borrowed for this trust domain, on
+    /// whichever ports, those included that other verbs are about to borrow.
+    fn check_room_of_domain(&self, state: &State, domain: &str) -> Result<(), VerbError> {
+        let limit = self.config.limits.functions_per_domain as usize;
+        let held = state.borrowed.values();
+        let held = held.filter(|held| held.trust_domain == domain && held.lost().is_none());
+        let wished = state.wished.values().filter(|w| w.domain == domain);
+        if held.count() + wished.count() < limit {
+            return Ok(());
+        }
+        let text = format!(
+            "{limit} functions are borrowed for trust domain `{domain}`, its limit: return one \
+             first, or raise limits.functions_per_domain"
+        );
+        Err(refuse(ErrorCode::Limit, text))
     }
 
     /// Refused when as many as the configuration allows are borrowed through this port, those
@@ -309,7 +336,7 @@ mod tests {
     use vfio_shim::ntb::soft::{SoftLink, SoftPortConfig};
     use vfio_shim::sysfs::Sysfs;
 
-    fn host() -> LocalHost {
+    fn host(limits: &str) -> (LocalHost, tempfile::TempDir) {
         let config = SoftPortConfig {
             window_bytes: [64 << 20; 2],
         };
@@ -319,13 +346,42 @@ mod tests {
         };
         let text = "[node]\nid = 4\nname = \"a\"\n\n[[port]]\nname = \"soft\"\nbdf = \"01:00.0\"\n\
                     peers = \"cable\"\ntrust_domain = \"a\"\ntrust_vmm = true\n";
-        let config = Config::parse(Path::new("test.toml"), text).unwrap();
-        LocalHost::new(&config, machine, Workers::Threads).unwrap()
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().display();
+        let text = format!("{text}{limits}[daemon]\nstate = \"{state}\"\n");
+        let config = Config::parse(Path::new("test.toml"), &text).unwrap();
+        let host = LocalHost::new(&config, machine, Workers::Threads).unwrap();
+        (host, dir)
+    }
+
+    #[test]
+    fn trust_domain_has_as_many_functions_as_it_may_and_not_one_more() {
+        let (host, _dir) = host("[limits]\nfunctions_per_domain = 2\n");
+        let wish = |fdid: &str, domain: &str| {
+            let trust = Trust {
+                adapter: 0,
+                bars: BarMode::Trapped,
+                domain: domain.into(),
+            };
+            host.wished(fdid.parse().unwrap(), trust, false)
+        };
+        let first = wish("80101", "a").unwrap();
+        let _second = wish("80102", "a").unwrap();
+        let refused = wish("80103", "a").map(drop).unwrap_err();
+        let words = "2 functions are borrowed for trust domain `a`, its limit: return one first, \
+                     or raise limits.functions_per_domain";
+        assert_eq!(
+            (refused.code, refused.to_string()),
+            (ErrorCode::Limit, words.into())
+        );
+        let _other = wish("80103", "b").unwrap();
+        drop(first);
+        wish("80104", "a").map(drop).unwrap();
     }
 
     #[test]
     fn two_borrows_at_once_do_not_bring_trust_domains_together() {
-        let host = host();
+        let (host, _dir) = host("");
         let fdids = ["80101", "80102"].map(|text| text.parse().unwrap());
         let wish = |bars, domain: &str| Trust {
             adapter: 0,

@@ -2,6 +2,7 @@
 
 mod borrow;
 mod claim;
+mod folder;
 mod functions;
 mod held;
 #[cfg(test)]
@@ -152,7 +153,8 @@ impl LocalHost {
         let store = RedbStore::open(&config.state)?;
         let pool = PoolService::start(store, config.limits.lease_ttl.as_millis() as u64)?;
         let start = |(port, open): (&PortConfig, _)| {
-            OpenPort::start(config.node_id, port, open, pool.port(&port.name))
+            let told = (config.node_id, config.limits.of_a_port());
+            OpenPort::start(told, port, open, pool.port(&port.name))
         };
         let ports = ports.map(start).collect::<Result<_, HostError>>()?;
         pool.settle();

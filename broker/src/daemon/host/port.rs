@@ -6,7 +6,7 @@ use std::sync::Arc;
 use vfio_shim::iova::window_base;
 use vfio_shim::model::Bdf;
 use vfio_shim::ntb::NtbPort;
-use vfio_shim::path::{Engine, EngineConfig, LeasePool};
+use vfio_shim::path::{Engine, EngineConfig, LeasePool, Limits};
 
 /// An open port. Fields drop in order: the engine's threads end before the NTB is closed.
 pub(super) struct OpenPort {
@@ -22,7 +22,7 @@ pub(super) struct OpenPort {
 impl OpenPort {
     /// Starts the threads of an open NTB; this pool grants its leases.
     pub(super) fn start(
-        node: u16,
+        (node, limits): (u16, Limits),
         config: &PortConfig,
         port: Arc<dyn NtbPort>,
         pool: Arc<dyn LeasePool>,
@@ -43,6 +43,7 @@ impl OpenPort {
             window_bytes,
             heartbeat_ms: config.heartbeat.as_millis() as u64,
             lost_after_ms: config.lost_after.as_millis() as u64,
+            limits,
         };
         let engine = Engine::start_with_pool(Arc::clone(&port), told, pool);
         let engine = engine.map_err(|source| HostError::Start {

@@ -33,10 +33,11 @@ use std::{
     time::Duration,
 };
 use vfio_shim::{
-    model::{Aperture, Span},
+    model::{Aperture, OsRuntime, Runtime, Span},
     path::{
         BorrowedPath, CallError, Engine, LeaseId,
         borrower::{Answer, GuestMap},
+        limits::Bucket,
         message::CONFIG_BYTES_MAX,
         words,
     },
@@ -62,6 +63,8 @@ pub(super) struct Settings {
     /// The `sublet` program.
     pub(super) program: PathBuf,
     pub(super) sandbox: Sandbox,
+    /// More of a worker's messages than this in a second wait.
+    pub(super) messages_per_second: u32,
 }
 
 /// Why there is no worker.
@@ -100,6 +103,9 @@ pub(super) struct WorkerProcess {
     tells: Mutex<HashMap<Token, mpsc::Sender<Told>>>,
     last_token: AtomicU64,
     report: Mutex<Report>,
+    /// Messages taken from it, and how often it had to wait for its rate.
+    taken: AtomicU64,
+    slowed: AtomicU64,
     ending: AtomicBool,
     ended: Mutex<Option<String>>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -171,6 +177,8 @@ pub(super) fn start(
         tells: Mutex::default(),
         last_token: AtomicU64::new(0),
         report: Mutex::default(),
+        taken: AtomicU64::new(0),
+        slowed: AtomicU64::new(0),
         ending: AtomicBool::new(false),
         ended: Mutex::default(),
         thread: Mutex::default(),
@@ -187,6 +195,7 @@ pub(super) fn start(
         endpoint,
         ready: Some(ready),
         map: None,
+        rate: Bucket::new(settings.messages_per_second, OsRuntime.now_ms()),
     };
     let settings = settings.clone();
     let builder = std::thread::Builder::new().name(format!("worker-{lease}"));
@@ -246,6 +255,8 @@ struct Thread {
     ready: Option<mpsc::Sender<Result<(), String>>>,
     /// A map call whose last part has not come yet.
     map: Option<MapCall>,
+    /// What its messages are held to.
+    rate: Bucket,
 }
 
 struct MapCall {
@@ -296,8 +307,23 @@ impl Thread {
                 Ok(None) => return Fault::Gone,
                 Err(error) => return error.into(),
             };
+            self.keep_to_rate();
             if let Err(fault) = self.hear(message) {
                 return fault;
+            }
+        }
+    }
+
+    /// Waits while the worker is over its rate; its channel fills, and then it waits as well. Ends
+    /// early when the worker does.
+    fn keep_to_rate(&mut self) {
+        self.worker.taken.fetch_add(1, Ordering::Relaxed);
+        while let Err(until_ms) = self.rate.take(|| OsRuntime.now_ms()) {
+            self.worker.slowed.fetch_add(1, Ordering::Relaxed);
+            let process = lock(&self.worker.process).clone();
+            let left_ms = until_ms.saturating_sub(OsRuntime.now_ms()) as i64;
+            if process.is_none_or(|process| closed(&process, Some(left_ms))) {
+                return;
             }
         }
     }
@@ -501,6 +527,12 @@ impl WorkerProcess {
     /// What it has been left with.
     pub(super) fn report(&self) -> Report {
         lock(&self.report).clone()
+    }
+
+    /// How many messages were taken from it, and how often it had to wait for its rate.
+    pub(super) fn messages(&self) -> (u64, u64) {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        (of(&self.taken), of(&self.slowed))
     }
 
     /// Why it has ended, if it has.

@@ -139,6 +139,8 @@ impl LocalHost {
                 bells: vector.bells,
                 masked: vector.masked,
                 suspect: vector.suspect,
+                rate_limited: vector.rate_limited,
+                rate_limits: vector.rate_limits,
             });
         LentStatus {
             fdid: FdidText::from(Fdid {

@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use vfio_shim::model::{Bdf, Function};
 use vfio_shim::path::{BorrowedFunction, CallError, Engine, LeaseId, PoolEntry};
-use vmm_glue::vfio_user::{self, Endpoint, MemoryCheck, Options, SessionShared, SessionState};
+use vmm_glue::vfio_user::{
+    self, Endpoint, MemoryCheck, Options, Peers, SessionShared, SessionState,
+};
 
 /// How borrowed functions are served.
 #[derive(Clone, Debug, Default)]
@@ -112,6 +114,7 @@ impl Server {
                 let answers = told.is_some();
                 let told = told.unwrap_or_default();
                 let report = worker.report();
+                let (messages, slowed) = worker.messages();
                 View {
                     state: answers.then_some(told.state),
                     last_error: told.last_error,
@@ -121,6 +124,8 @@ impl Server {
                     worker: Some(WorkerStatus {
                         pid: worker.pid(),
                         answers,
+                        messages,
+                        slowed,
                         landlock: report.landlock,
                         seccomp: report.seccomp,
                         namespaces: report.namespaces,
@@ -171,6 +176,8 @@ impl LocalHost {
                     path: endpoint.path().display().to_string(),
                     mapped: bars == BarMode::Mapped,
                     memory_check: self.config.policy.memory_check,
+                    vmm_uids: self.config.policy.vmm_uids(),
+                    vmm_gids: self.config.policy.vmm_gids.clone(),
                     maps_max: self.config.limits.guest_maps,
                     bytes_max: self.config.limits.guest_mapped_bytes.unwrap_or(u64::MAX),
                     window: None,
@@ -178,6 +185,7 @@ impl LocalHost {
                 let settings = Settings {
                     program: program.clone(),
                     sandbox: *sandbox,
+                    messages_per_second: self.config.limits.worker_messages_per_second,
                 };
                 let worker = process::start(engine, (bdf, ram), endpoint, start, &settings);
                 let worker = worker.map_err(|error| from_start(&error))?;
@@ -202,6 +210,10 @@ impl LocalHost {
             memory_check: match self.config.policy.memory_check {
                 true => MemoryCheck::On,
                 false => MemoryCheck::Off,
+            },
+            peers: Peers::Only {
+                uids: self.config.policy.vmm_uids(),
+                gids: self.config.policy.vmm_gids.clone(),
             },
             maps_max: self.config.limits.guest_maps,
             bytes_max: self.config.limits.guest_mapped_bytes.unwrap_or(u64::MAX),

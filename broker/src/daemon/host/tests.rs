@@ -541,6 +541,35 @@ fn revoke_that_the_peer_has_not_confirmed_shows_in_status_until_it_has() {
 }
 
 #[test]
+fn lease_without_a_named_socket_has_a_folder_of_its_own_that_nobody_else_can_pass() {
+    use std::os::unix::fs::PermissionsExt;
+    let rig = Rig::new();
+    let verb = |socket: &str| Verb::Borrow {
+        fdid: fdid("40101"),
+        socket: socket.into(),
+        ram: None,
+        bars: None,
+        trust_vmm: false,
+        trust_domain: None,
+    };
+    let told = match rig.hosts[1].handle(verb("")).unwrap() {
+        Outcome::Borrowed(told) => told.socket,
+        other => panic!("{other:?}"),
+    };
+    let folder = rig.dir.path().join("40101");
+    assert_eq!(told, folder.join("vfio-user.sock"));
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!((mode(&folder), mode(&told)), (0o700, 0o600));
+    let fdid = fdid("40101");
+    rig.hosts[1].handle(Verb::Return { fdid }).unwrap();
+    assert!(!folder.exists());
+    // A named one is the operator's, and its folder stays as it is.
+    rig.hosts[1].handle(verb("vf.sock")).unwrap();
+    assert_eq!(mode(&rig.dir.path().join("vf.sock")), 0o600);
+    assert!(!folder.exists());
+}
+
+#[test]
 fn lease_is_written_down_and_status_tells_its_epoch_and_age_but_no_secret() {
     let rig = Rig::new();
     rig.borrow(|_| {}).unwrap();

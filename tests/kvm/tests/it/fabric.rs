@@ -42,6 +42,7 @@ impl Fabric {
                 window_bytes: WINDOW_BYTES,
                 heartbeat_ms: 10,
                 lost_after_ms: 10_000,
+                limits: Default::default(),
             };
             Engine::start(link.port(usize::from(side)), config).unwrap()
         });

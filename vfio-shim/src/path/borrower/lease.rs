@@ -1,6 +1,6 @@
 //! One lease that is held: its mappings of guest RAM, and what the lender has not been told yet.
 
-use super::{CallError, GuestMap, MAPS_MAX, Slice, Token, limit};
+use super::{CallError, GuestMap, Limits, MAPS_MAX, Slice, Token, limit};
 use crate::model::{Access, Bdf, Span, WindowOffset, overlap_among};
 use crate::path::message::{LeaseId, Secret};
 use crate::path::plan::{Owner, SlicePool};
@@ -23,6 +23,8 @@ pub(super) struct Lease {
     pub(super) irq_count: u32,
     pub(super) closing: bool,
     pub(super) maps: BTreeMap<u64, Mapped>,
+    /// Bytes of them.
+    bytes: u64,
     /// Unmapped here, not told to the lender yet; one message of them is under way at a time.
     pub(super) untold: VecDeque<Taken>,
     pub(super) telling: bool,
@@ -47,6 +49,7 @@ impl Lease {
             irq_count,
             closing: false,
             maps: BTreeMap::new(),
+            bytes: 0,
             untold: VecDeque::new(),
             telling: false,
             pinned: VecDeque::new(),
@@ -54,10 +57,21 @@ impl Lease {
         }
     }
 
-    pub(super) fn check_new(&self, maps: &[GuestMap]) -> Result<(), CallError> {
-        if self.maps.len() + maps.len() > MAPS_MAX {
-            let text = format!("a guest has at most {MAPS_MAX} mappings: give it larger pages");
-            return Err(limit(MAPS_MAX, text));
+    pub(super) fn check_new(&self, maps: &[GuestMap], limits: &Limits) -> Result<(), CallError> {
+        let most = MAPS_MAX.min(limits.guest_maps as usize);
+        if self.maps.len() + maps.len() > most {
+            let text = format!("a guest has at most {most} mappings: give it larger pages");
+            return Err(limit(most as u64, text));
+        }
+        let new = maps.iter().map(|map| map.span.len());
+        let bytes = new.fold(self.bytes, u64::saturating_add);
+        let most = limits.guest_mapped_bytes;
+        if bytes > most {
+            let text = format!(
+                "the guest would have {bytes} bytes of memory mapped, and {most} are the most it \
+                 may have: give it less memory"
+            );
+            return Err(limit(most, text));
         }
         if let Some(span) = overlap_among(maps.iter().map(|map| map.span)) {
             return Err(CallError::Overlap(span));
@@ -72,6 +86,11 @@ impl Lease {
             }
         }
         Ok(())
+    }
+
+    pub(super) fn insert(&mut self, start: u64, map: Mapped) {
+        self.bytes += map.len;
+        self.maps.insert(start, map);
     }
 
     pub(super) fn at(&self, (start, offset): Place) -> Option<&Mapped> {
@@ -91,6 +110,7 @@ impl Lease {
                 continue;
             };
             self.maps.remove(&place.0);
+            self.bytes -= len;
             taken.extend(Span::new(place.0, len).map(|span| (span, (place.1, len))));
         }
         taken
@@ -118,11 +138,13 @@ impl Lease {
         }
         for (held, _) in &taken {
             self.maps.remove(&held.start());
+            self.bytes -= held.len();
         }
         Ok(taken)
     }
 
     pub(super) fn take_all(&mut self) -> Vec<Slice> {
+        self.bytes = 0;
         std::mem::take(&mut self.maps)
             .into_values()
             .map(|map| (map.offset, map.len))

@@ -17,8 +17,9 @@ impl Borrower {
         maps: Vec<GuestMap>,
         pool: &mut SlicePool,
     ) -> Result<Actions, CallError> {
+        let limits = self.limits;
         let held = self.held(lease)?;
-        held.check_new(&maps)?;
+        held.check_new(&maps, &limits)?;
         let mut pins = Vec::with_capacity(maps.len());
         let mut places = Vec::with_capacity(maps.len());
         // The large ones first: they have the most to gain from an offset that agrees with the
@@ -34,7 +35,7 @@ impl Borrower {
                     return Err(refusal.into());
                 }
             };
-            held.maps.insert(
+            held.insert(
                 start,
                 Mapped {
                     offset,

@@ -13,6 +13,7 @@ pub use calls::{
     Answer, BorrowerAction, Call, CallError, GuestMap, OpenedPath, Pin, Slice, Step, Token,
 };
 
+use super::limits::Limits;
 use super::message::{
     ENTRIES_MAX, LeaseId, MapRange, OpId, PoolEntry, Refusal, RefusalCode, RemoteFunction, Reply,
     Request, Secret,
@@ -96,6 +97,7 @@ pub struct Borrower {
     /// What the mapper could not unpin: it is tried again at the session's end, and nobody gets
     /// these slices before.
     left: BTreeMap<Slice, LeaseId>,
+    limits: Limits,
 }
 
 /// What `status` tells of one lease.
@@ -121,11 +123,19 @@ fn answer(token: Option<Token>, result: Result<Answer, CallError>) -> Actions {
 }
 
 /// This side's own limit.
-fn limit(most: usize, text: String) -> CallError {
-    CallError::Refused(Refusal::new(RefusalCode::Limit, most as u64, text))
+fn limit(most: u64, text: String) -> CallError {
+    CallError::Refused(Refusal::new(RefusalCode::Limit, most, text))
 }
 
 impl Borrower {
+    /// One whose leases are held to these limits.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            ..Self::default()
+        }
+    }
+
     /// What `status` tells.
     pub fn status(&self) -> Vec<LeaseStatus> {
         let of = |(lease, held): (&LeaseId, &Lease)| LeaseStatus {
@@ -148,7 +158,7 @@ impl Borrower {
         let takes_away = matches!(call, Call::Unmap(..) | Call::Return(_));
         if self.steps.len() >= CALLS_MAX && !takes_away {
             let text = format!("{CALLS_MAX} calls are under way: wait for one to end");
-            return answer(Some(token), Err(limit(CALLS_MAX, text)));
+            return answer(Some(token), Err(limit(CALLS_MAX as u64, text)));
         }
         let begun = match call {
             Call::List => {
@@ -193,7 +203,7 @@ impl Borrower {
     fn borrow(&mut self, token: Token, bdf: Bdf, ram: Option<u64>) -> Result<Actions, CallError> {
         if self.leases.len() >= LEASES_MAX {
             let text = format!("a port borrows at most {LEASES_MAX} functions: return one first");
-            return Err(limit(LEASES_MAX, text));
+            return Err(limit(LEASES_MAX as u64, text));
         }
         Ok(self.send(Some(token), Op::Borrow { ram }, Request::Borrow { bdf }))
     }

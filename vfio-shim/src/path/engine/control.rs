@@ -75,6 +75,10 @@ pub struct VectorStatus {
     pub masked: bool,
     /// Whether a fence of it did not read the session's nonce: it is silent until the next reset.
     pub suspect: bool,
+    /// Whether it is masked for its rate now: what it raises comes when the rate allows.
+    pub rate_limited: bool,
+    /// How often it was.
+    pub rate_limits: u64,
 }
 
 /// A lent function, as `status` tells it.
@@ -206,7 +210,7 @@ impl Control {
         let (thread, irq) = IrqThread::new(
             Arc::clone(&port),
             Arc::clone(&mailbox),
-            config.heartbeat_ms,
+            (config.heartbeat_ms, config.limits.interrupts_per_second),
             (inbox.clone(), Arc::clone(&shared.runtime)),
         )?;
         let entropy = Arc::clone(&shared.runtime);
@@ -216,6 +220,7 @@ impl Control {
                 window_bytes: config.window_bytes,
                 heartbeat_ms: config.heartbeat_ms,
                 lost_after_ms: config.lost_after_ms,
+                limits: config.limits,
             },
             Box::new(move || entropy.entropy()),
         );
@@ -613,6 +618,8 @@ impl Control {
             bells: counters.bells.load(Ordering::Relaxed),
             masked: counters.masked.load(Ordering::Relaxed),
             suspect: counters.suspect.load(Ordering::Relaxed),
+            rate_limited: counters.rate_limited.load(Ordering::Relaxed),
+            rate_limits: counters.rate_limits.load(Ordering::Relaxed),
         };
         let maps = worker.shared.maps.load(Ordering::Relaxed) as u32;
         let bytes = worker.shared.mapped_bytes.load(Ordering::Relaxed);

@@ -5,11 +5,12 @@ use super::requests::{Watch, Wish};
 use super::{EngineError, Signals};
 use crate::model::{Aperture, Bdf, Runtime};
 use crate::ntb::NtbPort;
+use crate::path::limits::Bucket;
 use crate::path::message::LeaseId;
 use crate::path::relay::{RelayStep, Scan, VectorRelay};
 use crate::path::wire::{BELL_IRQ, BELL_MAILBOX, IRQ_TABLE_OFFSET};
 use rustix::event::{EventfdFlags, epoll, eventfd};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -21,6 +22,8 @@ const KEY_RELAY: u64 = 1 << 63;
 const KEY_WATCH: u64 = 1 << 62;
 /// How many events one wait takes.
 const EVENTS_MAX: usize = 64;
+/// How often doorbells are taken before others have their turn: a peer may ring without end.
+const TAKES_MAX: usize = 4;
 
 /// What the relay of one vector of a lent function has done.
 #[derive(Debug, Default)]
@@ -35,6 +38,10 @@ pub(super) struct VectorCounters {
     pub(super) masked: AtomicBool,
     /// Whether a fence read wrong since it was armed.
     pub(super) suspect: AtomicBool,
+    /// Whether it is masked for its rate now.
+    pub(super) rate_limited: AtomicBool,
+    /// How often it was.
+    pub(super) rate_limits: AtomicU64,
 }
 
 /// What a port's doorbells have done.
@@ -107,9 +114,15 @@ impl IrqHandle {
     }
 }
 
+struct Vector {
+    event: OwnedFd,
+    relay: VectorRelay,
+    rate: Bucket,
+}
+
 struct Armed {
     first: u32,
-    vectors: Vec<(OwnedFd, VectorRelay)>,
+    vectors: Vec<Vector>,
     counters: Arc<[VectorCounters]>,
     index: u64,
 }
@@ -137,6 +150,9 @@ pub(super) struct IrqThread {
     scans: BTreeMap<LeaseId, Scanned>,
     watched: BTreeMap<u64, (Bdf, Watch)>,
     watch_last: u64,
+    interrupts_per_second: u32,
+    /// Vectors that are masked for their rate: until when, and their keys.
+    over_rate: BTreeSet<(u64, u64)>,
     bells: Arc<BellCounters>,
     told: Arc<Told>,
 }
@@ -161,7 +177,7 @@ impl IrqThread {
     pub(super) fn new(
         port: Arc<dyn NtbPort>,
         mailbox: Arc<dyn Aperture>,
-        heartbeat_ms: u64,
+        (heartbeat_ms, interrupts_per_second): (u64, u32),
         (inbox, runtime): (mpsc::Sender<Input>, Arc<dyn Runtime>),
     ) -> Result<(Self, IrqHandle), EngineError> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
@@ -204,6 +220,8 @@ impl IrqThread {
             scans: BTreeMap::new(),
             watched: BTreeMap::new(),
             watch_last: 0,
+            interrupts_per_second,
+            over_rate: BTreeSet::new(),
             bells: Arc::clone(&bells),
             told: Arc::clone(&told),
         };
@@ -224,7 +242,8 @@ impl IrqThread {
         let mut again = false;
         loop {
             events.clear();
-            let timeout = self.runtime.look(again);
+            let unmask_ms = self.over_rate.first().map(|(at_ms, _)| *at_ms);
+            let timeout = self.runtime.look_until(again, unmask_ms);
             let room = rustix::buffer::spare_capacity(&mut events);
             match epoll::wait(&self.epoll, room, timeout.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -234,6 +253,7 @@ impl IrqThread {
                 }
             }
             again = events.is_empty();
+            self.unmask_for_rate();
             for event in &events {
                 match event.data.u64() {
                     KEY_PORT => self.doorbell(),
@@ -252,7 +272,7 @@ impl IrqThread {
 
     fn doorbell(&mut self) {
         drain(self.port.event());
-        loop {
+        for _ in 0..TAKES_MAX {
             let bits = self.port.doorbell_take();
             if bits == 0 {
                 return;
@@ -268,6 +288,9 @@ impl IrqThread {
                 self.scan_all();
             }
         }
+        // Comes back to the rest, after whatever else waits here. No one but the kernel and this
+        // thread writes the event, so it is far from full.
+        let _ = rustix::io::write(self.port.event(), &1u64.to_ne_bytes());
     }
 
     fn tell(&self, told: &AtomicBool, input: Input) {
@@ -380,7 +403,7 @@ impl IrqThread {
         self.index_last += 1;
         let index = self.index_last & 0x7fff_ffff;
         for (vector, fd) in relay.eventfds.iter().enumerate() {
-            let data = epoll::EventData::new_u64(KEY_RELAY | index << 32 | vector as u64);
+            let data = epoll::EventData::new_u64(key(index, vector as u32));
             if let Err(error) = epoll::add(&self.epoll, fd, data, epoll::EventFlags::IN) {
                 tracing::error!(%error, vector, "an interrupt of a lent function is not watched");
             }
@@ -388,14 +411,20 @@ impl IrqThread {
         // The counts go on where they were before a reset: the borrower has seen them, and a
         // first raise that stored the same count again would be lost. Each bell was one count.
         let count = |vector: &VectorCounters| vector.bells.load(Ordering::Relaxed) as u32;
+        let rate = Bucket::new(self.interrupts_per_second, self.runtime.now_ms());
         let vectors = relay
             .eventfds
             .into_iter()
             .zip(relay.counters.iter())
-            .map(|(fd, counters)| (fd, VectorRelay::resuming(count(counters))))
+            .map(|(event, counters)| Vector {
+                event,
+                relay: VectorRelay::resuming(count(counters)),
+                rate,
+            })
             .collect();
         for counters in &*relay.counters {
             counters.suspect.store(false, Ordering::Relaxed);
+            counters.rate_limited.store(false, Ordering::Relaxed);
         }
         let armed = Armed {
             first: relay.first,
@@ -412,7 +441,7 @@ impl IrqThread {
             return;
         };
         self.by_index.remove(&armed.index);
-        for (vector, (fd, _)) in armed.vectors.iter().enumerate() {
+        for (vector, Vector { event: fd, .. }) in armed.vectors.iter().enumerate() {
             // Raises that nobody has read yet are counted, so that the sums agree.
             let raised = read_count(fd.as_fd());
             armed.counters[vector]
@@ -428,7 +457,7 @@ impl IrqThread {
         };
         let mut fire = Vec::new();
         for vector in start..start.saturating_add(count).min(armed.vectors.len() as u32) {
-            let relay = &mut armed.vectors[vector as usize].1;
+            let relay = &mut armed.vectors[vector as usize].relay;
             armed.counters[vector as usize]
                 .masked
                 .store(masked, Ordering::Relaxed);
@@ -442,25 +471,54 @@ impl IrqThread {
     }
 
     fn raised(&mut self, key: u64) {
-        let (index, vector) = (key >> 32 & 0x7fff_ffff, key as u32);
+        let (index, vector) = index_and_vector(key);
         let Some(lease) = self.by_index.get(&index).copied() else {
             return;
         };
         let Some(armed) = self.relays.get_mut(&lease) else {
             return;
         };
-        let Some((fd, relay)) = armed.vectors.get_mut(vector as usize) else {
+        let Some(Vector { event, relay, rate }) = armed.vectors.get_mut(vector as usize) else {
             return;
         };
-        let value = read_count(fd.as_fd());
+        let counters = &armed.counters[vector as usize];
+        if let Err(unmask_ms) = rate.take(|| self.runtime.now_ms()) {
+            // What it raises meanwhile stays in its eventfd, and nobody looks there.
+            counters.rate_limits.fetch_add(1, Ordering::Relaxed);
+            watch(&self.epoll, (event, key), epoll::EventFlags::empty());
+            counters.rate_limited.store(true, Ordering::Relaxed);
+            self.over_rate.insert((unmask_ms, key));
+            return;
+        }
+        let value = read_count(event.as_fd());
         if value == 0 {
             return;
         }
-        armed.counters[vector as usize]
-            .raised
-            .fetch_add(value, Ordering::Relaxed);
+        counters.raised.fetch_add(value, Ordering::Relaxed);
         if relay.on_raise(value) == RelayStep::Fence {
             self.relay(lease, vector);
+        }
+    }
+
+    /// Vectors whose rate allows it again are heard: what they raised meanwhile comes at once.
+    fn unmask_for_rate(&mut self) {
+        if self.over_rate.is_empty() {
+            return;
+        }
+        let now_ms = self.runtime.now_ms();
+        while let Some(&(at_ms, key)) = self.over_rate.first()
+            && at_ms <= now_ms
+        {
+            self.over_rate.pop_first();
+            let (index, vector) = index_and_vector(key);
+            let lease = self.by_index.get(&index);
+            let Some(armed) = lease.and_then(|lease| self.relays.get(lease)) else {
+                continue;
+            };
+            let event = &armed.vectors[vector as usize].event;
+            watch(&self.epoll, (event, key), epoll::EventFlags::IN);
+            let counters = &armed.counters[vector as usize];
+            counters.rate_limited.store(false, Ordering::Relaxed);
         }
     }
 
@@ -472,7 +530,7 @@ impl IrqThread {
         let Some(armed) = self.relays.get_mut(&lease) else {
             return;
         };
-        let Some((_, relay)) = armed.vectors.get_mut(vector as usize) else {
+        let Some(Vector { relay, .. }) = armed.vectors.get_mut(vector as usize) else {
             return;
         };
         let counters = &armed.counters[vector as usize];
@@ -498,6 +556,21 @@ impl IrqThread {
         counters.bells.fetch_add(1, Ordering::Relaxed);
         self.bells.rung.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// How an event of a relay's vector names it.
+fn key(index: u64, vector: u32) -> u64 {
+    KEY_RELAY | index << 32 | u64::from(vector)
+}
+
+fn index_and_vector(key: u64) -> (u64, u32) {
+    (key >> 32 & 0x7fff_ffff, key as u32)
+}
+
+/// Changes what is heard of an eventfd that is watched already.
+fn watch(epoll: &OwnedFd, (event, key): (&OwnedFd, u64), flags: epoll::EventFlags) {
+    // Fails only for what is not watched, which was told when it could not be.
+    let _ = epoll::modify(epoll, event, epoll::EventData::new_u64(key), flags);
 }
 
 fn word_offset(first: u32, vector: u32) -> u64 {

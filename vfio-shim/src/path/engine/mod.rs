@@ -31,6 +31,8 @@ mod signals;
 mod soft_fault_tests;
 #[cfg(test)]
 mod soft_tests;
+#[cfg(test)]
+mod storm_tests;
 mod taking;
 #[cfg(test)]
 mod taking_tests;
@@ -46,6 +48,7 @@ pub use signals::Signals;
 use super::borrower::{Answer, Call, CallError, OpenedPath, Token};
 use super::grant::{LeasePool, VolatilePool};
 use super::lender::OfferState;
+use super::limits::Limits;
 use super::message::{LeaseId, PoolEntry, Refusal};
 use crate::model::{Bdf, Function, MapError, OsRuntime, PortIova, Runtime, Task};
 use crate::ntb::NtbPort;
@@ -74,6 +77,8 @@ pub struct EngineConfig {
     pub heartbeat_ms: u64,
     /// The peer is lost when its heartbeat stands still for so long, milliseconds.
     pub lost_after_ms: u64,
+    /// What each tenant may take of the port.
+    pub limits: Limits,
 }
 
 /// Why an engine could not start.

@@ -1,4 +1,4 @@
-//! The order in which a relay touches the NTB: fence, word, bell, with nothing missing and nothing swapped.
+//! The order in which a relay touches the NTB: fence, word, bell, with nothing missing and nothing swapped; and a turn for each beside a peer that rings without end.
 
 use super::soft_tests::{bdf, until};
 use super::*;
@@ -10,6 +10,7 @@ use crate::ntb::{PortError, PortInfo};
 use crate::path::message::PoolState;
 use crate::path::wire::{BELL_IRQ, IRQ_TABLE_OFFSET, MAILBOX_BYTES};
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::AtomicBool;
 
 const WINDOW_BYTES: u64 = 64 << 20;
 
@@ -33,6 +34,8 @@ struct Watched {
     port: Arc<SoftPort>,
     info: PortInfo,
     story: Story,
+    /// The peer rings faster than anybody takes.
+    endless: Arc<AtomicBool>,
 }
 
 struct WatchedWindow {
@@ -124,7 +127,11 @@ impl NtbPort for Watched {
     }
 
     fn doorbell_take(&self) -> u64 {
-        self.port.doorbell_take()
+        let bits = self.port.doorbell_take();
+        match self.endless.load(Ordering::SeqCst) {
+            true => bits | BELL_IRQ,
+            false => bits,
+        }
     }
 
     fn event(&self) -> BorrowedFd<'_> {
@@ -148,17 +155,26 @@ fn engine(port: Arc<dyn NtbPort>, node: u16) -> Arc<Engine> {
         window_bytes: WINDOW_BYTES,
         heartbeat_ms: 10,
         lost_after_ms: 10_000,
+        limits: Default::default(),
     };
     Engine::start(port, config).unwrap()
 }
 
-/// What a lender does to its port for one interrupt, on a chip that promises so much.
-fn story_of_an_interrupt(doorbell_ordered: bool) -> Vec<Touch> {
+/// Two hosts, the first with a watched port on a chip that promises so much, and a function that
+/// the second has borrowed.
+struct Hosts {
+    _engines: [Arc<Engine>; 2],
+    borrowed: Arc<BorrowedFunction>,
+    story: Story,
+    endless: Arc<AtomicBool>,
+}
+
+fn hosts(doorbell_ordered: bool) -> Hosts {
     let config = SoftPortConfig {
         window_bytes: [WINDOW_BYTES; 2],
     };
     let link = SoftLink::faulty([config; 2], FaultPlan::default()).unwrap();
-    let story = Story::default();
+    let (story, endless) = (Story::default(), Arc::<AtomicBool>::default());
     let info = PortInfo {
         doorbell_ordered,
         ..link.port(0).info().clone()
@@ -167,6 +183,7 @@ fn story_of_an_interrupt(doorbell_ordered: bool) -> Vec<Touch> {
         port: link.port(0),
         info,
         story: Arc::clone(&story),
+        endless: Arc::clone(&endless),
     };
     let engines = [engine(Arc::new(watched), 1), engine(link.port(1), 2)];
     let function = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
@@ -183,21 +200,33 @@ fn story_of_an_interrupt(doorbell_ordered: bool) -> Vec<Touch> {
     let (_, _, borrowed) = until("the function can be borrowed", || {
         engines[1].borrow(bdf(), None).ok()
     });
-    let driver = Driver::new(&*borrowed, ENGINE);
+    Hosts {
+        _engines: engines,
+        borrowed,
+        story,
+        endless,
+    }
+}
+
+/// What a lender does to its port for one interrupt.
+fn story_of_an_interrupt(doorbell_ordered: bool) -> Vec<Touch> {
+    let hosts = hosts(doorbell_ordered);
+    let story = &hosts.story;
+    let driver = Driver::new(&*hosts.borrowed, ENGINE);
     driver.start();
     // The first one is taken as it comes: what it races with is done when it has arrived.
     driver.copy(4096, 8192, 8);
     assert!(driver.interrupted());
     until("the relay has rung", || {
-        (lock(&story).last() == Some(&Touch::Bell)).then_some(())
+        (lock(story).last() == Some(&Touch::Bell)).then_some(())
     });
-    lock(&story).clear();
+    lock(story).clear();
     driver.copy(4096, 8192, 8);
     assert!(driver.interrupted());
     until("the relay has rung", || {
-        (lock(&story).last() == Some(&Touch::Bell)).then_some(())
+        (lock(story).last() == Some(&Touch::Bell)).then_some(())
     });
-    lock(&story).clone()
+    lock(story).clone()
 }
 
 #[test]
@@ -211,4 +240,19 @@ fn relay_reads_its_word_back_before_the_bell_where_bells_may_overtake_stores() {
     let story = story_of_an_interrupt(false);
     let whole = [Touch::Fence, Touch::Word, Touch::ReadBack, Touch::Bell];
     assert_eq!(story, whole);
+}
+
+#[test]
+fn interrupts_are_relayed_beside_a_peer_that_rings_without_end() {
+    let hosts = hosts(true);
+    let driver = Driver::new(&*hosts.borrowed, ENGINE);
+    driver.start();
+    hosts.endless.store(true, Ordering::SeqCst);
+    let relayed = (0..20).all(|_| {
+        driver.copy(4096, 8192, 8);
+        driver.interrupted()
+    });
+    // Without a turn for others its irq thread would not even end.
+    hosts.endless.store(false, Ordering::SeqCst);
+    assert!(relayed);
 }

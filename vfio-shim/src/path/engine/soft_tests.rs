@@ -41,6 +41,10 @@ pub(super) fn bdf() -> Bdf {
 }
 
 pub(super) fn engine(link: &SoftLink, side: u8, lost_after_ms: u64) -> Arc<Engine> {
+    limited(link, side, lost_after_ms, Limits::default())
+}
+
+fn limited(link: &SoftLink, side: u8, lost_after_ms: u64, limits: Limits) -> Arc<Engine> {
     let config = EngineConfig {
         name: format!("soft{side}"),
         node: u16::from(side) + 1,
@@ -48,6 +52,7 @@ pub(super) fn engine(link: &SoftLink, side: u8, lost_after_ms: u64) -> Arc<Engin
         window_bytes: WINDOW_BYTES,
         heartbeat_ms: 10,
         lost_after_ms,
+        limits,
     };
     Engine::start(link.port(usize::from(side)), config).unwrap()
 }
@@ -71,11 +76,20 @@ impl Rig {
 
     /// Lends this function over a fabric with these faults.
     pub(super) fn with(function: SoftFunction, plan: FaultPlan, lost_after_ms: u64) -> Self {
+        Self::limited(function, (plan, lost_after_ms), Limits::default())
+    }
+
+    /// The same between hosts that hold their tenants to these limits.
+    pub(super) fn limited(
+        function: SoftFunction,
+        (plan, lost_after_ms): (FaultPlan, u64),
+        limits: Limits,
+    ) -> Self {
         let config = SoftPortConfig {
             window_bytes: [WINDOW_BYTES; 2],
         };
         let link = SoftLink::faulty([config; 2], plan).unwrap();
-        let engines = [0, 1].map(|side| engine(&link, side, lost_after_ms));
+        let engines = [0, 1].map(|side| self::limited(&link, side, lost_after_ms, limits));
         let rig = Self {
             engines,
             function: Arc::new(function),
