@@ -3,7 +3,7 @@
 //! An fd that a VMM maps private reads fine, but DMA then reaches pages that the guest never sees.
 
 use rustix::{
-    fs::{OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, fstat, fstatfs, major, minor},
+    fs::{OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, fstat, major, minor},
     io::Errno,
 };
 use std::{
@@ -18,8 +18,6 @@ use vfio_shim::model::{Access, Span};
 
 /// The most bytes of a memory map that are read; a process can have 65,530 lines of it.
 const MEMORY_MAP_BYTES_MAX: u64 = 32 << 20;
-/// `f_type` of hugetlbfs (linux/magic.h).
-const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// Why an fd is not taken as guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -88,14 +86,8 @@ pub struct Inode {
 /// Checks all that the fd itself tells; returns what it is known by.
 pub fn check_fd(fd: BorrowedFd<'_>, range: Span, access: Access) -> Result<Inode, MemoryError> {
     let stat = |errno: Errno| MemoryError::Stat(errno.into());
-    let seals = match fcntl_get_seals(fd) {
-        Ok(seals) => seals,
-        // Kernels without memfd_create still have hugetlbfs.
-        Err(_) => match fstatfs(fd) {
-            Ok(fs) if fs.f_type as u64 == HUGETLBFS_MAGIC => SealFlags::empty(),
-            _ => return Err(MemoryError::Kind),
-        },
-    };
+    // tmpfs and hugetlbfs have seals, by memfd_create or by a mount, and nothing else has.
+    let seals = fcntl_get_seals(fd).map_err(|_| MemoryError::Kind)?;
     let file = fstat(fd).map_err(stat)?;
     let file_bytes = file.st_size as u64;
     if range.end() > file_bytes {
