@@ -8,6 +8,8 @@ pub mod daemon;
 pub mod demo;
 pub mod ipc;
 pub mod jail;
+pub mod line;
 pub mod names;
 pub mod pool;
+pub mod port;
 pub mod worker;

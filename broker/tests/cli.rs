@@ -255,7 +255,7 @@ fn a_wrong_command_line_is_a_usage_error() {
         &["borrow", "--socket", "x"],
         &["borrow", "4401", "--socket", "x"],
         &["borrow", "44a01", "--socket", "x", "--ram", "1GB"],
-        &["daemon", "--in-process", "--sandbox=off", "--config", "x"],
+        &["port", "--config", "x"],
     ] {
         let output = sublet(control, args);
         assert_eq!(output.status.code(), Some(2), "{args:?}");

@@ -7,15 +7,14 @@ use crate::{
 use std::{io, path::PathBuf};
 use tracing_subscriber::EnvFilter;
 
-/// Run this host's daemon until SIGTERM or SIGINT. Logs to stderr; SUBLET_LOG=debug tells more.
+/// Run this host's daemon until SIGTERM or SIGINT. Its ports are processes of their own: `sublet
+/// port`. Logs to stderr; SUBLET_LOG=debug tells more.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Serve VMMs by threads of this process: for tests, and where no VMM is hostile.
-    #[arg(long, conflicts_with = "sandbox")]
+    /// Be the ports, too, and serve VMMs by threads of this one process: for tests, and where no
+    /// VMM is hostile.
+    #[arg(long)]
     in_process: bool,
-    /// Whether the workers, a process for each VMM, give up their rights.
-    #[arg(long, value_enum, value_name = "WHETHER", default_value_t)]
-    sandbox: Sandbox,
     /// The configuration.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
@@ -24,15 +23,29 @@ pub(super) struct Args {
 impl Args {
     pub fn run(&self) -> Result<(), VerbError> {
         log();
-        let workers = match self.in_process {
-            true => Workers::Threads,
-            false => Workers::Processes {
-                // Whatever lies at its path by then: a worker is of the same build.
-                program: PathBuf::from("/proc/self/exe"),
-                sandbox: self.sandbox,
-            },
+        let done = match self.in_process {
+            true => daemon::run_in_process(&self.config),
+            false => daemon::run(&self.config),
         };
-        daemon::run(&self.config, workers).map_err(|error| VerbError::from(&error))
+        done.map_err(|error| VerbError::from(&error))
+    }
+}
+
+/// How a port serves VMMs.
+#[derive(Debug, clap::Args)]
+pub(super) struct WorkerArgs {
+    /// Whether the workers, a process for each VMM, give up their rights.
+    #[arg(long, value_enum, value_name = "WHETHER", default_value_t)]
+    sandbox: Sandbox,
+}
+
+impl WorkerArgs {
+    pub(super) fn workers(&self) -> Workers {
+        Workers::Processes {
+            // Whatever lies at its path by then: a worker is of the same build.
+            program: PathBuf::from("/proc/self/exe"),
+            sandbox: self.sandbox,
+        }
     }
 }
 

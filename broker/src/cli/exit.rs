@@ -17,7 +17,7 @@ Exit codes:
   0  done
   2  the command line is wrong
   3  refused: by policy, by a limit, or because of the state that things are in
-  4  the daemon is not there, or does not answer
+  4  the daemon or a port is not there, or does not answer
   5  a fault of Sublet or of the kernel
   6  the configuration is wrong
   7  the other host is not there, refused, or does not answer
@@ -34,6 +34,7 @@ pub(super) fn print(outcome: &Outcome, as_json: bool) -> ExitCode {
         match outcome {
             Outcome::Done => json!({"done": true}),
             Outcome::List(entries) => json!(entries),
+            Outcome::PartOfList(part) => json!(part.entries),
             Outcome::Borrowed(borrowed) => json!(borrowed),
             Outcome::Quarantine(list) => json!(list),
             Outcome::Undone(undone) => json!(undone),
@@ -43,16 +44,20 @@ pub(super) fn print(outcome: &Outcome, as_json: bool) -> ExitCode {
     } else {
         match outcome {
             Outcome::Done => return code(None),
-            Outcome::List(entries) => {
-                let lines: Vec<String> = entries.iter().map(list::line).collect();
-                lines.join("\n")
-            }
+            Outcome::List(entries) => list::lines(entries),
+            Outcome::PartOfList(part) => list::lines(&part.entries),
             Outcome::Borrowed(borrowed) => borrow::block(borrowed),
             Outcome::Quarantine(list) => quarantine::page(list),
             Outcome::Undone(undone) => revoke::line(undone),
             Outcome::Status(status) => status::page(status),
         }
     };
+    if let Outcome::PartOfList(part) = outcome {
+        for why in &part.missing {
+            // With stderr closed there is nobody to tell.
+            let _ = writeln!(io::stderr().lock(), "sublet: {why}");
+        }
+    }
     let end = if text.is_empty() { "" } else { "\n" };
     code(write(&format!("{text}{end}")).err())
 }

@@ -22,6 +22,11 @@ pub(crate) fn line(entry: &ListEntry) -> String {
     )
 }
 
+pub(super) fn lines(entries: &[ListEntry]) -> String {
+    let lines: Vec<String> = entries.iter().map(line).collect();
+    lines.join("\n")
+}
+
 /// The state in smartio_tool's words.
 pub(super) const fn word(available: Availability) -> &'static str {
     match available {

@@ -10,6 +10,7 @@ mod daemon;
 mod demo;
 mod exit;
 mod list;
+mod port;
 mod quarantine;
 mod remove;
 mod return_;
@@ -54,6 +55,7 @@ enum Command {
     #[command(hide = true)]
     DemoInit(demo::InitArgs),
     Daemon(daemon::Args),
+    Port(port::Args),
     Add(add::Args),
     Remove(remove::Args),
     Available(available::Args),
@@ -71,6 +73,7 @@ enum Command {
 /// What needs no daemon.
 enum NoVerb<'a> {
     Daemon(&'a daemon::Args),
+    Port(&'a port::Args),
     Worker(&'a worker::Args),
     #[cfg(target_arch = "x86_64")]
     Demo(&'a demo::Args),
@@ -83,6 +86,7 @@ impl Command {
     fn verb(&self) -> Result<Result<Verb, VerbError>, NoVerb<'_>> {
         Ok(match self {
             Self::Daemon(args) => return Err(NoVerb::Daemon(args)),
+            Self::Port(args) => return Err(NoVerb::Port(args)),
             Self::Worker(args) => return Err(NoVerb::Worker(args)),
             #[cfg(target_arch = "x86_64")]
             Self::Demo(args) => return Err(NoVerb::Demo(args)),
@@ -115,6 +119,7 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
     let done = match cli.command.verb() {
         Ok(verb) => verb.and_then(|verb| client::request(&cli.control, &verb)),
         Err(NoVerb::Daemon(args)) => args.run().map(|()| Outcome::Done),
+        Err(NoVerb::Port(args)) => args.run().map(|()| Outcome::Done),
         Err(NoVerb::Worker(args)) => args.run().map(|()| Outcome::Done),
         #[cfg(target_arch = "x86_64")]
         Err(NoVerb::Demo(args)) => return args.run(cli.json),

@@ -178,6 +178,12 @@ impl Config {
         self.policy.allow.iter().any(|p| p.matches(bdf)) && self.ports.iter().all(|p| p.bdf != bdf)
     }
 
+    /// Where a port's own sockets lie.
+    pub fn port_folder(&self, name: &str) -> PathBuf {
+        let run = self.control.parent().unwrap_or(Path::new("/"));
+        run.join("ports").join(name)
+    }
+
     /// Where the socket of `borrow --socket` lies: a bare name is put into `sockets`.
     pub fn socket_path(&self, socket: &Path) -> PathBuf {
         self.sockets.join(socket)

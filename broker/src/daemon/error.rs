@@ -31,7 +31,7 @@ pub enum ExitKind {
     Usage = 2,
     /// Refused: by policy, by a limit, or because of the state that things are in.
     Refused = 3,
-    /// The daemon is not there, or does not answer.
+    /// The daemon or a port's process is not there, or does not answer.
     NoDaemon = 4,
     /// A fault of Sublet or of the kernel.
     Internal = 5,
@@ -133,6 +133,8 @@ codes! {
     Kernel "kernel" Internal,
     /// A port could not be opened.
     Port "port" Internal,
+    /// No process serves a port, or it does not answer.
+    PortAway "port_away" NoDaemon,
     /// A claim of the demonstration does not hold.
     Demo "demo" Internal,
     /// The store of leases cannot be had.

@@ -1,15 +1,18 @@
 //! The daemon: the verbs' vocabulary, the control socket, and the host that they act on.
 
+pub mod ask;
 pub mod control;
 pub mod error;
 pub mod host;
+pub mod router;
 mod run;
 pub mod socket;
 pub mod status;
 pub mod text;
 pub mod vocabulary;
 
-pub use run::{DaemonError, run, run_with};
+pub(crate) use run::Signals;
+pub use run::{DaemonError, run, run_in_process, run_with};
 
 use vocabulary::{Outcome, Verb, VerbError};
 

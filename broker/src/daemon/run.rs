@@ -4,6 +4,7 @@ use super::{
     Host,
     control::{Deadlines, serve},
     host::{self, HostError, Workers},
+    router,
     socket::{ControlSocket, SocketError},
     vocabulary::{ErrorCode, VerbError},
 };
@@ -27,6 +28,14 @@ pub enum DaemonError {
     /// The host could not start.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// The configuration has no such port.
+    #[error("there is no port `{name}` in the configuration: name one of {}", known.join(", "))]
+    UnknownPort {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: Vec<String>,
+    },
     /// The kernel refused something that everything rests on.
     #[error("cannot {act}")]
     Kernel {
@@ -42,7 +51,7 @@ impl From<&DaemonError> for VerbError {
     /// In words, with all causes.
     fn from(error: &DaemonError) -> Self {
         let code = match error {
-            DaemonError::Config(_) => ErrorCode::Config,
+            DaemonError::Config(_) | DaemonError::UnknownPort { .. } => ErrorCode::Config,
             DaemonError::Socket(SocketError::Running { .. } | SocketError::Starting(_)) => {
                 ErrorCode::DaemonRunning
             }
@@ -61,10 +70,16 @@ impl From<&DaemonError> for VerbError {
     }
 }
 
-/// Runs the daemon until SIGTERM or SIGINT.
-pub fn run(config: &Path, workers: Workers) -> Result<(), DaemonError> {
-    let config = Config::load(config)?;
-    run_with(&config, |config| host::start(config, workers))
+/// Runs the daemon until SIGTERM or SIGINT; its ports are processes of their own.
+pub fn run(file: &Path) -> Result<(), DaemonError> {
+    let config = Config::load(file)?;
+    run_with(&config, |config| router::start(config, file))
+}
+
+/// The same with its ports and workers in this process.
+pub fn run_in_process(file: &Path) -> Result<(), DaemonError> {
+    let config = Config::load(file)?;
+    run_with(&config, |config| host::start(config, Workers::Threads))
 }
 
 /// Runs the daemon with whatever `start` gives for a host.
@@ -89,13 +104,13 @@ pub fn run_with(
 }
 
 /// SIGTERM and SIGINT as a readable fd, as long as this lives.
-struct Signals {
-    stop: UnixStream,
+pub(crate) struct Signals {
+    pub(crate) stop: UnixStream,
     ids: [SigId; 2],
 }
 
 impl Signals {
-    fn register() -> io::Result<Self> {
+    pub(crate) fn register() -> io::Result<Self> {
         let (stop, write) = UnixStream::pair()?;
         let term = low_level::pipe::register(SIGTERM, write.try_clone()?)?;
         let int = low_level::pipe::register(SIGINT, write)?;

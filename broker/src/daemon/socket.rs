@@ -85,6 +85,15 @@ fn identity(metadata: &Metadata) -> (u64, u64) {
 impl ControlSocket {
     /// Listens at `path`, unless somebody else does. A file that nobody listens at is replaced.
     pub fn claim(path: &Path) -> Result<Self, SocketError> {
+        Self::claim_as(path, SocketType::STREAM)
+    }
+
+    /// The same for a socket of datagrams with connections.
+    pub fn claim_packets(path: &Path) -> Result<Self, SocketError> {
+        Self::claim_as(path, SocketType::SEQPACKET)
+    }
+
+    fn claim_as(path: &Path, kind: SocketType) -> Result<Self, SocketError> {
         let directory = path.parent().unwrap_or(Path::new("/"));
         let made = (!directory.exists()).then(|| directory.to_owned());
         (DirBuilder::new()
@@ -99,7 +108,7 @@ impl ControlSocket {
             Err(Errno::WOULDBLOCK) => return Err(SocketError::Starting(path.to_owned())),
             other => other.map_err(kernel("lock", directory))?,
         }
-        refuse_if_taken(path)?;
+        refuse_if_taken(path, kind)?;
         let mut fresh = path.as_os_str().to_owned();
         fresh.push(".new");
         let fresh = PathBuf::from(fresh);
@@ -109,7 +118,8 @@ impl ControlSocket {
             }
             _ => {}
         }
-        let listener = UnixListener::from(listen_at(&fresh).map_err(kernel("listen at", path))?);
+        let listener =
+            UnixListener::from(listen_at(&fresh, kind).map_err(kernel("listen at", path))?);
         (listener.set_nonblocking(true)).map_err(kernel("listen at", path))?;
         let metadata = fs::symlink_metadata(&fresh).map_err(kernel("look at", &fresh))?;
         fs::rename(&fresh, path).map_err(kernel("replace", path))?;
@@ -142,20 +152,15 @@ impl Drop for ControlSocket {
 }
 
 /// The mode is set before the file exists, so that at no moment it is open to others.
-fn listen_at(path: &Path) -> Result<OwnedFd, Errno> {
-    let fd = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
+fn listen_at(path: &Path, kind: SocketType) -> Result<OwnedFd, Errno> {
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
     rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
     bind(&fd, &SocketAddrUnix::new(path)?)?;
     listen(&fd, BACKLOG)?;
     Ok(fd)
 }
 
-fn refuse_if_taken(path: &Path) -> Result<(), SocketError> {
+fn refuse_if_taken(path: &Path, kind: SocketType) -> Result<(), SocketError> {
     match fs::symlink_metadata(path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(e) => return Err(kernel("look at", path)(e)),
@@ -167,7 +172,7 @@ fn refuse_if_taken(path: &Path) -> Result<(), SocketError> {
     // Without blocking: a daemon that is stuck with a full backlog is a daemon all the same.
     let probe = rustix::net::socket_with(
         AddressFamily::UNIX,
-        SocketType::STREAM,
+        kind,
         SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
         None,
     )

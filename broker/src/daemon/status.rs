@@ -69,8 +69,22 @@ pub struct PortStatus {
     pub doorbells: DoorbellCounters,
     /// What of the window and of the interrupt table waits for the peer's confirmation.
     pub quarantine: PortQuarantine,
+    /// The process that serves it; `None` = the daemon does.
+    #[serde(default)]
+    pub process: Option<PortProcess>,
     /// The last error.
     pub last_error: Option<String>,
+}
+
+/// The process that serves a port.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortProcess {
+    /// Its process id, as far as known.
+    pub pid: Option<u32>,
+    /// Version of its program.
+    pub version: Option<String>,
+    /// Whether it is there and has answered.
+    pub answers: bool,
 }
 
 /// The NTB's link state, nothing else.

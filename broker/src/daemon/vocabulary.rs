@@ -108,6 +108,8 @@ pub enum Outcome {
     Quarantine(QuarantineList),
     /// Of `revoke` and `quarantine retry`.
     Undone(UndoneFunction),
+    /// Of `list`, where a port did not answer.
+    PartOfList(PartOfList),
     /// Of `borrow`.
     Borrowed(Box<BorrowedFunction>),
     /// Of `status`.
@@ -209,6 +211,15 @@ pub struct ListEntry {
     /// What it is.
     #[serde(flatten)]
     pub function: FunctionDescription,
+}
+
+/// What there is of the pool without some ports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartOfList {
+    /// The functions.
+    pub entries: Vec<ListEntry>,
+    /// Which ports did not answer, and what to do about each.
+    pub missing: Vec<String>,
 }
 
 /// A function that this host has borrowed, as `borrow` tells it.

@@ -30,6 +30,8 @@ pub const FUNCTIONS_MAX: usize = 4096;
 pub const RETRY_MS: u64 = 1_000;
 /// How soon a port is told again that a lease has expired, milliseconds.
 pub const EXPIRE_AGAIN_MS: u64 = 1_000;
+/// Greatest epoch that is believed of a port; a store that counts from there on does not overflow.
+pub const EPOCH_MAX: u64 = 1 << 62;
 
 /// What the clocks say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,7 +57,8 @@ pub enum LeaseState {
     Ending,
     /// A write failed: what the store holds is not known.
     Unsure,
-    /// The store held it at the start, and its port has said nothing yet.
+    /// Somebody had it when its port was last heard of: before this daemon's time, or before the
+    /// way to the port was lost. The port has said nothing since.
     Restored,
 }
 
@@ -67,8 +70,8 @@ impl LeaseState {
             (self, next),
             (Free, Granting)
                 | (Granting, Held | Ending | Unsure)
-                | (Held, Open | Ending)
-                | (Open, Ending)
+                | (Held, Open | Ending | Restored)
+                | (Open, Ending | Restored)
                 | (Ending, Free | Unsure)
                 | (Unsure, Free | Ending)
                 | (Restored, Held | Open | Ending)
@@ -148,6 +151,11 @@ pub enum Event {
         epoch: u64,
         /// How.
         end: End,
+    },
+    /// The way to a port is lost; it may go on, and will tell when it is back.
+    Away {
+        /// Which.
+        port: String,
     },
     /// A port is no more, and with it all of its paths.
     Gone {
@@ -272,6 +280,7 @@ impl LeaseMachine {
                     entry.finish(end, now, &mut out);
                 }
             }
+            Event::Away { port } => self.away(&port),
             Event::Gone { port } => self.gone(&port, now, &mut out),
             Event::Stored(function, result) => {
                 if let Some(entry) = self.entries.get_mut(&function) {
@@ -317,12 +326,18 @@ impl LeaseMachine {
     }
 
     fn connected(&mut self, port: &str, holds: Vec<Held>, now: Now, out: &mut Vec<Action>) {
-        for held in holds {
+        // It may have come back before anybody saw it go.
+        self.away(port);
+        for held in holds.into_iter().filter(|held| held.epoch <= EPOCH_MAX) {
             self.epoch_last = self.epoch_last.max(held.epoch);
-            let function = held.function.clone();
-            let entry = self.entries.entry(function);
+            let known = self.entries.contains_key(&held.function);
+            if !known && self.entries.len() >= FUNCTIONS_MAX {
+                continue;
+            }
+            let entry = self.entries.entry(held.function.clone());
             let entry = entry.or_insert_with(|| Entry::lost_record(&held, port, now));
-            if entry.state == LeaseState::Restored && entry.epoch == held.epoch {
+            let here = entry.holder.as_ref().is_some_and(|one| one.port == port);
+            if here && entry.state == LeaseState::Restored && entry.epoch == held.epoch {
                 entry.adopt(held.path_open, self.ttl_ms, now);
             }
         }
@@ -371,6 +386,24 @@ impl LeaseMachine {
         if let Some(ask) = entry.waiting.take() {
             self.epoch_last += 1;
             entry.grant(ask, self.epoch_last, now, out);
+        }
+    }
+
+    /// Whoever asked there has been refused by the port itself.
+    fn away(&mut self, port: &str) {
+        for entry in self.entries.values_mut() {
+            entry.waiting.take_if(|ask| ask.port == port);
+            if entry.holder.as_ref().is_none_or(|held| held.port != port) {
+                continue;
+            }
+            match entry.state {
+                LeaseState::Granting => entry.asked = None,
+                LeaseState::Held | LeaseState::Open => {
+                    entry.become_(LeaseState::Restored);
+                    entry.due_ms = None;
+                }
+                _ => {}
+            }
         }
     }
 
@@ -494,8 +527,9 @@ impl Entry {
                 Ok(())
             }
             LeaseState::Restored => busy(format!(
-                "the lender's daemon has just started and does not know yet who has {function}: \
-                 try again in a moment"
+                "the lender's daemon does not know yet who has {function}, as the port that lent \
+                 it last has not said so: try again in a moment, and look at the lender's `sublet \
+                 status`"
             )),
             LeaseState::Granting | LeaseState::Held | LeaseState::Open => {
                 let text = format!("{function} is in use: return it where it is borrowed first");

@@ -148,6 +148,58 @@ fn lease_lives_from_when_it_is_written_however_slow_the_store_was() {
 }
 
 #[test]
+fn lease_of_a_port_that_is_away_is_nobody_elses_and_is_what_the_port_says_when_it_is_back() {
+    let mut rig = Rig::new();
+    let [open, held, over] = ["a", "b", "c"].map(|name| rig.granted("ntb0", name));
+    rig.opened("ntb0", "a", open);
+    let port = "ntb0".to_owned();
+    rig.handle(Event::Away { port });
+    for name in ["a", "b", "c"] {
+        assert_eq!(rig.lease(name).state, LeaseState::Restored);
+        let refusal = rig.borrow("ntb1", name).unwrap_err();
+        assert_eq!(refusal.code, RefusalCode::Busy);
+    }
+    // Its clock stands while nobody knows.
+    assert!(rig.after(2 * TTL_MS).is_empty());
+    let hold = |name, epoch, path_open| Held {
+        function: function(name),
+        epoch,
+        path_open,
+    };
+    rig.connected("ntb0", vec![hold("a", open, true), hold("b", held, true)]);
+    let states = ["a", "b", "c"].map(|name| rig.lease(name).state);
+    assert_eq!(
+        states,
+        [LeaseState::Open, LeaseState::Open, LeaseState::Free],
+        "b was opened meanwhile, c was ended"
+    );
+    let _ = over;
+    // A second connection, whose end nobody saw: what it does not hold any more is over.
+    rig.connected("ntb0", vec![hold("a", open, true)]);
+    assert_eq!(rig.lease("b").state, LeaseState::Free);
+    assert_eq!(rig.lease("a").state, LeaseState::Open);
+}
+
+#[test]
+fn port_that_claims_what_is_not_its_own_or_cannot_be_gets_nothing() {
+    let mut rig = Rig::new();
+    let epoch = rig.granted("ntb0", "a");
+    let port = "ntb0".to_owned();
+    rig.handle(Event::Away { port });
+    let hold = |name, epoch| Held {
+        function: function(name),
+        epoch,
+        path_open: true,
+    };
+    rig.connected("ntb1", vec![hold("a", epoch), hold("z", u64::MAX)]);
+    assert_eq!(rig.lease("a").state, LeaseState::Restored);
+    assert!(rig.pool.status(rig.now).len() == 1, "z is not believed");
+    rig.connected("ntb0", vec![hold("a", epoch), hold("b", EPOCH_MAX)]);
+    assert_eq!(rig.lease("a").state, LeaseState::Open);
+    assert_eq!(rig.granted("ntb0", "c"), EPOCH_MAX + 1);
+}
+
+#[test]
 fn function_is_lent_to_one_port_at_a_time() {
     let mut rig = Rig::new();
     let epoch = rig.granted("ntb0", "a");

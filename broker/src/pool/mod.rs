@@ -23,7 +23,7 @@ mod store;
 pub use self::redb::RedbStore;
 pub use failing::{FailSwitch, FailingStore, When};
 pub use lease::{
-    Action, Ask, EXPIRE_AGAIN_MS, Event, FUNCTIONS_MAX, Held, LeaseMachine, LeaseState,
+    Action, Ask, EPOCH_MAX, EXPIRE_AGAIN_MS, Event, FUNCTIONS_MAX, Held, LeaseMachine, LeaseState,
     LeaseStatus, Now, RETRY_MS,
 };
 pub use memory::MemoryStore;
@@ -31,7 +31,7 @@ pub use record::{
     Cause, End, FunctionKey, Holder, JournalEntry, KEY_BYTES_MAX, LeaseRecord, Move, Scrubbed,
     Version,
 };
-pub use service::{PoolService, PoolStatus};
+pub use service::{PoolService, PoolStatus, PortPool};
 pub use store::{Change, JOURNAL_MAX, LeaseStore, Snapshot, StoreError};
 
 use std::collections::VecDeque;

@@ -1,7 +1,7 @@
 //! The pool's thread: it alone waits for the disk, and ports are answered over their lines.
 
 use super::Pool;
-use super::lease::{Ask, Event, LeaseStatus, Now};
+use super::lease::{Ask, Event, Held, LeaseStatus, Now};
 use super::record::{FunctionKey, JournalEntry};
 use super::store::{LeaseStore, StoreError};
 use std::collections::HashMap;
@@ -21,7 +21,9 @@ pub struct PoolStatus {
 }
 
 enum Input {
-    Connect(String, Arc<PortLine>),
+    Connect(String, Arc<PortLine>, Vec<Held>),
+    Away(String),
+    Flush(mpsc::Sender<()>),
     Event(Event),
     Status(mpsc::Sender<PoolStatus>),
     Journal(usize, mpsc::Sender<Result<Vec<JournalEntry>, StoreError>>),
@@ -69,11 +71,12 @@ impl PoolService {
     }
 
     /// What a port's engine is given. Ports have names of their own.
-    pub fn port(&self, name: &str) -> Arc<dyn LeasePool> {
+    pub fn port(&self, name: &str) -> Arc<PortPool> {
         Arc::new(PortPool {
             name: name.to_owned(),
             inbox: self.inbox.clone(),
             line: Mutex::default(),
+            runtime: Arc::clone(&self.runtime),
         })
     }
 
@@ -117,11 +120,15 @@ impl<S: LeaseStore> Thread<S> {
     fn run(mut self, inputs: &mpsc::Receiver<Input>) {
         loop {
             match self.wait(inputs) {
-                Ok(Input::Connect(port, line)) => {
+                Ok(Input::Connect(port, line, holds)) => {
                     self.lines.insert(port.clone(), line);
-                    let holds = Vec::new();
                     self.handle(Event::Connected { port, holds });
                 }
+                Ok(Input::Away(port)) => {
+                    self.lines.remove(&port);
+                    self.handle(Event::Away { port });
+                }
+                Ok(Input::Flush(reply)) => drop(reply.send(())),
                 Ok(Input::Event(event)) => self.handle(event),
                 Ok(Input::Status(reply)) => {
                     let status = PoolStatus {
@@ -163,13 +170,47 @@ fn now(runtime: &dyn Runtime) -> Now {
 }
 
 /// The pool as one port sees it.
-struct PortPool {
+pub struct PortPool {
     name: String,
     inbox: mpsc::Sender<Input>,
     line: Mutex<Option<Arc<PortLine>>>,
+    runtime: Arc<dyn Runtime>,
 }
 
 impl PortPool {
+    /// The port is there, it holds these leases, and this is the way to it. Once more whenever it
+    /// is there again.
+    pub fn connect_with(&self, port: PortLine, holds: Vec<Held>) {
+        let line = Arc::new(port);
+        let mut own = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        *own = Some(Arc::clone(&line));
+        let _ = self
+            .inbox
+            .send(Input::Connect(self.name.clone(), line, holds));
+    }
+
+    /// The way to the port is lost, and it may go on.
+    pub fn away(&self) {
+        self.line
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let _ = self.inbox.send(Input::Away(self.name.clone()));
+    }
+
+    /// Something has happened at the port.
+    pub fn send(&self, event: Event) {
+        let _ = self.inbox.send(Input::Event(event));
+    }
+
+    /// Returns when all is written down that was said before.
+    pub fn flush(&self) {
+        let (reply, answer) = mpsc::channel();
+        if self.inbox.send(Input::Flush(reply)).is_ok() {
+            let _ = self.runtime.receive(&answer, None);
+        }
+    }
+
     fn event(&self, message: ToPool) -> Event {
         let port = self.name.clone();
         // An address today; a PF's identity and a VF's index once what is lent outlives a reboot.
@@ -205,10 +246,7 @@ impl PortPool {
 
 impl LeasePool for PortPool {
     fn connect(&self, port: PortLine) {
-        let line = Arc::new(port);
-        let mut own = self.line.lock().unwrap_or_else(PoisonError::into_inner);
-        *own = Some(Arc::clone(&line));
-        let _ = self.inbox.send(Input::Connect(self.name.clone(), line));
+        self.connect_with(port, Vec::new());
     }
 
     fn tell(&self, message: ToPool) {

@@ -277,7 +277,8 @@ fn lease_without_a_path_expires_by_the_clock() {
     };
     let expired = hears.recv_timeout(PATIENCE).unwrap();
     assert_eq!(expired, ToPort::Expired(grant.lease));
-    assert!(start.elapsed() >= Duration::from_millis(50));
+    // The clock counts whole milliseconds.
+    assert!(start.elapsed() >= Duration::from_millis(49));
 }
 
 #[test]

@@ -196,6 +196,7 @@ fn port() -> PortStatus {
             bytes: 12 << 20,
             vectors: 9,
         },
+        process: None,
         last_error: None,
     }
 }

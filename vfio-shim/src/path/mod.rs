@@ -28,7 +28,7 @@ pub use grant::{LeasePool, VolatilePool};
 pub use lender::OfferState;
 pub use limits::Limits;
 pub use message::{LeaseId, PoolEntry, PoolState};
-pub use refusal::{Refusal, RefusalCode};
+pub use refusal::{Refusal, RefusalCode, clean_text};
 
 /// An error and its causes in one line.
 pub fn words(error: &dyn std::error::Error) -> String {

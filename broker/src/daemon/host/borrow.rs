@@ -150,7 +150,7 @@ impl LocalHost {
             _folder: folder,
             engine: Arc::clone(&port.engine),
         };
-        let told = told(fdid, &held);
+        let told = told(fdid, &held, self.first + adapter);
         self.state().borrowed.insert(fdid, held);
         Ok(Outcome::Borrowed(Box::new(told)))
     }
@@ -306,13 +306,13 @@ pub(super) fn trust<'a>(
     }
 }
 
-fn told(fdid: Fdid, held: &Borrowed) -> Told {
+fn told(fdid: Fdid, held: &Borrowed, adapter: usize) -> Told {
     Told {
         fdid: FdidText::from(fdid),
         function: FunctionDescription::from(&held.entry.ids),
         available: Availability::InUse,
         location: Location::Remote,
-        adapter: held.adapter as u32,
+        adapter: adapter as u32,
         node_id: fdid.node,
         remote_bdf: BdfText::from(fdid.bdf),
         physical_slot: None,

@@ -95,7 +95,13 @@ fn revoke_undoes_both_sides_resets_the_function_and_offers_it_again() {
     let lent = rig.hosts[0].report().lent.remove(0);
     assert_eq!((lent.lease, lent.last_end.as_deref()), (None, Some(WHY)));
     let newest = until("the end is written down", || {
-        let newest = rig.hosts[0].pool.journal(1).unwrap().remove(0);
+        let newest = rig.hosts[0]
+            .pool
+            .as_ref()
+            .unwrap()
+            .journal(1)
+            .unwrap()
+            .remove(0);
         match newest.moved {
             Move::Ended(end) => Some(end),
             _ => None,
@@ -170,7 +176,14 @@ fn function_that_is_not_reset_is_listed_with_its_reason_until_a_retry_works() {
     let status = rig.hosts[0].report();
     assert_eq!(status.quarantine.functions.len(), 1);
     until("the reset is told as failed in the journal", || {
-        let newest = rig.hosts[0].pool.journal(1).unwrap().remove(0).moved;
+        let newest = rig.hosts[0]
+            .pool
+            .as_ref()
+            .unwrap()
+            .journal(1)
+            .unwrap()
+            .remove(0)
+            .moved;
         matches!(newest, Move::Ended(end) if matches!(end.scrubbed, Scrubbed::Failed(_)))
             .then_some(())
     });

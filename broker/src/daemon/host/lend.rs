@@ -56,7 +56,7 @@ impl LocalHost {
         let _claim = self.claim(Named::Local(bdf))?;
         self.check_lendable(bdf)?;
         let mut state = self.state();
-        let limit = self.config.limits.functions_per_port as usize * self.ports.len().max(1);
+        let limit = self.config.limits.functions_per_port as usize * self.config.ports.len();
         if state.lent.len() >= limit {
             let text = format!(
                 "the pool holds {limit} functions, its limit: remove one, or raise \
@@ -70,7 +70,7 @@ impl LocalHost {
 
     fn check_lendable(&self, bdf: Bdf) -> Result<(), VerbError> {
         self.functions.check_exists(bdf)?;
-        if let Some(port) = self.ports.iter().find(|port| port.bdf == bdf) {
+        if let Some(port) = self.config.ports.iter().find(|port| port.bdf == bdf) {
             let text = format!(
                 "{bdf} is the NTB of port `{}`: it cannot be lent",
                 port.name
@@ -136,34 +136,9 @@ impl LocalHost {
         Ok(lent.offer.as_ref().map(|offer| offer.port))
     }
 
-    /// The port that a function is to be offered through. Each leads to one host, so that nobody
-    /// but the operator knows which.
     fn way_out(&self, bdf: Bdf, named: Option<&str>) -> Result<usize, VerbError> {
         let names: Vec<&str> = self.ports.iter().map(|port| port.name.as_str()).collect();
-        match (named, &names[..]) {
-            (_, []) => {
-                let text = "the configuration has no [[port]]: nothing can be lent";
-                Err(refuse(ErrorCode::Config, text))
-            }
-            (None, [_]) => Ok(0),
-            (None, [first, ..]) => {
-                let text = format!(
-                    "this host has {} ports ({}), and a function goes through one: `sublet \
-                     available {bdf} --port {first}`",
-                    names.len(),
-                    names.join(", ")
-                );
-                Err(refuse(ErrorCode::Ambiguous, text))
-            }
-            (Some(named), names) => {
-                let found = names.iter().position(|name| *name == named);
-                found.ok_or_else(|| {
-                    let names = names.join(", ");
-                    let text = format!("there is no port `{named}` here: name one of {names}");
-                    refuse(ErrorCode::Config, text)
-                })
-            }
-        }
+        way_out(&names, bdf, named)
     }
 
     /// Refused when as many as the configuration allows are lent through this port. What it
@@ -209,6 +184,39 @@ impl LocalHost {
             }
         }
         Ok(Outcome::Done)
+    }
+}
+
+/// The port that a function is to be offered through. Each leads to one host, so that nobody but
+/// the operator knows which.
+pub(in crate::daemon) fn way_out(
+    names: &[&str],
+    bdf: Bdf,
+    named: Option<&str>,
+) -> Result<usize, VerbError> {
+    match (named, names) {
+        (_, []) => {
+            let text = "the configuration has no [[port]]: nothing can be lent";
+            Err(refuse(ErrorCode::Config, text))
+        }
+        (None, [_]) => Ok(0),
+        (None, [first, ..]) => {
+            let text = format!(
+                "this host has {} ports ({}), and a function goes through one: `sublet \
+                 available {bdf} --port {first}`",
+                names.len(),
+                names.join(", ")
+            );
+            Err(refuse(ErrorCode::Ambiguous, text))
+        }
+        (Some(named), names) => {
+            let found = names.iter().position(|name| *name == named);
+            found.ok_or_else(|| {
+                let names = names.join(", ");
+                let text = format!("there is no port `{named}` here: name one of {names}");
+                refuse(ErrorCode::Config, text)
+            })
+        }
     }
 }
 

@@ -32,10 +32,11 @@ use std::time::{Duration, Instant};
 use vfio_shim::model::{Bdf, Fdid};
 use vfio_shim::ntb::NtbPort;
 use vfio_shim::ntb::hw::IntelPort;
-use vfio_shim::path::{EngineError, PortStatus};
+use vfio_shim::path::{EngineError, LeasePool, PortStatus};
 use vfio_shim::sysfs::Sysfs;
 
 pub use functions::{Functions, OpenFunction};
+pub(in crate::daemon) use lend::way_out;
 pub use served::Workers;
 
 /// Why the host could not start.
@@ -88,8 +89,11 @@ struct LocalHost {
     state: Mutex<State>,
     unclaimed: Condvar,
     ports: Vec<OpenPort>,
-    /// After the ports: it writes down how their leases ended.
-    pool: PoolService,
+    /// Which of the configuration's ports the first of them is.
+    first: usize,
+    /// After the ports: it writes down how their leases ended. None in a port's own process, whose
+    /// daemon has it.
+    pool: Option<PoolService>,
 }
 
 /// How long `stop` lets verbs under way end by themselves.
@@ -105,7 +109,7 @@ pub struct Machine {
 
 impl Machine {
     /// This machine, by sysfs and VFIO.
-    fn of_the_kernel(config: &Config) -> Result<Self, HostError> {
+    fn of_the_kernel(ports: &[PortConfig]) -> Result<Self, HostError> {
         let sysfs = Sysfs::new("/sys");
         let open = |port: &PortConfig| {
             let opened = IntelPort::open(port.bdf, &sysfs);
@@ -117,11 +121,7 @@ impl Machine {
             Ok(Arc::new(opened) as Arc<dyn NtbPort>)
         };
         Ok(Self {
-            ports: config
-                .ports
-                .iter()
-                .map(open)
-                .collect::<Result<_, HostError>>()?,
+            ports: ports.iter().map(open).collect::<Result<_, HostError>>()?,
             functions: Arc::new(KernelFunctions::new(sysfs)),
         })
     }
@@ -129,7 +129,7 @@ impl Machine {
 
 /// Opens this machine's ports and starts their threads.
 pub fn start(config: &Config, workers: Workers) -> Result<Arc<dyn Host>, HostError> {
-    start_on(config, Machine::of_the_kernel(config)?, workers)
+    start_on(config, Machine::of_the_kernel(&config.ports)?, workers)
 }
 
 /// The same on another machine, such as one of the soft fabric.
@@ -139,6 +139,30 @@ pub fn start_on(
     workers: Workers,
 ) -> Result<Arc<dyn Host>, HostError> {
     Ok(Arc::new(LocalHost::new(config, machine, workers)?))
+}
+
+/// A host of one port alone, whose leases another process writes down: the `at`th port of the
+/// configuration, with a machine that has this one only.
+pub fn start_port(
+    config: &Config,
+    at: usize,
+    machine: Machine,
+    workers: Workers,
+    leases: Arc<dyn LeasePool>,
+) -> Result<Arc<dyn Host>, HostError> {
+    let host = LocalHost::of_one_port(config, at, machine, workers, leases)?;
+    Ok(Arc::new(host))
+}
+
+/// The same with this machine's own NTB and functions.
+pub fn start_own_port(
+    config: &Config,
+    at: usize,
+    workers: Workers,
+    leases: Arc<dyn LeasePool>,
+) -> Result<Arc<dyn Host>, HostError> {
+    let machine = Machine::of_the_kernel(&config.ports[at..=at])?;
+    start_port(config, at, machine, workers, leases)
 }
 
 fn refuse(code: ErrorCode, text: impl Into<String>) -> VerbError {
@@ -158,16 +182,52 @@ impl LocalHost {
         };
         let ports = ports.map(start).collect::<Result<_, HostError>>()?;
         pool.settle();
-        Ok(Self {
+        let functions = machine.functions;
+        Ok(Self::made_of(
+            config,
+            functions,
+            workers,
+            ports,
+            0,
+            Some(pool),
+        ))
+    }
+
+    fn of_one_port(
+        config: &Config,
+        at: usize,
+        machine: Machine,
+        workers: Workers,
+        leases: Arc<dyn LeasePool>,
+    ) -> Result<Self, HostError> {
+        assert_eq!(machine.ports.len(), 1, "its own NTB alone");
+        let told = (config.node_id, config.limits.of_a_port());
+        let start = |open| OpenPort::start(told, &config.ports[at], open, leases.clone());
+        let ports = machine.ports.into_iter().map(start);
+        let ports = ports.collect::<Result<_, HostError>>()?;
+        let functions = machine.functions;
+        Ok(Self::made_of(config, functions, workers, ports, at, None))
+    }
+
+    fn made_of(
+        config: &Config,
+        functions: Arc<dyn Functions>,
+        workers: Workers,
+        ports: Vec<OpenPort>,
+        first: usize,
+        pool: Option<PoolService>,
+    ) -> Self {
+        Self {
             config: config.clone(),
-            functions: machine.functions,
+            functions,
             workers,
             started: Instant::now(),
             state: Mutex::default(),
             unclaimed: Condvar::new(),
             ports,
+            first,
             pool,
-        })
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -10,7 +10,7 @@ use crate::daemon::vocabulary::{
     ListEntry, Location, MailboxCounters, NodeStatus, Outcome, PortQuarantine, PortStatus,
     QuarantineStatus, QuarantinedFunction, SessionStatus, StoreStatus, VerbError, WindowStatus,
 };
-use crate::pool::{FunctionKey, PoolStatus};
+use crate::pool::{FunctionKey, PoolService, PoolStatus};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use vfio_shim::model::Fdid;
@@ -91,7 +91,8 @@ impl LocalHost {
             .iter()
             .map(|port| (port, port.engine.status()))
             .collect();
-        let pool = self.pool.status().unwrap_or_default();
+        let pool = self.pool.as_ref().and_then(PoolService::status);
+        let pool = pool.unwrap_or_default();
         let lent = ports.iter().flat_map(|(_, status)| {
             let peer = port_peer(status.as_ref());
             let lent = status.iter().flat_map(|status| &status.lent);
@@ -310,6 +311,7 @@ fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus
             rung: status.map_or(0, |status| status.bells.rung),
             taken: status.map_or(0, |status| status.bells.taken),
         },
+        process: None,
         last_error: None,
     }
 }

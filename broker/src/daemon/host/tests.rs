@@ -585,13 +585,20 @@ fn lease_is_written_down_and_status_tells_its_epoch_and_age_but_no_secret() {
     assert!(!json.contains("secret"), "{json}");
     assert_eq!(status.store.folder, rig.state.path().join("4"));
     assert_eq!(status.store.last_error, None);
-    let moves = rig.hosts[0].pool.journal(9).unwrap();
+    let moves = rig.hosts[0].pool.as_ref().unwrap().journal(9).unwrap();
     assert!(matches!(&moves[0].moved, Move::Granted(holder) if holder.borrower == Some(8)));
     assert_eq!(moves[1].moved, Move::Opened);
     let fdid = fdid("40101");
     rig.hosts[1].handle(Verb::Return { fdid }).unwrap();
     until("the end is written down", || {
-        let newest = rig.hosts[0].pool.journal(1).unwrap().remove(0).moved;
+        let newest = rig.hosts[0]
+            .pool
+            .as_ref()
+            .unwrap()
+            .journal(1)
+            .unwrap()
+            .remove(0)
+            .moved;
         matches!(newest, Move::Ended(end) if end.cause == Cause::Returned).then_some(())
     });
 }
@@ -627,7 +634,13 @@ fn lease_of_a_daemon_that_was_killed_is_reclaimed_and_the_next_epoch_is_greater(
     let lent = rig.hosts[0].report().lent.remove(0);
     assert_eq!(lent.state, Availability::Available);
     assert_eq!(lent.last_end.as_deref(), Some("reclaimed"));
-    let newest = rig.hosts[0].pool.journal(1).unwrap().remove(0);
+    let newest = rig.hosts[0]
+        .pool
+        .as_ref()
+        .unwrap()
+        .journal(1)
+        .unwrap()
+        .remove(0);
     assert!(matches!(newest.moved, Move::Ended(end) if end.cause == Cause::Reclaimed));
     let Outcome::Borrowed(borrowed) = rig.borrow(|_| {}).unwrap() else {
         panic!("not borrowed")

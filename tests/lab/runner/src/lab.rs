@@ -111,6 +111,12 @@ impl Lab {
         Ok(format!("{RUN_IN_HOST}/bin/{name}"))
     }
 
+    /// The same program once more, at a path of its own.
+    pub fn share_copy(&self, name: &str, copy: &str) -> Result<String> {
+        self.share_program(&self.cache.binary(name)?, copy)?;
+        Ok(format!("{RUN_IN_HOST}/bin/{copy}"))
+    }
+
     fn share_program(&self, from: &Path, name: &str) -> Result<()> {
         let to = self.dir.join("bin").join(name);
         fs::copy(from, to).with_context(|| format!("cannot copy {}", from.display()))?;

@@ -1,4 +1,4 @@
-//! The project's own daemon on both hosts, and the way of one function from the lender to a guest.
+//! The project's own daemons and ports on both hosts, and the way of one function from the lender to a guest.
 
 use crate::agent::{Agent, Output};
 use crate::host::{Host, NTB_BDF, VF_BDF};
@@ -13,8 +13,10 @@ use std::time::{Duration, Instant};
 /// The sample configurations, which are also the documentation of what a file may say.
 const CONFIGS: [&str; 2] = ["a.toml", "b.toml"];
 const CONFIG_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config");
-/// Where the sample configurations put it, which is also the verbs' default.
-const CONTROL: &str = "/run/sublet/control.sock";
+/// The verbs' socket of the sample configurations' port, which answers without a daemon.
+const PORT_CONTROL: &str = "/run/sublet/ports/ntb0/control.sock";
+const PORT: &str = "ntb0";
+const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
 const END_TIMEOUT: Duration = Duration::from_secs(20);
 const LINK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -27,21 +29,25 @@ pub fn config(name: &str) -> Result<String> {
     fs::read_to_string(&from).with_context(|| format!("cannot read {}", from.display()))
 }
 
-/// How a daemon serves VMMs.
+/// What runs as a process of its own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Workers {
-    /// By threads of its own.
+    /// Nothing: the daemon is port and workers, too.
     #[default]
     Threads,
-    /// Each by a process of its own, in its sandbox.
+    /// Daemon, port, and each worker in its sandbox.
     Processes,
 }
 
-/// A daemon on one host.
+/// A daemon on one host, with its port.
 pub struct Daemon {
     agent: Agent,
     pid: u32,
+    /// The port's process, where it is another.
+    port: Option<u32>,
     program: String,
+    config: String,
+    log: String,
     name: String,
 }
 
@@ -54,22 +60,76 @@ impl Daemon {
     /// Starts it with a configuration that lies in the share.
     pub fn start_as(host: &Host, program: &str, config: &str, workers: Workers) -> Result<Self> {
         let log = host.shared(&format!("daemon-{}.log", host.name));
-        let mut argv = vec![program, "daemon", "--config", config];
-        argv.extend(match workers {
-            Workers::Threads => Some("--in-process"),
-            Workers::Processes => None,
-        });
-        let pid = host.agent.spawn(&argv, &log)?;
-        let up = format!("while ! test -S {CONTROL}; do kill -0 {pid}; usleep 50000; done");
-        host.agent
-            .sh(&up)
-            .context("the daemon made no control socket")?;
-        Ok(Daemon {
+        let port = match workers {
+            Workers::Threads => None,
+            Workers::Processes => {
+                let log = host.shared(&format!("port-{}.log", host.name));
+                let argv = [program, "port", PORT, "--config", config];
+                let pid = host.agent.spawn(&argv, &log)?;
+                let up =
+                    format!("while ! test -S {PORT_CONTROL}; do kill -0 {pid}; usleep 50000; done");
+                host.agent.sh(&up).context("the port made no socket")?;
+                Some(pid)
+            }
+        };
+        let mut daemon = Daemon {
             agent: host.agent.clone(),
-            pid,
+            pid: 0,
+            port,
             program: program.to_owned(),
+            config: config.to_owned(),
+            log,
             name: host.name.clone(),
-        })
+        };
+        daemon.spawn()?;
+        Ok(daemon)
+    }
+
+    fn spawn(&mut self) -> Result<()> {
+        let mut argv = vec![self.program.as_str(), "daemon", "--config", &self.config];
+        argv.extend(self.port.is_none().then_some("--in-process"));
+        self.pid = self.agent.spawn(&argv, &self.log)?;
+        // A killed one has left its socket behind: only an answer tells that one is there.
+        let (program, pid) = (&self.program, self.pid);
+        let up =
+            format!("while ! {program} list >/dev/null 2>&1; do kill -0 {pid}; usleep 50000; done");
+        self.agent
+            .sh(&up)
+            .context("the daemon does not answer")
+            .map(drop)
+    }
+
+    /// Kills it, and not its port, as `kill -9` does.
+    pub fn kill(&self) -> Result<()> {
+        ensure!(self.port.is_some(), "it is its port, too");
+        self.agent.kill(self.pid, SIGKILL)?;
+        self.agent.wait(self.pid, END_TIMEOUT).map(drop)
+    }
+
+    /// Another daemon in its place, of this program.
+    pub fn start_again(&mut self, program: &str) -> Result<()> {
+        self.program = program.to_owned();
+        self.spawn()
+    }
+
+    /// Ends it, and not its port, and starts another one of this program.
+    pub fn replace(&mut self, program: &str) -> Result<()> {
+        ensure!(self.port.is_some(), "it is its port, too");
+        self.end(self.pid)?;
+        self.start_again(program)
+    }
+
+    /// The file that its process runs.
+    pub fn running(&self) -> Result<String> {
+        let link = self.agent.sh(&format!("readlink /proc/{}/exe", self.pid))?;
+        Ok(link.trim().to_owned())
+    }
+
+    /// What its port says of itself, without it.
+    pub fn port_status(&self) -> Result<Value> {
+        let text = self.verb(&["--control", PORT_CONTROL, "status", "--json"])?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("status of a port of host {} is no JSON: {text}", self.name))
     }
 
     /// Its process id on the host.
@@ -131,13 +191,18 @@ impl Daemon {
         }
     }
 
-    /// Ends it as an operator does.
+    /// Ends it as an operator does, and its port.
     pub fn stop(self) -> Result<()> {
-        self.agent.kill(self.pid, SIGTERM)?;
-        let code = self.agent.wait(self.pid, END_TIMEOUT)?;
+        self.end(self.pid)?;
+        self.port.map_or(Ok(()), |port| self.end(port))
+    }
+
+    fn end(&self, pid: u32) -> Result<()> {
+        self.agent.kill(pid, SIGTERM)?;
+        let code = self.agent.wait(pid, END_TIMEOUT)?;
         ensure!(
             code == Some(0),
-            "the daemon of host {} ended with {code:?}",
+            "process {pid} of host {} ended with {code:?}",
             self.name
         );
         Ok(())

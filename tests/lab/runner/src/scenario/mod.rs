@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod contracts;
+mod daemon_replaced;
 mod flap;
 mod heartbeat;
 mod hosts;
@@ -69,6 +70,7 @@ pub const ALL: &[Scenario] = &[
     nvme::MAPPED,
     nvme::PROCESSES,
     nvme::PROCESSES_MAPPED,
+    daemon_replaced::SCENARIO,
     isolation::SCENARIO,
     reboot::SCENARIO,
     flap::SCENARIO,

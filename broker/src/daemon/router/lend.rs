@@ -1,0 +1,83 @@
+//! The lender's verbs: which ports are to know a function, and which one it is offered through.
+
+use super::{Router, VERB_DEADLINE, or_away, refuse};
+use crate::daemon::host::way_out;
+use crate::daemon::vocabulary::{ErrorCode, HostStatus, Outcome, Verb, VerbError};
+use vfio_shim::model::{Bdf, Fdid};
+
+type Answer = Result<Outcome, VerbError>;
+
+impl Router {
+    /// Every port that is there takes it into its pool.
+    pub(super) fn add(&self, bdf: Bdf, verb: &Verb) -> Answer {
+        let _claim = self.claim(bdf)?;
+        let answers = self.ask_all(verb, VERB_DEADLINE);
+        let refused = answers.iter().filter_map(|answer| answer.as_ref().err());
+        // They judge alike: what one refuses is refused.
+        if let Some(refusal) = refused.clone().find(|e| e.code != ErrorCode::PortAway) {
+            return Err(refusal.clone());
+        }
+        one_of(answers)
+    }
+
+    pub(super) fn available(&self, bdf: Bdf, named: Option<&str>) -> Answer {
+        let _claim = self.claim(bdf)?;
+        let offered = self.offered_at(bdf);
+        let names: Vec<&str> = self.links.iter().map(|link| link.name.as_str()).collect();
+        let at = match (offered, named) {
+            (Some(at), None) => at,
+            _ => way_out(&names, bdf, named)?,
+        };
+        if let Some(held) = offered.filter(|held| *held != at) {
+            let text = format!(
+                "{bdf} is offered through port `{}`, and a function goes through one: `sublet \
+                 unavailable {bdf}` first",
+                names[held]
+            );
+            return Err(refuse(ErrorCode::WrongState, text));
+        }
+        let verb = Verb::Available {
+            bdf: bdf.into(),
+            port: Some(names[at].to_owned()),
+        };
+        self.links[at].ask(&verb, VERB_DEADLINE)
+    }
+
+    /// At the port that offers it, else at all: each that knows it does the verb, or says why not.
+    pub(super) fn wherever(&self, bdf: Bdf, verb: &Verb) -> Answer {
+        let _claim = self.claim(bdf)?;
+        if let Some(at) = self.offered_at(bdf) {
+            return self.links[at].ask(verb, VERB_DEADLINE);
+        }
+        one_of(self.ask_all(verb, VERB_DEADLINE))
+    }
+
+    /// Which port offers a function, of those that answer.
+    fn offered_at(&self, bdf: Bdf) -> Option<usize> {
+        let node = self.config.node_id;
+        let offers = |status: &Result<HostStatus, VerbError>| {
+            let lent = status.as_ref().map(|status| &status.lent[..]);
+            let mut lent = lent.unwrap_or_default().iter();
+            lent.any(|lent| lent.fdid.0 == Fdid { node, bdf })
+        };
+        self.statuses().iter().position(offers)
+    }
+}
+
+/// Done, if one port has done it; otherwise what one of them says that answers, or that none does.
+fn one_of(answers: Vec<Answer>) -> Answer {
+    if answers.iter().any(Result::is_ok) {
+        return Ok(Outcome::Done);
+    }
+    let refusals = answers.iter().filter_map(|answer| answer.as_ref().err());
+    let mut said = refusals.clone();
+    let said = said.find(|refusal| refusal.code != ErrorCode::PortAway);
+    match (said, refusals.clone().next()) {
+        (Some(refusal), _) => Err(or_away(refusal.clone(), &answers)),
+        (None, Some(away)) => Err(away.clone()),
+        (None, None) => Err(refuse(
+            ErrorCode::Config,
+            "the configuration has no [[port]]: nothing can be lent",
+        )),
+    }
+}

@@ -1,0 +1,113 @@
+//! The port as a process: one NTB with its engine, its functions and its workers, which outlives the daemon.
+//!
+//! ```text
+//! configuration --its own [[port]]--> both sockets claimed --NTB opened--> serving --SIGTERM--> gone
+//! ```
+//! It faces its daemon, and only that, on two sockets in a folder of its own, which its user alone
+//! may enter: verbs as they come over the control socket, and the line of leases (`line`). What a
+//! daemon asks for is checked here once more, by the port's own configuration: limits, the list of
+//! what may be lent, trust. When the daemon goes, everything goes on; when the port goes, its
+//! workers go with it.
+
+mod leases;
+mod ledger;
+
+pub use leases::PortLeases;
+pub use ledger::{ENDED_MAX, Ledger};
+
+use crate::config::Config;
+use crate::daemon::control::{Deadlines, serve};
+use crate::daemon::host::{self, HostError, Workers};
+use crate::daemon::socket::ControlSocket;
+use crate::daemon::{DaemonError, Host, Signals};
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use vfio_shim::path::LeasePool;
+
+/// The socket of a port that takes verbs, in its folder.
+pub fn verbs_socket(config: &Config, name: &str) -> PathBuf {
+    config.port_folder(name).join("control.sock")
+}
+
+/// The socket of a port's line, in its folder.
+pub fn leases_socket(config: &Config, name: &str) -> PathBuf {
+    config.port_folder(name).join("leases.sock")
+}
+
+/// Runs a port until SIGTERM or SIGINT.
+pub fn run(config: &Path, name: &str, workers: Workers) -> Result<(), DaemonError> {
+    let config = Config::load(config)?;
+    let signals = Signals::register().map_err(kernel("take signals"))?;
+    serve_until(&config, name, signals.stop.as_fd(), |config, at, leases| {
+        host::start_own_port(config, at, workers, leases)
+    })
+}
+
+fn kernel(act: &'static str) -> impl Fn(io::Error) -> DaemonError {
+    move |source| DaemonError::Kernel { act, source }
+}
+
+/// Runs a port until `stop` is readable, with whatever `start` gives for the host of the
+/// configuration's port of that index.
+pub fn serve_until(
+    config: &Config,
+    name: &str,
+    stop: BorrowedFd<'_>,
+    start: impl FnOnce(&Config, usize, Arc<dyn LeasePool>) -> Result<Arc<dyn Host>, HostError>,
+) -> Result<(), DaemonError> {
+    let known = || config.ports.iter().map(|port| port.name.clone());
+    let at = known().position(|known| known == name);
+    let at = at.ok_or_else(|| DaemonError::UnknownPort {
+        name: name.to_owned(),
+        known: known().collect(),
+    })?;
+    // The sockets first: a second process is refused before it touches the NTB, and where nobody
+    // listens no lease is in force.
+    let _folder = Folder::make(&config.port_folder(name)).map_err(kernel("make its folder"))?;
+    let verbs = ControlSocket::claim(&verbs_socket(config, name))?;
+    let line = ControlSocket::claim_packets(&leases_socket(config, name))?;
+    let leases = PortLeases::start(config.node_id, name, line);
+    let leases = leases.map_err(kernel("wait for a daemon"))?;
+    let host = start(config, at, leases.clone())?;
+    tracing::info!(node = config.node_id, port = name, "serving");
+    let served = serve(&verbs, &host, stop, Deadlines::default());
+    tracing::info!("stopped");
+    served.map_err(kernel("serve the daemon"))
+}
+
+/// The folder of a port's sockets, for its user alone; what was made for it goes with it, if
+/// nobody else is there.
+struct Folder {
+    made: Vec<PathBuf>,
+}
+
+impl Folder {
+    fn make(path: &Path) -> io::Result<Self> {
+        let missing = path.ancestors().take_while(|folder| !folder.exists());
+        let made = missing.map(Path::to_owned).collect();
+        // Somebody else may make those above at the same time.
+        let above = path.parent().unwrap_or(Path::new("/"));
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o755)
+            .create(above)?;
+        match DirBuilder::new().mode(0o700).create(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            other => other?,
+        }
+        Ok(Self { made })
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        for folder in &self.made {
+            // Refused while somebody else has files there, and rightly.
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}

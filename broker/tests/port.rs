@@ -1,0 +1,260 @@
+//! Ports apart from their daemons: daemons are killed, frozen and replaced under a guest's work, and leases reconcile.
+
+#[allow(dead_code, reason = "each test program uses a part of it")]
+mod apart;
+#[allow(dead_code, reason = "each test program uses a part of it")]
+mod soft;
+
+use apart::{Daemon, Rig};
+use rustix::process::Signal;
+use soft::{Vmm, freeze, signal, until};
+use std::time::{Duration, Instant};
+use sublet::daemon::{socket::ControlSocket, vocabulary::*};
+use sublet::pool::{Cause, LeaseStore, Move, RedbStore};
+use sublet::port::{leases_socket, verbs_socket};
+
+/// How soon a daemon that comes back tells the truth.
+const TRUTH: Duration = Duration::from_secs(2);
+
+fn lent(daemon: &Daemon, at: usize) -> LentStatus {
+    let status = daemon.status();
+    let mut lent = status.lent.into_iter();
+    let found = lent.find(|lent| lent.fdid == apart::fdid(at));
+    found.unwrap_or_else(|| panic!("function {at} is not lent: {:?}", daemon.status()))
+}
+
+#[test]
+fn daemons_killed_under_a_guests_work_come_back_to_the_same_lease() {
+    let mut rig = Rig::new(&["ntb0"]);
+    rig.offer(0, "ntb0");
+    let told = rig.borrow(0).unwrap();
+    let mut vmm = Vmm::at(&rig.guest_socket(0)).unwrap();
+    vmm.work().unwrap();
+    let before = lent(&rig.lender, 0);
+    assert_eq!(before.lease, Some(told.lease));
+    assert_eq!(
+        before.ttl_ms, None,
+        "its clock stands while its path is open"
+    );
+
+    rig.lender.kill();
+    rig.borrower.kill();
+    for seed in 3..20 {
+        vmm.copy(seed).unwrap();
+    }
+    let started = Instant::now();
+    rig.start_daemons();
+    let (now, borrowed) = until("the truth", || {
+        let borrowed = rig.borrower.status().borrowed.pop()?;
+        let lent = rig.lender.status().lent.pop()?;
+        (lent.epoch.is_some()).then_some((lent, borrowed))
+    });
+    let took = started.elapsed();
+    println!("both daemons started, and told the truth after {took:?}");
+    assert!(took < TRUTH, "{took:?}");
+    assert_eq!((now.lease, now.epoch), (before.lease, before.epoch));
+    assert_eq!((now.state, now.ttl_ms), (Availability::InUse, None));
+    assert_eq!(
+        (borrowed.lease, borrowed.state.as_str()),
+        (told.lease, "connected")
+    );
+    let raised = |lent: &LentStatus| lent.vectors.iter().map(|v| v.raised).sum::<u64>();
+    assert!(raised(&now) >= raised(&before) + 17, "interrupts went on");
+    vmm.copy(20).unwrap();
+
+    drop(vmm);
+    rig.give_back(0).unwrap();
+    let over = lent(&rig.lender, 0);
+    assert_eq!(over.last_end.as_deref(), Some("returned"));
+    assert_eq!((over.lease, over.state), (None, Availability::Available));
+    rig.lender
+        .verb(Verb::Unavailable { bdf: apart::bdf(0) })
+        .unwrap();
+    rig.lender
+        .verb(Verb::Remove { bdf: apart::bdf(0) })
+        .unwrap();
+    assert_eq!(rig.lender.list(), []);
+}
+
+#[test]
+fn lease_that_ended_without_a_daemon_is_ended_in_the_store_and_the_open_one_is_kept() {
+    let mut rig = Rig::new(&["ntb0"]);
+    for at in 0..3 {
+        rig.offer(at, "ntb0");
+    }
+    let epochs = [0, 1].map(|at| rig.borrow(at).unwrap().lease);
+    let vmms = [0, 1].map(|at| Vmm::at(&rig.guest_socket(at)).unwrap());
+    until("open paths", || {
+        let open = |at| lent(&rig.lender, at).ttl_ms.is_none();
+        (open(0) && open(1)).then_some(())
+    });
+    rig.lender.kill();
+    let [over, mut kept] = vmms;
+    drop(over);
+    // A path is undone without a daemon; a new lease needs one, and says so.
+    rig.give_back(0).unwrap();
+    let refused = rig.borrow(2).unwrap_err();
+    assert!(
+        refused.text.contains("start `sublet daemon` on the lender"),
+        "{refused}"
+    );
+    kept.copy(7).unwrap();
+
+    rig.lender = rig.start_lender();
+    until("the truth", || rig.lender.status().lent.first()?.epoch);
+    assert_eq!(lent(&rig.lender, 0).last_end.as_deref(), Some("returned"));
+    let now = lent(&rig.lender, 1);
+    assert_eq!((now.lease, now.epoch), (Some(epochs[1]), Some(epochs[1].0)));
+    // Lent on, with an epoch of its own.
+    assert!(rig.borrow(2).unwrap().lease > epochs[1]);
+
+    rig.lender.kill();
+    let mut store = RedbStore::open(&rig.lender_config().state).unwrap();
+    let ends: Vec<_> = store
+        .journal(99)
+        .unwrap()
+        .into_iter()
+        .filter_map(|entry| match entry.moved {
+            Move::Ended(end) => Some((entry.epoch, end.cause)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        ends,
+        [(epochs[0].0, Cause::Returned)],
+        "once, and as it was"
+    );
+}
+
+#[test]
+fn port_that_has_gone_costs_its_own_leases_and_the_other_port_goes_on() {
+    let mut rig = Rig::new(&["ntb0", "ntb1"]);
+    rig.offer(0, "ntb0");
+    rig.offer(1, "ntb1");
+    for at in [0, 1] {
+        rig.borrow(at).unwrap();
+    }
+    let mut vmm = Vmm::at(&rig.guest_socket(1)).unwrap();
+    vmm.work().unwrap();
+    rig.stop_port(4, "ntb0");
+    let status = until("the end of a port", || {
+        let status = rig.lender.status();
+        (!status.ports[0].process.as_ref()?.answers).then_some(status)
+    });
+    let error = status.ports[0].last_error.clone().unwrap();
+    let file = rig.lender.file.display();
+    assert_eq!(
+        error,
+        format!("no process serves port `ntb0`: start `sublet port ntb0 --config {file}`")
+    );
+    assert_eq!(status.lent.len(), 1, "the other's");
+    assert!(
+        rig.lender
+            .list()
+            .iter()
+            .any(|entry| entry.fdid == apart::fdid(1))
+    );
+    let refused = rig.available(0, "ntb0").unwrap_err();
+    assert_eq!(refused.code, ErrorCode::PortAway);
+    vmm.copy(9).unwrap();
+    // Back again, with nothing: the lease of its former life is over.
+    rig.start_port(4, "ntb0");
+    rig.wait_sessions();
+    rig.offer(0, "ntb0");
+    let over = lent(&rig.lender, 0);
+    assert_eq!(over.last_end.as_deref(), Some("reclaimed"));
+    vmm.copy(10).unwrap();
+}
+
+#[test]
+fn port_that_hangs_costs_its_own_lines_and_a_daemon_waits_for_none() {
+    let mut rig = Rig::new(&["ntb0", "ntb1"]);
+    rig.offer(0, "ntb0");
+    rig.stop_port(4, "ntb1");
+    // Takes calls, and never answers.
+    let config = rig.lender_config();
+    let folder = config.port_folder("ntb1");
+    std::fs::create_dir_all(&folder).unwrap();
+    let _verbs = ControlSocket::claim(&verbs_socket(&config, "ntb1")).unwrap();
+    let _line = ControlSocket::claim_packets(&leases_socket(&config, "ntb1")).unwrap();
+    rig.lender.kill();
+    rig.lender = rig.start_lender();
+    for _ in 0..3 {
+        let started = Instant::now();
+        let status = rig.lender.status();
+        let took = started.elapsed();
+        assert!(took < Duration::from_secs(4), "{took:?}");
+        assert_eq!(status.ports[0].session.state, "open");
+        let error = status.ports[1].last_error.clone().unwrap();
+        assert!(error.contains("does not answer"), "{error}");
+    }
+    let Ok(Outcome::PartOfList(part)) = rig.lender.verb(Verb::List) else {
+        panic!("no part of a list");
+    };
+    assert_eq!(part.missing.len(), 1);
+    assert!(
+        part.entries
+            .iter()
+            .any(|entry| entry.fdid == apart::fdid(0))
+    );
+    rig.borrow(0).unwrap();
+}
+
+#[test]
+fn second_daemon_of_a_port_is_refused_and_tells_which_is_the_first() {
+    let rig = Rig::new(&["ntb0"]);
+    let second = rig.start_daemon_beside();
+    let pid = rig.lender.pid();
+    until("a refusal", || {
+        let error = second.status().ports[0].last_error.clone()?;
+        error
+            .contains(&format!("process {pid} is its daemon"))
+            .then_some(())
+    });
+    rig.offer(0, "ntb0");
+    rig.borrow(0).unwrap();
+}
+
+#[test]
+fn frozen_daemon_holds_no_path_up_and_goes_on_where_it_was() {
+    let rig = Rig::new(&["ntb0"]);
+    rig.offer(0, "ntb0");
+    let lease = rig.borrow(0).unwrap().lease;
+    let mut vmm = Vmm::at(&rig.guest_socket(0)).unwrap();
+    vmm.work().unwrap();
+    freeze(rig.lender.pid());
+    for seed in 3..9 {
+        vmm.copy(seed).unwrap();
+    }
+    drop(vmm);
+    rig.give_back(0).unwrap();
+    signal(rig.lender.pid(), Signal::CONT);
+    until("the end of the lease", || {
+        let lent = lent(&rig.lender, 0);
+        (lent.lease.is_none() && lent.last_end.as_deref() == Some("returned")).then_some(())
+    });
+    assert!(rig.borrow(0).unwrap().lease > lease);
+}
+
+#[test]
+fn daemon_with_64_leases_is_back_within_a_second() {
+    const LEASES: usize = 64;
+    let mut rig = Rig::with_functions(&["ntb0"], LEASES, sublet::daemon::host::Workers::Threads);
+    for at in 0..LEASES {
+        rig.offer(at, "ntb0");
+        rig.borrow(at).unwrap();
+    }
+    rig.lender.kill();
+    let started = Instant::now();
+    rig.lender = rig.start_lender();
+    until("all leases", || {
+        let status = rig.lender.status();
+        let told =
+            |lent: &&LentStatus| lent.lease.is_some() && lent.epoch == lent.lease.map(|l| l.0);
+        let known = status.lent.iter().filter(told).count();
+        (known == LEASES && status.ports[0].last_error.is_none()).then_some(())
+    });
+    let took = started.elapsed();
+    println!("a daemon with {LEASES} leases is back after {took:?}");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+}

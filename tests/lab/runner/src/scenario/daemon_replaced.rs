@@ -1,0 +1,206 @@
+//! Scenario `daemon-replaced`: daemons are killed and replaced under a guest's I/O, and nobody but `status` notices.
+
+use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, Setup};
+use super::{Scenario, When};
+use crate::check::Checks;
+use crate::guest::GuestSpec;
+use crate::lab::Lab;
+use crate::sublet::{Daemon, Workers, ensure_no_lost_interrupt, interrupt_count, vector_sum};
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::Value;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+pub const SCENARIO: Scenario = Scenario {
+    name: "daemon-replaced",
+    checks: ATTACH_CHECKS + CHECKS + DETACH_CHECKS,
+    when: When::Gate,
+    own_model: None,
+    deadline: Duration::from_secs(1200),
+    run,
+};
+
+const CHECKS: usize = 5;
+/// Small, so that several rounds pass in each state of the daemons.
+const BYTES: u64 = 64 << 10;
+const ROUNDS: usize = 2;
+const ROUNDS_TIMEOUT: Duration = Duration::from_secs(300);
+/// From the start of the second daemon to what both say; asking takes its own time.
+const TRUTH_TIMEOUT: Duration = Duration::from_secs(2);
+
+fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
+    let spec = GuestSpec::stock("g", &lab.vmm()?);
+    let setup = Setup {
+        borrow: &["--bars", "trapped"],
+        workers: Workers::Processes,
+        ..Setup::default()
+    };
+    let mut attached = steps::attach(lab, checks, &setup, spec)?;
+    let program = lab.share_binary("sublet")?;
+    let other = lab.share_copy("sublet", "sublet-next")?;
+    let guest = attached.guest.agent.clone();
+    let io = Io::default();
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| io.run(|| steps::write_and_read_back(&guest, BYTES)));
+        let done = replaced(checks, &mut attached, &io, &program, &other);
+        io.stop.store(true, Ordering::Relaxed);
+        let ended = worker
+            .join()
+            .map_err(|_| anyhow!("the guest's I/O panicked"))?;
+        checks.check(
+            "no byte of the guest's was wrong, no interrupt was lost",
+            || {
+                let rounds = ended?;
+                ensure_no_lost_interrupt(&attached.guest.dmesg("polled|timeout")?)?;
+                Ok(format!("{rounds} rounds"))
+            },
+        );
+        done
+    })?;
+    steps::detach(checks, attached)
+}
+
+/// The guest's I/O, round by round in a thread.
+#[derive(Default)]
+struct Io {
+    stop: AtomicBool,
+    rounds: AtomicUsize,
+    failed: AtomicBool,
+}
+
+impl Io {
+    fn run(&self, round: impl Fn() -> Result<String>) -> Result<usize> {
+        while !self.stop.load(Ordering::Relaxed) {
+            round().inspect_err(|_| self.failed.store(true, Ordering::Relaxed))?;
+            self.rounds.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(self.rounds.load(Ordering::Relaxed))
+    }
+
+    /// Returns after this many whole rounds: the one under way may have begun before.
+    fn go_on(&self) -> Result<String> {
+        let from = self.rounds.load(Ordering::Relaxed);
+        let deadline = Instant::now() + ROUNDS_TIMEOUT;
+        while self.rounds.load(Ordering::Relaxed) <= from + ROUNDS {
+            ensure!(
+                !self.failed.load(Ordering::Relaxed),
+                "the guest's I/O failed"
+            );
+            ensure!(Instant::now() < deadline, "the guest's I/O stands still");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(format!(
+            "{} rounds",
+            self.rounds.load(Ordering::Relaxed) - from
+        ))
+    }
+}
+
+fn replaced(
+    checks: &mut Checks,
+    attached: &mut Attached,
+    io: &Io,
+    program: &str,
+    other: &str,
+) -> Result<()> {
+    let asking = Instant::now();
+    let before = Truth::of(attached)?;
+    let asking = asking.elapsed();
+    checks.must("with both daemons killed the guest's I/O goes on", || {
+        io.go_on()?;
+        let counts = counts(attached)?;
+        attached.lending.a.kill()?;
+        attached.lending.b.kill()?;
+        let rounds = io.go_on()?;
+        let later = self::counts(attached)?;
+        ensure!(
+            counts.iter().zip(&later).all(|(then, now)| now > then),
+            "interrupts stand still: {counts:?}, {later:?}"
+        );
+        Ok(format!("{rounds}, interrupts from {counts:?} to {later:?}"))
+    })?;
+    checks.must("daemons that come back tell the truth within 2 s", || {
+        attached.lending.a.start_again(program)?;
+        let since = Instant::now();
+        attached.lending.b.start_again(program)?;
+        let limit = TRUTH_TIMEOUT + 2 * asking;
+        while Truth::of(attached).ok().as_ref() != Some(&before) {
+            ensure!(
+                since.elapsed() < limit,
+                "{before:?} was, {:?} is",
+                Truth::of(attached)
+            );
+        }
+        let took = since.elapsed();
+        ensure!(took < limit, "{took:?}, and asking takes {asking:?}");
+        Ok(format!("after {took:?}; asking alone takes {asking:?}"))
+    })?;
+    checks.must(
+        "daemons are replaced by another build, and I/O goes on",
+        || {
+            for daemon in [&mut attached.lending.a, &mut attached.lending.b] {
+                daemon.replace(other)?;
+                ensure_runs(daemon, other)?;
+            }
+            let rounds = io.go_on()?;
+            ensure!(Truth::of(attached)? == before, "another lease");
+            Ok(rounds)
+        },
+    )?;
+    checks.must("and back again", || {
+        for daemon in [&mut attached.lending.a, &mut attached.lending.b] {
+            daemon.replace(program)?;
+            ensure_runs(daemon, program)?;
+        }
+        let rounds = io.go_on()?;
+        ensure!(Truth::of(attached)? == before, "another lease");
+        Ok(rounds)
+    })?;
+    Ok(())
+}
+
+fn ensure_runs(daemon: &Daemon, program: &str) -> Result<()> {
+    let running = daemon.running()?;
+    let name = program.rsplit('/').next().unwrap_or(program);
+    ensure!(running.ends_with(&format!("/{name}")), "it runs {running}");
+    Ok(())
+}
+
+/// What both hosts say of the lease.
+#[derive(Debug, PartialEq)]
+struct Truth {
+    lent: [Value; 4],
+    borrowed: [Value; 3],
+    listed: String,
+}
+
+impl Truth {
+    fn of(attached: &Attached) -> Result<Self> {
+        let lender = attached.lending.a.status()?;
+        let borrower = attached.lending.b.status()?;
+        for status in [&lender, &borrower] {
+            let error = &status["ports"][0]["last_error"];
+            ensure!(error.is_null(), "{error}");
+        }
+        let lent = &lender["lent"][0];
+        let borrowed = &borrower["borrowed"][0];
+        ensure!(lent["lease"].is_string(), "nothing is lent: {lender}");
+        Ok(Self {
+            lent: ["lease", "epoch", "ttl_ms", "state"].map(|key| lent[key].clone()),
+            borrowed: ["lease", "state", "vmm_pid"].map(|key| borrowed[key].clone()),
+            listed: attached.lending.b.verb(&["list"])?,
+        })
+    }
+}
+
+/// Interrupts at the lender's function, at the borrower's worker, and in the guest.
+fn counts(attached: &Attached) -> Result<[u64; 3]> {
+    let guest = &attached.guest.agent;
+    let bdf = guest.sh("basename $(readlink -f /sys/class/nvme/nvme0/device)")?;
+    let lending = &attached.lending;
+    Ok([
+        vector_sum(&lending.a.port_status()?, "lent", "raised")?,
+        vector_sum(&lending.b.port_status()?, "borrowed", "signals")?,
+        interrupt_count(guest, bdf.trim()).context("the guest's interrupts")?,
+    ])
+}
