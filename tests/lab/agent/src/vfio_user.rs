@@ -43,6 +43,15 @@ const PATTERN: u32 = 0x5ca1_ab1e;
 const RAM_TOO_LARGE: u64 = 4 << 30;
 /// Where x86 devices write to raise an interrupt: no IOMMU maps it.
 const MSI_ADDRESS: u64 = 0xfee0_0000;
+/// Regions and offsets that no NVMe function has: behind its BAR 0, and behind all BARs.
+const BEYOND: [(u32, u64); 6] = [
+    (BAR0, 1 << 20),
+    (BAR0, 1 << 32),
+    (BAR0, u64::MAX - 3),
+    (2, 0),
+    (8, 0),
+    (99, 0),
+];
 /// Longer than any answer takes: a reset of the function is among them.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -231,6 +240,7 @@ pub fn run(socket: &str, case: &str) -> Result<()> {
     let mut client = Client::connect(socket)?;
     let report = match case {
         "good" => good(&mut client)?,
+        "beyond" => beyond(socket, client)?,
         _ => {
             bad(&mut client, case)?;
             client.wait_end()?;
@@ -239,6 +249,45 @@ pub fn run(socket: &str, case: &str) -> Result<()> {
     };
     println!("{report}");
     Ok(())
+}
+
+/// Accesses of BARs and regions that the function does not have, each by a session of its own, as
+/// some end it. None may give anything but ones.
+fn beyond(socket: &str, first: Client) -> Result<serde_json::Value> {
+    drop(first);
+    let (mut refused, mut ones, mut ended) = (0, 0, 0);
+    for (region, offset) in BEYOND {
+        for write in [false, true] {
+            let mut client = Client::connect(socket)?;
+            client.agree()?;
+            let (command, data) = match write {
+                true => (REGION_WRITE, Some(&[0x5a; 4][..])),
+                false => (REGION_READ, None),
+            };
+            client.send(command, &access(region, offset, 4, data), &[])?;
+            let mut header = [0; HEADER_BYTES];
+            if client.stream.read_exact(&mut header).is_err() {
+                ended += 1;
+                continue;
+            }
+            let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|byte| header[at + byte]));
+            let mut body = vec![0; (word(4) as usize).saturating_sub(HEADER_BYTES)];
+            client.stream.read_exact(&mut body)?;
+            if word(12) != 0 {
+                refused += 1;
+                continue;
+            }
+            let data = body.get(HEADER_BYTES..).unwrap_or_default();
+            ensure!(
+                data.iter().all(|byte| *byte == 0xff),
+                "region {region} at {offset:#x} reads {data:x?}"
+            );
+            ones += 1;
+        }
+    }
+    Ok(serde_json::json!({
+        "pid": std::process::id(), "refused": refused, "ones": ones, "ended": ended,
+    }))
 }
 
 /// As far as a VMM goes before its guest runs a driver.

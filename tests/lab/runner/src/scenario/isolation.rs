@@ -136,7 +136,12 @@ fn is_zero(words: &str) -> bool {
 }
 
 /// One DMA by the guest's own hand.
-fn drive(attached: &Attached, bdf: &str, direction: &str, address: u64) -> Result<Value> {
+pub(super) fn drive(
+    attached: &Attached,
+    bdf: &str,
+    direction: &str,
+    address: u64,
+) -> Result<Value> {
     let address = address.to_string();
     let argv = ["lab-agent", "nvme-user", bdf, direction, &address];
     let text = attached.guest.agent.run(&argv)?;
@@ -146,7 +151,12 @@ fn drive(attached: &Attached, bdf: &str, direction: &str, address: u64) -> Resul
 /// The line is the proof: QEMU's NVMe ends a command well whose data went nowhere. QEMU keeps one
 /// fault record and merges a fault into one that the kernel has not taken yet, which then has no
 /// line of its own: one DMA at a time, each line waited for, and a DMA without a line done again.
-fn refused(attached: &Attached, bdf: &str, direction: &str, address: u64) -> Result<String> {
+pub(super) fn refused(
+    attached: &Attached,
+    bdf: &str,
+    direction: &str,
+    address: u64,
+) -> Result<String> {
     let way = if direction == "read" { "Read" } else { "Write" };
     let line = format!("DMAR: .DMA {way}.*{VF_BDF}.*fault addr {address:#x} ");
     let host_a = &attached.pair.a.agent;

@@ -13,6 +13,7 @@ mod reboot;
 mod refusals;
 mod steps;
 mod tenant;
+mod two_tenants;
 mod windows;
 
 use crate::check::Checks;
@@ -72,6 +73,7 @@ pub const ALL: &[Scenario] = &[
     nvme::PROCESSES_MAPPED,
     daemon_replaced::SCENARIO,
     isolation::SCENARIO,
+    two_tenants::SCENARIO,
     reboot::SCENARIO,
     flap::SCENARIO,
     heartbeat::SCENARIO,
