@@ -9,6 +9,7 @@ mod hosts;
 mod isolation;
 mod ntb_drivers;
 mod nvme;
+mod pf_gone;
 mod reboot;
 mod refusals;
 mod steps;
@@ -77,6 +78,7 @@ pub const ALL: &[Scenario] = &[
     reboot::SCENARIO,
     flap::SCENARIO,
     heartbeat::SCENARIO,
+    pf_gone::SCENARIO,
     windows::SCENARIO,
     refusals::SCENARIO,
     nvme::OTHER_NTB,
