@@ -16,6 +16,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("tests/lab/contracts", &["vfio-shim"]),
     ("tests/lab/runner", &["lab-agent"]),
     ("tests/fuzz", &["sublet", "vfio-shim", "vmm-glue"]),
+    ("tests/fuzz/libfuzzer", &["fuzz-targets"]),
     ("tests/sim", &["sublet", "vfio-shim", "vmm-glue"]),
 ];
 

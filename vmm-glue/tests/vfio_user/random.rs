@@ -5,9 +5,7 @@ use crate::{
     rig::{Rig, access, dma_map, dma_unmap, words},
 };
 use proptest::{collection::vec, prelude::*};
-use std::{fs, io::Write, path::Path};
-use vmm_glue::vfio_user::wire::{Command, Header};
-use zerocopy::FromBytes;
+use std::io::Write;
 
 fn message(command: u16, body: &[u8]) -> Vec<u8> {
     let mut bytes = words(&[u32::from(command) << 16, 16 + body.len() as u32, 0, 0]);
@@ -90,30 +88,4 @@ fn a_flood_of_reads_whose_answers_nobody_takes_does_not_hold_up_a_stop() {
     client.stream.write_all(&reads).unwrap();
     rig.wait_for("a read", |rig| rig.shared.counters.bar_reads.get() > 0);
     rig.stop().unwrap();
-}
-
-/// The corpora of the fuzz targets, without a fuzzer.
-#[test]
-fn the_corpus_of_the_fuzzer_is_replayed() {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus");
-    let mut replayed = 0;
-    for target in ["wire", "session"] {
-        for entry in fs::read_dir(corpus.join(target)).unwrap() {
-            let bytes = fs::read(entry.unwrap().path()).unwrap();
-            match target {
-                "session" => drop(feed(&bytes)),
-                _ => parse(&bytes),
-            }
-            replayed += 1;
-        }
-    }
-    assert!(replayed >= 2 * Command::ALL.len(), "only {replayed} inputs");
-}
-
-fn parse(bytes: &[u8]) {
-    if let Ok((header, body)) = Header::ref_from_prefix(bytes)
-        && let Ok(envelope) = header.envelope()
-    {
-        let _ = vmm_glue::vfio_user::wire::parse(&envelope, body);
-    }
 }

@@ -1,14 +1,12 @@
 //! Any bytes parse as a vfio-user request or are refused.
-#![no_main]
 
-use libfuzzer_sys::fuzz_target;
 use vmm_glue::vfio_user::{
     version,
     wire::{self, Header, Request},
 };
 use zerocopy::FromBytes;
 
-fuzz_target!(|bytes: &[u8]| {
+pub(super) fn target(bytes: &[u8]) {
     let Ok((header, body)) = Header::ref_from_prefix(bytes) else {
         return;
     };
@@ -18,4 +16,4 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(Request::Version(asked, json)) = wire::parse(&envelope, body) {
         let _ = version::agree(asked, json);
     }
-});
+}
