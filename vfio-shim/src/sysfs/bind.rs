@@ -36,6 +36,19 @@ pub enum BindError {
         /// The driver wanted.
         driver: String,
     },
+    /// What was before cannot be had back.
+    #[error(
+        "{bdf} cannot be given back to {driver}: the kernel's log says why; then echo {bdf} > /sys/bus/pci/devices/{bdf}/driver/unbind"
+    )]
+    GiveBack {
+        /// The function.
+        bdf: Bdf,
+        /// Its driver before.
+        driver: String,
+        /// Which file, and why.
+        #[source]
+        source: SysfsError,
+    },
     /// The probe ended otherwise.
     #[error(
         "{bdf} was offered to {driver}, but {now} has it now: the kernel's log says why the probe failed"
@@ -79,10 +92,7 @@ impl BindGuard {
             driver: driver.to_owned(),
             source,
         };
-        let old = OldBinding {
-            driver: sysfs.driver(bdf).map_err(failed)?,
-            driver_override: sysfs.driver_override(bdf).map_err(failed)?,
-        };
+        let old = sysfs.binding(bdf).map_err(failed)?;
         if let Some(now) = old
             .driver
             .as_deref()
@@ -109,6 +119,32 @@ impl BindGuard {
                 bdf,
                 driver: driver.to_owned(),
                 now: now.unwrap_or_else(|| "no driver".to_owned()),
+            }),
+        }
+    }
+
+    /// A function that was bound before this process began: the guard gives back what a journal
+    /// says was there.
+    pub fn adopt(sysfs: &Sysfs, bdf: Bdf, driver: &str, old: OldBinding) -> Self {
+        Self {
+            sysfs: sysfs.clone(),
+            bdf,
+            driver: driver.to_owned(),
+            old: Some(old),
+        }
+    }
+
+    /// Gives the old driver and override back; a function that has gone has nothing to get back.
+    pub fn give_back(mut self) -> Result<(), BindError> {
+        let Some(old) = self.old.take() else {
+            return Ok(());
+        };
+        match self.undo(&old) {
+            Ok(()) | Err(SysfsError::NoFunction(_)) => Ok(()),
+            Err(source) => Err(BindError::GiveBack {
+                bdf: self.bdf,
+                driver: old.driver.unwrap_or_else(|| "no driver".to_owned()),
+                source,
             }),
         }
     }
@@ -154,6 +190,14 @@ impl Drop for BindGuard {
 }
 
 impl Sysfs {
+    /// What a function is bound to now.
+    pub fn binding(&self, bdf: Bdf) -> Result<OldBinding, SysfsError> {
+        Ok(OldBinding {
+            driver: self.driver(bdf)?,
+            driver_override: self.driver_override(bdf)?,
+        })
+    }
+
     /// Its `driver_override`.
     pub fn driver_override(&self, bdf: Bdf) -> Result<Option<String>, SysfsError> {
         self.check_exists(bdf)?;

@@ -18,8 +18,9 @@ pub use xe::XE_CLEARED_MS;
 
 use crate::model::Bdf;
 use std::{
-    fs, io,
+    fmt, fs, io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 /// Why sysfs did not tell or take something.
@@ -60,21 +61,17 @@ pub enum SysfsError {
 #[derive(Clone, Debug)]
 pub struct Sysfs {
     root: PathBuf,
-    #[cfg(test)]
     on_write: Option<Hook>,
 }
 
-/// What a test's stand-in for the kernel does after a write.
-#[cfg(test)]
+/// What a stand-in for the kernel does after a write: the file below the root, and the text.
+pub type OnWrite = dyn Fn(&Path, &str) + Send + Sync;
+
 #[derive(Clone)]
-struct Hook(std::sync::Arc<OnWrite>);
+struct Hook(Arc<OnWrite>);
 
-#[cfg(test)]
-type OnWrite = dyn Fn(&Path, &str) + Send + Sync;
-
-#[cfg(test)]
-impl std::fmt::Debug for Hook {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Hook {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Hook")
     }
 }
@@ -90,9 +87,21 @@ impl Sysfs {
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
-            #[cfg(test)]
             on_write: None,
         }
+    }
+
+    /// The tree at `root`, which is no kernel's: `on_write` does what a kernel would.
+    pub fn stand_in(root: impl Into<PathBuf>, on_write: Arc<OnWrite>) -> Self {
+        Self {
+            root: root.into(),
+            on_write: Some(Hook(on_write)),
+        }
+    }
+
+    /// Where it is.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     pub(crate) fn path(&self, below: impl AsRef<Path>) -> PathBuf {
@@ -111,9 +120,8 @@ impl Sysfs {
             io::Write::write_all(&mut file, text.as_bytes())
         };
         write().map_err(io_error("write", &path))?;
-        #[cfg(test)]
         if let Some(hook) = &self.on_write {
-            (hook.0)(&path, text);
+            (hook.0)(path.strip_prefix(&self.root).unwrap_or(&path), text);
         }
         Ok(())
     }

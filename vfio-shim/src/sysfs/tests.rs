@@ -2,11 +2,7 @@
 
 use super::*;
 use crate::model::FunctionIds;
-use std::{
-    collections::BTreeMap,
-    os::unix::fs::symlink,
-    sync::{Arc, Mutex},
-};
+use std::{collections::BTreeMap, os::unix::fs::symlink, sync::Mutex};
 
 struct Tree {
     dir: tempfile::TempDir,
@@ -81,9 +77,8 @@ impl Tree {
     fn kernel(&self, refusing: &'static [&'static str]) -> Sysfs {
         let root = self.root().to_owned();
         let writes = Arc::clone(&self.writes);
-        let mut sysfs = Sysfs::new(self.root());
-        sysfs.on_write = Some(Hook(Arc::new(move |path, text| {
-            let name = path.strip_prefix(&root).unwrap().display().to_string();
+        let kernel = move |path: &Path, text: &str| {
+            let name = path.display().to_string();
             writes.lock().unwrap().push((name.clone(), text.to_owned()));
             let link = |bdf: &str| root.join("bus/pci/devices").join(bdf).join("driver");
             let bind = |bdf: &str, driver: &str| {
@@ -101,8 +96,8 @@ impl Tree {
                 ["bus", "pci", "drivers", _, "unbind"] => fs::remove_file(link(text)).unwrap(),
                 _ => {}
             }
-        })));
-        sysfs
+        };
+        Sysfs::stand_in(self.root(), Arc::new(kernel))
     }
 
     /// Every file's text and every link's target: what must be as before.

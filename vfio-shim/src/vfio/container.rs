@@ -49,33 +49,24 @@ fn flags(access: Access) -> u32 {
 }
 
 impl Container {
-    /// Opens a container and attaches the group to it. Close the group before the container.
-    pub(super) fn with_group(
-        path: &std::path::Path,
-        group: BorrowedFd<'_>,
-    ) -> Result<Self, OpenError> {
-        let object = path.display();
-        let file = std::fs::File::options()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(OpenError::kernel("open", &object))?;
-        let fd = OwnedFd::from(file);
+    /// Attaches the group to a container of nothing else. Close the group before the container.
+    pub(super) fn with_group(fd: OwnedFd, group: BorrowedFd<'_>) -> Result<Self, OpenError> {
+        let object = "a VFIO container";
         let version = ioctl::api_version(fd.as_fd())
-            .map_err(OpenError::kernel("tell the API version of", &object))?;
+            .map_err(OpenError::kernel("tell the API version of", object))?;
         let type1 = ioctl::has_extension(fd.as_fd(), VFIO_TYPE1v2_IOMMU)
-            .map_err(OpenError::kernel("tell the extensions of", &object))?;
+            .map_err(OpenError::kernel("tell the extensions of", object))?;
         if version != VFIO_API_VERSION as i32 || !type1 {
             return Err(OpenError::NoType1 { version });
         }
         ioctl::group_set_container(group, fd.as_fd())
-            .map_err(OpenError::kernel("attach the group to", &object))?;
+            .map_err(OpenError::kernel("attach the group to", object))?;
         ioctl::set_iommu(fd.as_fd(), VFIO_TYPE1v2_IOMMU).map_err(OpenError::kernel(
             "use the type 1 v2 IOMMU for (without interrupt remapping it says EPERM)",
-            &object,
+            object,
         ))?;
         let info = ioctl::iommu_info(fd.as_fd())
-            .map_err(OpenError::kernel("tell the address ranges of", &object))?;
+            .map_err(OpenError::kernel("tell the address ranges of", object))?;
         let mut usable = IommuInfo::parse(&info).usable;
         if usable.is_empty() {
             // Kernels before 5.4 do not tell; then MAP_DMA alone decides.

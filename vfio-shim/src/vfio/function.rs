@@ -1,7 +1,7 @@
 //! A PCIe function of this host through VFIO, with a container of its own.
 
 use super::{
-    Container, Group, MappedAperture, OpenError,
+    Container, Door, Group, MappedAperture, OpenError, OpenGroup,
     caps::RawRegion,
     ioctl,
     irqs::{self, Irq},
@@ -17,9 +17,9 @@ use crate::{
 };
 use rustix::io::{Errno, pread, pwrite};
 use std::{
+    any::Any,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -39,13 +39,14 @@ const PM_STATE: u16 = 3;
 /// An open function. Dropping it closes the device (the kernel then stops its DMA and resets it),
 /// unless a mapped BAR is still held somewhere.
 pub struct VfioFunction {
-    // The order of the fields is the order of closing: mapped BARs, the device, its group, and
-    // last the container, whose mappings the device's DMA went through.
+    // The order of the fields is the order of closing: mapped BARs, the device, its group, then the
+    // container, whose mappings the device's DMA went through, and last what was kept for it.
     bars: Mutex<[Option<Arc<MappedAperture>>; BAR_COUNT]>,
     irqs: Mutex<[Irq; IrqIndex::COUNT]>,
     device: OwnedFd,
     group: Group,
     container: Container,
+    _kept: Option<Box<dyn Any + Send + Sync>>,
     bdf: Bdf,
     info: FunctionInfo,
     raw: [RawRegion; RegionIndex::COUNT as usize],
@@ -67,14 +68,15 @@ impl VfioFunction {
     /// Opens a function that is bound to vfio-pci, with memory decoding on and bus mastering off.
     /// The first open of a device resets it.
     pub fn open(bdf: Bdf, sysfs: &Sysfs) -> Result<Self, OpenError> {
-        Self::open_in(bdf, sysfs, Path::new("/dev/vfio"))
+        Self::open_with(bdf, sysfs, Door::default().open(bdf, sysfs)?)
     }
 
-    fn open_in(bdf: Bdf, sysfs: &Sysfs, dev: &Path) -> Result<Self, OpenError> {
+    /// The same with a group that somebody else has opened.
+    pub fn open_with(bdf: Bdf, sysfs: &Sysfs, opened: OpenGroup) -> Result<Self, OpenError> {
         let looked_up = sysfs.ids(bdf).and_then(|ids| Ok((ids, sysfs.bars(bdf)?)));
         let (ids, addresses) = looked_up.map_err(|error| OpenError::Sysfs(bdf, error))?;
-        let group = Group::open(bdf, dev, sysfs)?;
-        let container = Container::with_group(&dev.join("vfio"), group.as_fd())?;
+        let group = Group::adopt(bdf, opened.group, sysfs)?;
+        let container = Container::with_group(opened.container, group.as_fd())?;
         check_interrupts_are_safe(bdf, sysfs)?;
         let device = group.device(bdf)?;
         let device_info = ioctl::device_info(device.as_fd())
@@ -110,6 +112,7 @@ impl VfioFunction {
             device,
             group,
             container,
+            _kept: opened.kept,
             bdf,
             info,
             raw,

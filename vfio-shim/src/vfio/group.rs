@@ -1,16 +1,10 @@
 //! An IOMMU group of VFIO: the unit that is opened, and refused in words when others use it.
 
 use super::{OpenError, ioctl};
-use crate::{
-    model::Bdf,
-    sysfs::{Sysfs, is_vfio_driver},
-};
+use crate::{model::Bdf, sysfs::Sysfs};
 use std::{
     ffi::CString,
-    fs::File,
-    io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::Path,
 };
 use vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 
@@ -21,35 +15,22 @@ pub struct Group {
 }
 
 impl Group {
-    /// Opens the group of `bdf` in `dev` (`/dev/vfio`), if all of its devices may be used.
-    pub fn open(bdf: Bdf, dev: &Path, sysfs: &Sysfs) -> Result<Self, OpenError> {
-        let group = sysfs
+    /// The group of `bdf` that is behind `fd`, if all of its devices may be used.
+    pub(super) fn adopt(bdf: Bdf, fd: OwnedFd, sysfs: &Sysfs) -> Result<Self, OpenError> {
+        let number = sysfs
             .iommu_group(bdf)
             .map_err(|error| OpenError::Sysfs(bdf, error))?;
-        let driver = sysfs
-            .driver(bdf)
-            .map_err(|error| OpenError::Sysfs(bdf, error))?;
-        if !driver.as_deref().is_some_and(is_vfio_driver) {
-            let driver = driver.unwrap_or_else(|| "no driver".into());
-            return Err(OpenError::NotVfio { bdf, driver });
-        }
-        let path = dev.join(group.to_string());
-        let opened = File::options().read(true).write(true).open(&path);
-        let fd = opened.map_err(|source| match source.kind() {
-            io::ErrorKind::ResourceBusy => OpenError::Busy { bdf, group },
-            _ => OpenError::kernel("open", path.display())(source),
-        })?;
-        let this = Self {
-            fd: fd.into(),
-            number: group,
-        };
-        let status = ioctl::group_status(this.fd.as_fd())
-            .map_err(OpenError::kernel("tell the status of", path.display()))?;
+        let status = ioctl::group_status(fd.as_fd())
+            .map_err(OpenError::kernel("tell the status of IOMMU group", number))?;
         if status.flags & VFIO_GROUP_FLAGS_VIABLE == 0 {
-            let others = sysfs.group_in_words(bdf, group);
-            return Err(OpenError::NotViable { bdf, group, others });
+            let others = sysfs.group_in_words(bdf, number);
+            return Err(OpenError::NotViable {
+                bdf,
+                group: number,
+                others,
+            });
         }
-        Ok(this)
+        Ok(Self { fd, number })
     }
 
     /// Its number, as in `/dev/vfio/NUMBER`.

@@ -2,6 +2,7 @@
 
 mod caps;
 mod container;
+mod door;
 mod error;
 mod function;
 mod group;
@@ -13,6 +14,7 @@ mod regions;
 mod table;
 
 pub use container::Container;
+pub use door::{Door, OpenGroup};
 pub use error::OpenError;
 pub use function::VfioFunction;
 pub use group::Group;

@@ -5,7 +5,7 @@ use crate::{
     model::{AddressSpace, Aperture, Bdf, Function, IrqIndex, Mapping, PortIova, RegionIndex},
     ntb::{NtbPort, PortError, PortInfo},
     sysfs::Sysfs,
-    vfio::{OpenError, VfioFunction},
+    vfio::{Door, OpenError, OpenGroup, VfioFunction},
 };
 use rustix::event::{EventfdFlags, eventfd};
 use std::{
@@ -81,12 +81,17 @@ impl IntelPort {
     /// Opens the NTB at `bdf`, which is bound to vfio-pci: windows closed, doorbells masked, link
     /// off. Everything is programmed anew, as opening through VFIO resets the device.
     pub fn open(bdf: Bdf, sysfs: &Sysfs) -> Result<Self, PortError> {
-        // Before the open, which would reset whatever device this is.
+        Self::open_with(bdf, sysfs, Door::default().open(bdf, sysfs)?)
+    }
+
+    /// The same with a group that somebody else has opened.
+    pub fn open_with(bdf: Bdf, sysfs: &Sysfs, opened: OpenGroup) -> Result<Self, PortError> {
+        // Before the device is opened, which would reset whatever it is.
         let ids = sysfs
             .ids(bdf)
             .map_err(|error| OpenError::Sysfs(bdf, error))?;
         let chip = chip(ids.vendor, ids.device, ids.revision)?;
-        let function = VfioFunction::open(bdf, sysfs)?;
+        let function = VfioFunction::open_with(bdf, sysfs, opened)?;
         let bars = WINDOWS.map(|region| {
             let bar = function.bar_addresses()[region.0 as usize];
             let size = function.info().regions[region.0 as usize].size;
