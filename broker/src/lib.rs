@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod demo;
 pub mod ipc;
 pub mod jail;
+pub mod keeper;
 pub mod line;
 pub mod names;
 pub mod pool;

@@ -9,6 +9,7 @@ mod daemon;
 #[cfg(target_arch = "x86_64")]
 mod demo;
 mod exit;
+mod keeper;
 mod list;
 mod port;
 mod quarantine;
@@ -56,6 +57,7 @@ enum Command {
     DemoInit(demo::InitArgs),
     Daemon(daemon::Args),
     Port(port::Args),
+    Keeper(keeper::Args),
     Add(add::Args),
     Remove(remove::Args),
     Available(available::Args),
@@ -68,6 +70,8 @@ enum Command {
     Status(status::Args),
     #[command(hide = true)]
     Worker(worker::Args),
+    #[command(hide = true)]
+    KeeperChecks(keeper::ChecksArgs),
 }
 
 /// What needs no daemon.
@@ -75,6 +79,8 @@ enum NoVerb<'a> {
     Daemon(&'a daemon::Args),
     Port(&'a port::Args),
     Worker(&'a worker::Args),
+    Keeper(&'a keeper::Args),
+    KeeperChecks(&'a keeper::ChecksArgs),
     #[cfg(target_arch = "x86_64")]
     Demo(&'a demo::Args),
     #[cfg(target_arch = "x86_64")]
@@ -88,6 +94,8 @@ impl Command {
             Self::Daemon(args) => return Err(NoVerb::Daemon(args)),
             Self::Port(args) => return Err(NoVerb::Port(args)),
             Self::Worker(args) => return Err(NoVerb::Worker(args)),
+            Self::Keeper(args) => return Err(NoVerb::Keeper(args)),
+            Self::KeeperChecks(args) => return Err(NoVerb::KeeperChecks(args)),
             #[cfg(target_arch = "x86_64")]
             Self::Demo(args) => return Err(NoVerb::Demo(args)),
             #[cfg(target_arch = "x86_64")]
@@ -121,6 +129,8 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Err(NoVerb::Daemon(args)) => args.run().map(|()| Outcome::Done),
         Err(NoVerb::Port(args)) => args.run().map(|()| Outcome::Done),
         Err(NoVerb::Worker(args)) => args.run().map(|()| Outcome::Done),
+        Err(NoVerb::Keeper(args)) => args.run().map(|()| Outcome::Done),
+        Err(NoVerb::KeeperChecks(args)) => args.run().map(|()| Outcome::Done),
         #[cfg(target_arch = "x86_64")]
         Err(NoVerb::Demo(args)) => return args.run(cli.json),
         #[cfg(target_arch = "x86_64")]

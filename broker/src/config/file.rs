@@ -11,6 +11,8 @@ pub(super) struct File {
     #[serde(default)]
     pub daemon: Daemon,
     #[serde(default)]
+    pub keeper: Keeper,
+    #[serde(default)]
     pub port: Vec<Port>,
     #[serde(default)]
     pub limits: Limits,
@@ -31,6 +33,13 @@ pub(super) struct Daemon {
     pub control: Option<Spanned<String>>,
     pub sockets: Option<Spanned<String>>,
     pub state: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Keeper {
+    pub folder: Option<Spanned<String>>,
+    pub user: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -58,12 +58,23 @@ pub struct Config {
     pub sockets: PathBuf,
     /// The folder in which the daemon keeps what has to outlive it.
     pub state: PathBuf,
+    /// The process that has root's rights, and for whom.
+    pub keeper: KeeperConfig,
     /// This host's NTB functions.
     pub ports: Vec<PortConfig>,
     /// Limits.
     pub limits: Limits,
     /// Policy.
     pub policy: Policy,
+}
+
+/// Where the keeper is, and whom it serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeeperConfig {
+    /// The folder of its sockets and of its journal, root's own.
+    pub folder: PathBuf,
+    /// The user whose processes may ask, by name or number.
+    pub user: String,
 }
 
 /// One NTB function of this host, and what is at its far end.

@@ -2,8 +2,8 @@
 
 use super::{
     BdfPattern, Config, ConfigError, FUNCTIONS_PER_DOMAIN_MAX, FUNCTIONS_PER_PORT_MAX,
-    GUEST_MAPS_MAX, Limits, PORTS_MAX, Peers, Policy, PortConfig, SOCKET_PATH_MAX, STATE_PATH_MAX,
-    VMM_PEERS_MAX, WORKER_MESSAGES_PER_SECOND_MAX,
+    GUEST_MAPS_MAX, KeeperConfig, Limits, PORTS_MAX, Peers, Policy, PortConfig, SOCKET_PATH_MAX,
+    STATE_PATH_MAX, VMM_PEERS_MAX, WORKER_MESSAGES_PER_SECOND_MAX,
     error::{Places, nearest},
     file, parse_size,
 };
@@ -16,6 +16,10 @@ use vfio_shim::path::limits::{INTERRUPTS_PER_SECOND_DEFAULT, INTERRUPTS_PER_SECO
 const CONTROL_DEFAULT: &str = "/run/sublet/control.sock";
 const SOCKETS_DEFAULT: &str = "/run/sublet";
 const STATE_DEFAULT: &str = "/var/lib/sublet";
+const KEEPER_FOLDER_DEFAULT: &str = "/run/sublet-keeper";
+const KEEPER_USER_DEFAULT: &str = "sublet";
+/// Room for the longest name of a socket in it.
+const KEEPER_FOLDER_MAX: usize = SOCKET_PATH_MAX - 16;
 const NAME_BYTES_MAX: usize = 64;
 const HEARTBEAT_MS_DEFAULT: u64 = 250;
 const LOST_AFTER_MS_DEFAULT: u64 = 1_500;
@@ -40,6 +44,7 @@ pub(super) fn config(at: &Places<'_>, file: file::File) -> Result<Config> {
     let control = socket("control", daemon.control, CONTROL_DEFAULT)?;
     let sockets = socket("sockets", daemon.sockets, SOCKETS_DEFAULT)?;
     let state = absolute(at, "state", daemon.state, STATE_DEFAULT, STATE_PATH_MAX)?;
+    let keeper = keeper(at, file.keeper)?;
     let ports = ports(at, file.port)?;
     let limits = limits(at, file.limits)?;
     let policy = policy(at, file.policy)?;
@@ -49,9 +54,27 @@ pub(super) fn config(at: &Places<'_>, file: file::File) -> Result<Config> {
         control,
         sockets,
         state,
+        keeper,
         ports,
         limits,
         policy,
+    })
+}
+
+fn keeper(at: &Places<'_>, said: file::Keeper) -> Result<KeeperConfig> {
+    let folder = said.folder;
+    Ok(KeeperConfig {
+        folder: absolute(
+            at,
+            "folder",
+            folder,
+            KEEPER_FOLDER_DEFAULT,
+            KEEPER_FOLDER_MAX,
+        )?,
+        user: match said.user {
+            Some(user) => name(at, "user", user)?,
+            None => KEEPER_USER_DEFAULT.to_owned(),
+        },
     })
 }
 

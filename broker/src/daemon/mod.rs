@@ -4,6 +4,7 @@ pub mod ask;
 pub mod control;
 pub mod error;
 pub mod host;
+pub(crate) mod refusals;
 pub mod router;
 mod run;
 pub mod socket;

@@ -63,7 +63,7 @@ mod kind {
 /// The op of `open`, whose reply describes a function (PROTOCOL.md).
 const OPEN: u16 = 5;
 
-fn bad(field: &'static str, value: impl Into<u64>) -> MessageError {
+pub(crate) fn bad(field: &'static str, value: impl Into<u64>) -> MessageError {
     let value = value.into();
     WireError::Field { field, value }.into()
 }
@@ -78,11 +78,11 @@ fn get_span(r: &mut Reader<'_>) -> Coded<Span> {
     Span::new(start, len).ok_or_else(|| bad("span", start))
 }
 
-fn put_text(w: &mut Writer, text: &str) -> Coded<()> {
+pub(crate) fn put_text(w: &mut Writer, text: &str) -> Coded<()> {
     Ok(w.text(&clean_text(text))?)
 }
 
-fn get_text(r: &mut Reader<'_>) -> Coded<String> {
+pub(crate) fn get_text(r: &mut Reader<'_>) -> Coded<String> {
     Ok(clean_text(r.text()?))
 }
 
@@ -318,7 +318,7 @@ fn start_fds(start: &Start) -> usize {
     3 + usize::from(start.window.is_some())
 }
 
-fn check_fds(came: usize, takes: usize) -> Coded<()> {
+pub(crate) fn check_fds(came: usize, takes: usize) -> Coded<()> {
     match came == takes {
         true => Ok(()),
         false => Err(MessageError::Fds { came, takes }),
@@ -337,7 +337,18 @@ fn get_map(r: &mut Reader<'_>, files: Vec<OwnedFd>) -> Coded<MapPart> {
     })
 }
 
-fn get_check(r: &mut Reader<'_>) -> Coded<Check> {
+pub(crate) fn put_check(w: &mut Writer, check: &Check) -> Coded<()> {
+    w.u32(check.pid as u32);
+    w.count("ranges", check.ranges.len(), PIECES_MAX)?;
+    for (device, inode, span) in &check.ranges {
+        w.u64(*device);
+        w.u64(*inode);
+        put_span(w, *span);
+    }
+    Ok(())
+}
+
+pub(crate) fn get_check(r: &mut Reader<'_>) -> Coded<Check> {
     let pid = r.u32()? as i32;
     let count = r.count("ranges", PIECES_MAX)?;
     let mut range = || Ok((r.u64()?, r.u64()?, get_span(r)?));
@@ -413,13 +424,7 @@ impl ToPort {
             Self::Check(token, check) => {
                 w.u16(kind::CHECK);
                 w.u64(token.0);
-                w.u32(check.pid as u32);
-                w.count("ranges", check.ranges.len(), PIECES_MAX)?;
-                for (device, inode, span) in &check.ranges {
-                    w.u64(*device);
-                    w.u64(*inode);
-                    put_span(w, *span);
-                }
+                put_check(w, check)?;
             }
             Self::Told(token, told) => {
                 w.u16(kind::TOLD);

@@ -11,8 +11,9 @@ mod socket;
 mod tests;
 
 pub use codec::MessageError;
+pub(crate) use codec::{bad, check_fds, get_check, get_text, put_check, put_text};
 pub use message::{
     Answered, Check, FILES_MAX, MapPart, MapPiece, PEERS_MAX, PIECES_MAX, SIGNALS_MAX, Start,
     ToPort, ToWorker, Token, Told,
 };
-pub use socket::{Channel, ChannelError, FDS_MAX, MESSAGE_BYTES_MAX, Sent};
+pub use socket::{Channel, ChannelError, Datagram, FDS_MAX, MESSAGE_BYTES_MAX, Sent};

@@ -51,6 +51,16 @@ pub enum Sent {
     Closed,
 }
 
+/// A message as one datagram.
+pub trait Datagram: Sized {
+    /// Its bytes.
+    fn encode(&self) -> Result<Vec<u8>, MessageError>;
+    /// The descriptors that go along.
+    fn fds(&self) -> Vec<BorrowedFd<'_>>;
+    /// From a datagram. Whatever does not belong to it is an error, and its descriptors are closed.
+    fn decode(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Self, MessageError>;
+}
+
 /// One end of a channel.
 #[derive(Debug)]
 pub struct Channel {
@@ -142,32 +152,38 @@ impl Channel {
         Ok((received.bytes != 0).then_some((received.bytes, fds)))
     }
 
-    /// The next message of a worker; `None` when it has gone.
-    pub fn receive_from_worker(&self) -> Result<Option<ToPort>, ChannelError> {
+    /// The next message; `None` when the other end has gone.
+    pub fn hear<M: Datagram>(&self) -> Result<Option<M>, ChannelError> {
         let mut room = [0; MESSAGE_BYTES_MAX];
         let Some((bytes, fds)) = self.receive(&mut room)? else {
             return Ok(None);
         };
-        Ok(Some(ToPort::decode(&room[..bytes], fds)?))
+        Ok(Some(M::decode(&room[..bytes], fds)?))
+    }
+
+    /// Sends a message: `wait` only in a thread that serves this channel alone.
+    pub fn say<M: Datagram>(&self, message: &M, wait: bool) -> Result<Sent, ChannelError> {
+        self.send(&message.encode()?, &message.fds(), wait)
+    }
+
+    /// The next message of a worker; `None` when it has gone.
+    pub fn receive_from_worker(&self) -> Result<Option<ToPort>, ChannelError> {
+        self.hear()
     }
 
     /// The next message of the port; `None` when it has gone.
     pub fn receive_from_port(&self) -> Result<Option<ToWorker>, ChannelError> {
-        let mut room = [0; MESSAGE_BYTES_MAX];
-        let Some((bytes, fds)) = self.receive(&mut room)? else {
-            return Ok(None);
-        };
-        Ok(Some(ToWorker::decode(&room[..bytes], fds)?))
+        self.hear()
     }
 
     /// To the port, waiting for room.
     pub fn send_to_port(&self, message: &ToPort) -> Result<Sent, ChannelError> {
-        self.send(&message.encode()?, &message.fds(), true)
+        self.say(message, true)
     }
 
     /// To a worker: `wait` only in the thread that serves this worker alone.
     pub fn send_to_worker(&self, message: &ToWorker, wait: bool) -> Result<Sent, ChannelError> {
-        self.send(&message.encode()?, &message.fds(), wait)
+        self.say(message, wait)
     }
 }
 
@@ -176,3 +192,21 @@ impl AsFd for Channel {
         self.socket.as_fd()
     }
 }
+
+macro_rules! datagram {
+    ($($message:ty),*) => {$(
+        impl Datagram for $message {
+            fn encode(&self) -> Result<Vec<u8>, MessageError> {
+                self.encode()
+            }
+            fn fds(&self) -> Vec<BorrowedFd<'_>> {
+                self.fds()
+            }
+            fn decode(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Self, MessageError> {
+                Self::decode(bytes, fds)
+            }
+        }
+    )*};
+}
+
+datagram!(ToPort, ToWorker);

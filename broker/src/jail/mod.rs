@@ -21,8 +21,10 @@ pub use calls::{Call, Only};
 pub use descriptors::{check as check_descriptors, keep_from_children};
 pub use limits::Limit;
 
+use rustix::process::{chdir, chroot};
+use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
-use std::{io, os::fd::RawFd};
+use std::{io, os::fd::RawFd, path::PathBuf};
 
 /// What the operator said.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -55,12 +57,50 @@ pub struct Role {
     pub calls: &'static [Call],
 }
 
+/// What a process may still reach of the file system: files below a folder, or one file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// To be read.
+    Read(PathBuf),
+    /// To be written as well; nothing is made or removed.
+    Write(PathBuf),
+    /// Devices, with whatever they are asked to do.
+    Device(PathBuf),
+    /// Files that it makes, writes and removes.
+    Own(PathBuf),
+}
+
+/// What a process keeps of what [`confine`] takes from all others.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    /// What it may reach.
+    pub reach: Vec<Reach>,
+    /// Its capabilities.
+    pub capabilities: CapabilitySet,
+    /// Without Landlock, which would also keep it from looking at other processes.
+    pub sees_processes: bool,
+    /// The folder that is all it sees of the file system.
+    pub root: Option<&'static str>,
+}
+
+impl Default for Kept {
+    /// Nothing.
+    fn default() -> Self {
+        Self {
+            reach: Vec::new(),
+            capabilities: CapabilitySet::empty(),
+            sees_processes: false,
+            root: None,
+        }
+    }
+}
+
 /// Why a process cannot give its rights up; it must not run then.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
     /// Somebody left descriptors open.
     #[error(
-        "{role} was started with descriptors that are not its own ({found}): start it by `sublet daemon`, or close them"
+        "{role} was started with descriptors that are not its own ({found}): whoever starts it has to close them, as `sublet daemon` does"
     )]
     Descriptors {
         /// The process.
@@ -138,6 +178,16 @@ pub fn confine(
     sandbox: Sandbox,
     own: &[RawFd],
 ) -> Result<Confined, JailError> {
+    confine_but(role, sandbox, own, &Kept::default())
+}
+
+/// The same, but for what it keeps.
+pub fn confine_but(
+    role: &'static Role,
+    sandbox: Sandbox,
+    own: &[RawFd],
+    kept: &Kept,
+) -> Result<Confined, JailError> {
     let failed = |act| {
         move |source: io::Error| JailError::Kernel {
             role: role.name,
@@ -157,11 +207,16 @@ pub fn confine(
     if sandbox == Sandbox::On {
         report.namespaces = namespaces::leave();
     }
-    privileges::give_up().map_err(failed("give up its capabilities"))?;
-    if sandbox == Sandbox::On {
-        landlocked::shut().map_err(|source| JailError::Landlock {
+    if let Some(root) = kept.root {
+        chroot(root)
+            .and_then(|()| chdir("/"))
+            .map_err(|errno| failed("shut itself into a folder")(errno.into()))?;
+    }
+    privileges::give_up(kept.capabilities).map_err(failed("give up its capabilities"))?;
+    if sandbox == Sandbox::On && !kept.sees_processes {
+        landlocked::shut(&kept.reach).map_err(|source| JailError::Landlock {
             role: role.name,
-            source: Box::new(source),
+            source,
         })?;
         report.landlock = true;
     }

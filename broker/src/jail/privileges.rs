@@ -9,8 +9,8 @@ use rustix::{
 };
 use std::io;
 
-/// Leaves this thread, and all that it makes, without any capability.
-pub(super) fn give_up() -> io::Result<()> {
+/// Leaves this thread, and all that it makes, without any capability but those kept.
+pub(super) fn give_up(kept: CapabilitySet) -> io::Result<()> {
     set_no_new_privs(true)?;
     // The bounding set before the others: to shrink it takes one of them.
     for number in 0..u64::BITS {
@@ -25,10 +25,10 @@ pub(super) fn give_up() -> io::Result<()> {
         }
     }
     clear_ambient_capability_set()?;
-    let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
+    let left = CapabilitySets {
+        effective: kept,
+        permitted: kept,
         inheritable: CapabilitySet::empty(),
     };
-    Ok(set_capabilities(None, none)?)
+    Ok(set_capabilities(None, left)?)
 }

@@ -342,7 +342,7 @@ mod tests {
         };
         let machine = Machine {
             ports: vec![SoftLink::new([config; 2]).unwrap().port(0)],
-            functions: Arc::new(KernelFunctions::new(Sysfs::new("/sys"))),
+            functions: Arc::new(KernelFunctions::new(Sysfs::new("/sys"), None)),
         };
         let text = "[node]\nid = 4\nname = \"a\"\n\n[[port]]\nname = \"soft\"\nbdf = \"01:00.0\"\n\
                     peers = \"cable\"\ntrust_domain = \"a\"\ntrust_vmm = true\n";

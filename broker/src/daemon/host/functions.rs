@@ -1,19 +1,25 @@
 //! The functions of a host, as the lender's verbs see them: the kernel's here, soft ones elsewhere.
 
 use super::refuse;
+use crate::daemon::refusals::{from_bind, from_lend, from_open, from_sysfs};
 use crate::daemon::vocabulary::{ErrorCode, VerbError};
+use crate::keeper::Keeper;
+use std::any::Any;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vfio_shim::model::{Bdf, ConfigView, Function, FunctionIds};
-use vfio_shim::path::{Keep, ResetFailed, ScrubPlan, StopFunction};
-use vfio_shim::sysfs::{
-    BindError, BindGuard, KernelLog, LendError, Sysfs, SysfsError, XE_CLEARED_MS,
-};
-use vfio_shim::vfio::{OpenError, VfioFunction};
+use vfio_shim::path::{Keep, ResetFailed, ScrubPlan, StopFunction, words};
+use vfio_shim::sysfs::{BindGuard, KernelLog, Sysfs, XE_CLEARED_MS};
+use vfio_shim::vfio::VfioFunction;
+use vmm_glue::vfio_user::memory_check::MemoryMaps;
 
 /// Where the functions of a host come from.
 pub trait Functions: Send + Sync {
+    /// Who sees whether a VMM's memory is shared.
+    fn memory_maps(&self) -> Arc<dyn MemoryMaps> {
+        Arc::new(PathBuf::from("/proc"))
+    }
     /// Refused in words where there is no such function.
     fn check_exists(&self, bdf: Bdf) -> Result<(), VerbError>;
     /// What a function is.
@@ -34,14 +40,31 @@ pub struct OpenFunction {
     pub keep: Keep,
 }
 
-/// The functions of this machine: sysfs and VFIO.
+/// What is to be undone when a function is closed.
+type Kept = Option<Box<dyn Any + Send>>;
+
+/// The functions of this machine: sysfs and VFIO, by this process's own rights or by a keeper's.
 pub(super) struct KernelFunctions {
     sysfs: Sysfs,
+    keeper: Option<Keeper>,
 }
 
 impl KernelFunctions {
-    pub(super) fn new(sysfs: Sysfs) -> Self {
-        Self { sysfs }
+    pub(super) fn new(sysfs: Sysfs, keeper: Option<Keeper>) -> Self {
+        Self { sysfs, keeper }
+    }
+
+    /// Bound and opened, and what undoes that.
+    fn open_vfio(&self, bdf: Bdf, driver: &str) -> Result<(VfioFunction, Kept), VerbError> {
+        if let Some(keeper) = &self.keeper {
+            let opened = VfioFunction::open_with(bdf, &self.sysfs, keeper.open(bdf)?);
+            let function = opened.map_err(|error| from_open(&error))?;
+            return Ok((function, None));
+        }
+        let bind = BindGuard::bind(&self.sysfs, bdf, driver, false);
+        let bind = bind.map_err(|error| from_bind(&error))?;
+        let function = VfioFunction::open(bdf, &self.sysfs).map_err(|error| from_open(&error))?;
+        Ok((function, Some(Box::new(bind))))
     }
 }
 
@@ -58,6 +81,10 @@ impl KernelFunctions {
     }
 
     fn stop(&self, bdf: Bdf) -> Result<Option<StopFunction>, VerbError> {
+        if self.keeper.is_some() {
+            // The write takes root, and is none of a keeper's tasks.
+            return Ok(None);
+        }
         let file = self.sysfs.xe_stop(bdf);
         let file = file.map_err(|error| from_sysfs(&error))?;
         Ok(file.map(|file| {
@@ -89,6 +116,13 @@ fn reset_failed((pf, number): (Bdf, u32)) -> Option<ResetFailed> {
 }
 
 impl Functions for KernelFunctions {
+    fn memory_maps(&self) -> Arc<dyn MemoryMaps> {
+        match &self.keeper {
+            Some(keeper) => Arc::new(keeper.clone()),
+            None => Arc::new(PathBuf::from("/proc")),
+        }
+    }
+
     fn check_exists(&self, bdf: Bdf) -> Result<(), VerbError> {
         let checked = self.sysfs.check_exists(bdf);
         checked.map_err(|error| from_sysfs(&error))
@@ -107,12 +141,10 @@ impl Functions for KernelFunctions {
     fn open(&self, bdf: Bdf) -> Result<OpenFunction, VerbError> {
         let xe = self.xe_vf(bdf)?;
         let waits = self.sysfs.xe_vfio_driver().filter(|_| xe.is_some());
-        let bind = BindGuard::bind(&self.sysfs, bdf, waits.unwrap_or("vfio-pci"), false);
-        let bind = bind.map_err(|error| from_bind(&error))?;
-        let function = VfioFunction::open(bdf, &self.sysfs).map_err(|error| from_open(&error))?;
+        let (function, kept) = self.open_vfio(bdf, waits.unwrap_or("vfio-pci"))?;
         let config = function
             .config_space()
-            .map_err(|error| refuse(ErrorCode::Kernel, chain(&error)))?;
+            .map_err(|error| refuse(ErrorCode::Kernel, words(&error)))?;
         Ok(OpenFunction {
             function: Arc::new(function),
             serial: ConfigView::new(&config).map_or(0, |view| view.serial()),
@@ -120,50 +152,10 @@ impl Functions for KernelFunctions {
                 scrub: scrub_plan(xe, waits),
                 stop: self.stop(bdf)?,
                 reset_failed: xe.and_then(reset_failed),
-                kept: Some(Box::new(bind)),
+                kept,
             },
         })
     }
-}
-
-fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    vfio_shim::path::words(error)
-}
-
-fn from_sysfs(error: &SysfsError) -> VerbError {
-    let code = match error {
-        SysfsError::NoFunction { .. } => ErrorCode::UnknownFunction,
-        _ => ErrorCode::Kernel,
-    };
-    refuse(code, chain(error))
-}
-
-fn from_lend(error: &LendError) -> VerbError {
-    let code = match error {
-        LendError::Sysfs(_, SysfsError::NoFunction(_)) => ErrorCode::UnknownFunction,
-        LendError::Sysfs(..) => ErrorCode::Kernel,
-        LendError::SriovOn { .. } => ErrorCode::SriovOn,
-        LendError::Driven { .. } => ErrorCode::DriverBound,
-        LendError::GroupInUse { .. } => ErrorCode::GroupInUse,
-        LendError::NoReset(_) => ErrorCode::NoReset,
-    };
-    refuse(code, chain(error))
-}
-
-fn from_bind(error: &BindError) -> VerbError {
-    let code = match error {
-        BindError::Driven { .. } => ErrorCode::DriverBound,
-        _ => ErrorCode::Kernel,
-    };
-    refuse(code, chain(error))
-}
-
-fn from_open(error: &OpenError) -> VerbError {
-    let code = match error {
-        OpenError::NotViable { .. } => ErrorCode::GroupInUse,
-        _ => ErrorCode::Kernel,
-    };
-    refuse(code, chain(error))
 }
 
 #[cfg(test)]

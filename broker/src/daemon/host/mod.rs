@@ -20,12 +20,14 @@ mod tests;
 use super::Host;
 use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
 use crate::config::{Config, PortConfig};
+use crate::keeper::Keeper;
 use crate::pool::{PoolService, RedbStore, StoreError};
 use borrow::{Borrowed, Trust};
 use claim::Claims;
 use functions::KernelFunctions;
 use lend::Lent;
 use port::OpenPort;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -108,28 +110,83 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// This machine as this process can have it: by its own rights where it is root, else by the
+    /// keeper.
+    fn of(config: &Config, ports: &[PortConfig]) -> Result<Self, HostError> {
+        match rustix::process::geteuid().is_root() {
+            true => Self::of_the_kernel(ports),
+            false => Self::by_keeper(ports, &Keeper::at(&config.keeper.folder)),
+        }
+    }
+
     /// This machine, by sysfs and VFIO.
     fn of_the_kernel(ports: &[PortConfig]) -> Result<Self, HostError> {
-        let sysfs = Sysfs::new("/sys");
+        let sysfs = Sysfs::default();
         let open = |port: &PortConfig| {
             let opened = IntelPort::open(port.bdf, &sysfs);
-            let opened = opened.map_err(|error| HostError::Open {
-                name: port.name.clone(),
-                bdf: port.bdf,
-                source: error.into(),
-            })?;
-            Ok(Arc::new(opened) as Arc<dyn NtbPort>)
+            opened.map_err(|error| cannot_open(port, error))
         };
-        Ok(Self {
-            ports: ports.iter().map(open).collect::<Result<_, HostError>>()?,
-            functions: Arc::new(KernelFunctions::new(sysfs)),
-        })
+        let ports = open_all(ports, open)?;
+        let functions = Arc::new(KernelFunctions::new(sysfs, None));
+        Ok(Self { ports, functions })
+    }
+
+    /// The same, opened by a keeper: this process needs no right but to be heard there.
+    pub fn by_keeper(ports: &[PortConfig], keeper: &Keeper) -> Result<Self, HostError> {
+        raise_locked_memory();
+        let sysfs = Sysfs::default();
+        let open = |port: &PortConfig| {
+            let opened = keeper.open(port.bdf).map_err(|e| cannot_open(port, e))?;
+            let opened = IntelPort::open_with(port.bdf, &sysfs, opened);
+            opened.map_err(|error| cannot_open(port, error))
+        };
+        let ports = open_all(ports, open)?;
+        let functions = Arc::new(KernelFunctions::new(sysfs, Some(keeper.clone())));
+        Ok(Self { ports, functions })
+    }
+}
+
+fn open_all(
+    ports: &[PortConfig],
+    open: impl Fn(&PortConfig) -> Result<IntelPort, HostError>,
+) -> Result<Vec<Arc<dyn NtbPort>>, HostError> {
+    let open = |port| Ok(Arc::new(open(port)?) as Arc<dyn NtbPort>);
+    ports.iter().map(open).collect()
+}
+
+fn cannot_open(
+    port: &PortConfig,
+    error: impl std::error::Error + Send + Sync + 'static,
+) -> HostError {
+    HostError::Open {
+        name: port.name.clone(),
+        bdf: port.bdf,
+        source: Box::new(error),
+    }
+}
+
+/// Guests' memory is pinned on behalf of this process. Without root's rights it is counted, and
+/// whoever starts this process sets how much there may be.
+fn raise_locked_memory() {
+    let limit = getrlimit(Resource::Memlock);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Memlock, raised) {
+        tracing::warn!(%error, "the limit of locked memory cannot be raised");
+    }
+    if let Some(bytes) = limit.maximum {
+        tracing::warn!(
+            "this process may lock {bytes} bytes of memory, and no guests with more can borrow \
+             through it: start it with LimitMEMLOCK=infinity, or `ulimit -l unlimited`"
+        );
     }
 }
 
 /// Opens this machine's ports and starts their threads.
 pub fn start(config: &Config, workers: Workers) -> Result<Arc<dyn Host>, HostError> {
-    start_on(config, Machine::of_the_kernel(&config.ports)?, workers)
+    start_on(config, Machine::of(config, &config.ports)?, workers)
 }
 
 /// The same on another machine, such as one of the soft fabric.
@@ -161,7 +218,7 @@ pub fn start_own_port(
     workers: Workers,
     leases: Arc<dyn LeasePool>,
 ) -> Result<Arc<dyn Host>, HostError> {
-    let machine = Machine::of_the_kernel(&config.ports[at..=at])?;
+    let machine = Machine::of(config, &config.ports[at..=at])?;
     start_port(config, at, machine, workers, leases)
 }
 

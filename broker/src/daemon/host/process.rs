@@ -65,6 +65,8 @@ pub(super) struct Settings {
     pub(super) sandbox: Sandbox,
     /// More of a worker's messages than this in a second wait.
     pub(super) messages_per_second: u32,
+    /// Who looks whether a VMM's memory is shared.
+    pub(super) memory_maps: Arc<dyn MemoryMaps>,
 }
 
 /// Why there is no worker.
@@ -193,6 +195,7 @@ pub(super) fn start(
     let thread = Thread {
         worker: Arc::clone(&worker),
         endpoint,
+        memory_maps: Arc::clone(&settings.memory_maps),
         ready: Some(ready),
         map: None,
         rate: Bucket::new(settings.messages_per_second, OsRuntime.now_ms()),
@@ -252,6 +255,7 @@ fn orders(
 struct Thread {
     worker: Arc<WorkerProcess>,
     endpoint: Endpoint,
+    memory_maps: Arc<dyn MemoryMaps>,
     ready: Option<mpsc::Sender<Result<(), String>>>,
     /// A map call whose last part has not come yet.
     map: Option<MapCall>,
@@ -389,7 +393,7 @@ impl Thread {
                 let file =
                     |(device, number, range): (u64, u64, Span)| (Inode { device, number }, range);
                 let ranges: Vec<_> = check.ranges.into_iter().map(file).collect();
-                let shared = PathBuf::from("/proc").check_shared(check.pid, &ranges);
+                let shared = self.memory_maps.check_shared(check.pid, &ranges);
                 let shared = shared.map(|()| Answer::Done);
                 (
                     token,

@@ -186,6 +186,7 @@ impl LocalHost {
                     program: program.clone(),
                     sandbox: *sandbox,
                     messages_per_second: self.config.limits.worker_messages_per_second,
+                    memory_maps: self.functions.memory_maps(),
                 };
                 let worker = process::start(engine, (bdf, ram), endpoint, start, &settings);
                 let worker = worker.map_err(|error| from_start(&error))?;
@@ -217,6 +218,7 @@ impl LocalHost {
             },
             maps_max: self.config.limits.guest_maps,
             bytes_max: self.config.limits.guest_mapped_bytes.unwrap_or(u64::MAX),
+            memory_maps: self.functions.memory_maps(),
             ..Options::default()
         };
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;

@@ -9,6 +9,7 @@ mod process;
 mod relay;
 mod serve;
 mod snapshot;
+mod user;
 mod vfio_user;
 
 use anyhow::{Context, Result, bail};
@@ -29,6 +30,7 @@ const USAGE: &str = "usage: lab-agent COMMAND
   vfio-user SOCKET CASE             a client without a VMM; cases: good, version, early, oversized,
                                     private, became-private, file, short, read-only, reserved, window
   vfio-user SOCKET tenant FIFO      memory full of a pattern, looked at when the FIFO is written
+  as UID PROGRAM ARG...             run it as this user, who may lock any amount of memory
   snapshot                          what a scenario may not leave behind, as JSON";
 
 fn main() -> ExitCode {
@@ -46,6 +48,7 @@ fn main() -> ExitCode {
 fn run(words: &[&str]) -> Result<()> {
     match words {
         ["serve", port] => serve::serve(port),
+        ["as", uid, program, args @ ..] => user::run_as(number(uid)? as u32, program, args),
         ["nvme-virt-mgmt", dev, action, resource, controller, count] => {
             let result = nvme::virt_mgmt(
                 dev,

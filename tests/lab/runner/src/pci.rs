@@ -49,6 +49,15 @@ pub fn unbind(agent: &Agent, bdf: &str) -> Result<()> {
     Ok(())
 }
 
+/// Waits until somebody else has unbound it.
+pub fn wait_unbound(agent: &Agent, bdf: &str) -> Result<()> {
+    let gone = format!("! test -e /sys/bus/pci/devices/{bdf}/driver");
+    agent
+        .wait_until(&gone, APPEAR_TIMEOUT)
+        .map(drop)
+        .with_context(|| format!("{bdf} keeps its driver"))
+}
+
 /// Gives an NVMe VF queues and interrupts through its PF and brings it online. With one interrupt
 /// all queues share a vector; three and three give the guest more than one.
 pub fn nvme_online(agent: &Agent, controller: u32, queues: u32, interrupts: u32) -> Result<()> {

@@ -23,6 +23,11 @@ const LINK_TIMEOUT: Duration = Duration::from_secs(30);
 const VERB_TIMEOUT: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(200);
 
+/// Whom the sample configurations' keeper serves, and the folders that a supervisor makes for it.
+pub const USER: &str = "1000";
+const FOLDERS: &str = "/run/sublet /var/lib/sublet";
+const KEEPER_FOLDER: &str = "/run/sublet-keeper";
+
 /// The text of a sample configuration.
 pub fn config(name: &str) -> Result<String> {
     let from = Path::new(CONFIG_DIR).join(name);
@@ -37,6 +42,16 @@ pub enum Workers {
     Threads,
     /// Daemon, port, and each worker in its sandbox.
     Processes,
+    /// The same, and the daemon is no root either: it has its functions by a keeper.
+    Kept,
+}
+
+/// How a program is started as the user without rights, if it is.
+fn user_of(kept: bool) -> Vec<&'static str> {
+    match kept {
+        true => vec!["lab-agent", "as", USER],
+        false => Vec::new(),
+    }
 }
 
 /// A daemon on one host, with its port.
@@ -45,6 +60,7 @@ pub struct Daemon {
     pid: u32,
     /// The port's process, where it is another.
     port: Option<u32>,
+    kept: bool,
     program: String,
     config: String,
     log: String,
@@ -60,11 +76,17 @@ impl Daemon {
     /// Starts it with a configuration that lies in the share.
     pub fn start_as(host: &Host, program: &str, config: &str, workers: Workers) -> Result<Self> {
         let log = host.shared(&format!("daemon-{}.log", host.name));
+        let kept = workers == Workers::Kept;
+        if kept {
+            let made = format!("mkdir -p {FOLDERS}; chown {USER}:{USER} {FOLDERS}");
+            host.agent.sh(&made)?;
+        }
         let port = match workers {
             Workers::Threads => None,
-            Workers::Processes => {
+            Workers::Processes | Workers::Kept => {
                 let log = host.shared(&format!("port-{}.log", host.name));
-                let argv = [program, "port", PORT, "--config", config];
+                let mut argv = user_of(kept);
+                argv.extend([program, "port", PORT, "--config", config]);
                 let pid = host.agent.spawn(&argv, &log)?;
                 let up =
                     format!("while ! test -S {PORT_CONTROL}; do kill -0 {pid}; usleep 50000; done");
@@ -76,6 +98,7 @@ impl Daemon {
             agent: host.agent.clone(),
             pid: 0,
             port,
+            kept,
             program: program.to_owned(),
             config: config.to_owned(),
             log,
@@ -86,7 +109,8 @@ impl Daemon {
     }
 
     fn spawn(&mut self) -> Result<()> {
-        let mut argv = vec![self.program.as_str(), "daemon", "--config", &self.config];
+        let mut argv = user_of(self.kept);
+        argv.extend([self.program.as_str(), "daemon", "--config", &self.config]);
         argv.extend(self.port.is_none().then_some("--in-process"));
         self.pid = self.agent.spawn(&argv, &self.log)?;
         // A killed one has left its socket behind: only an answer tells that one is there.
@@ -135,6 +159,11 @@ impl Daemon {
     /// Its process id on the host.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// Its port's, where that is a process of its own.
+    pub fn port_pid(&self) -> Option<u32> {
+        self.port
     }
 
     /// Runs a verb that must succeed.
@@ -209,12 +238,74 @@ impl Daemon {
     }
 }
 
+/// A keeper on one host, as root.
+pub struct Keeper {
+    agent: Agent,
+    argv: [String; 4],
+    log: String,
+    pid: u32,
+}
+
+impl Keeper {
+    /// Starts it with a configuration that lies in the share.
+    pub fn start(host: &Host, program: &str, config: &str) -> Result<Self> {
+        let argv = [program, "keeper", "--config", config].map(str::to_owned);
+        let log = host.shared(&format!("keeper-{}.log", host.name));
+        let mut keeper = Keeper {
+            agent: host.agent.clone(),
+            argv,
+            log,
+            pid: 0,
+        };
+        keeper.begin()?;
+        Ok(keeper)
+    }
+
+    /// Starts it, again after it was killed.
+    pub fn begin(&mut self) -> Result<()> {
+        let argv: Vec<&str> = self.argv.iter().map(String::as_str).collect();
+        self.pid = self.agent.spawn(&argv, &self.log)?;
+        // Its sandbox is shut when it says so, behind what a killed one left.
+        let pid = self.pid;
+        self.agent
+            .sh(&format!(
+                "until grep -q '^Seccomp:.2' /proc/{pid}/status; do kill -0 {pid}; usleep 50000; done"
+            ))
+            .context("the keeper does not serve")?;
+        Ok(())
+    }
+
+    /// Its process id on the host.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Kills it.
+    pub fn kill(&self) -> Result<()> {
+        self.agent.kill(self.pid, SIGKILL)?;
+        self.agent.wait(self.pid, END_TIMEOUT).map(drop)
+    }
+
+    fn stop(self) -> Result<()> {
+        self.agent.kill(self.pid, SIGTERM)?;
+        let code = self.agent.wait(self.pid, END_TIMEOUT)?;
+        ensure!(code == Some(0), "the keeper ended with {code:?}");
+        // What a supervisor made, and takes away; nothing else may be in the folders.
+        self.agent.sh(&format!(
+            "rmdir {KEEPER_FOLDER}/bound {KEEPER_FOLDER} /run/sublet"
+        ))?;
+        Ok(())
+    }
+}
+
 /// Both hosts with a VF made, everything bound, and both daemons running.
 pub struct Lending {
     /// The lender's.
     pub a: Daemon,
     /// The borrower's.
     pub b: Daemon,
+    /// Of the lender and of the borrower, where they have some.
+    pub keepers: Vec<Keeper>,
 }
 
 impl Lending {
@@ -239,10 +330,22 @@ impl Lending {
         }
         pci::make_vfs(&pair.a.agent, 1 + more_vfs)?;
         pci::nvme_online(&pair.a.agent, 1, queues, interrupts)?;
-        pci::bind(&pair.a.agent, NTB_BDF, "vfio-pci")?;
-        pci::bind(&pair.b.agent, NTB_BDF, "vfio-pci")?;
-        pci::bind(&pair.a.agent, VF_BDF, "vfio-pci")?;
+        let configs = [
+            (&pair.a, pair.a.shared("a.toml")),
+            (&pair.b, pair.b.shared("b.toml")),
+        ];
+        let mut keepers = Vec::new();
+        if workers == Workers::Kept {
+            for (host, config) in &configs {
+                keepers.push(Keeper::start(host, &program, config)?);
+            }
+        } else {
+            pci::bind(&pair.a.agent, NTB_BDF, "vfio-pci")?;
+            pci::bind(&pair.b.agent, NTB_BDF, "vfio-pci")?;
+            pci::bind(&pair.a.agent, VF_BDF, "vfio-pci")?;
+        }
         Ok(Lending {
+            keepers,
             a: Daemon::start_as(&pair.a, &program, &pair.a.shared("a.toml"), workers)?,
             b: Daemon::start_as(&pair.b, &program, &pair.b.shared("b.toml"), workers)?,
         })
@@ -286,9 +389,18 @@ impl Lending {
     pub fn end(self, pair: &Pair) -> Result<()> {
         self.b.stop()?;
         self.a.stop()?;
-        pci::unbind(&pair.a.agent, VF_BDF)?;
-        pci::unbind(&pair.a.agent, NTB_BDF)?;
-        pci::unbind(&pair.b.agent, NTB_BDF)?;
+        if self.keepers.is_empty() {
+            pci::unbind(&pair.a.agent, VF_BDF)?;
+            pci::unbind(&pair.a.agent, NTB_BDF)?;
+            pci::unbind(&pair.b.agent, NTB_BDF)?;
+        } else {
+            pci::wait_unbound(&pair.a.agent, VF_BDF)?;
+            pci::wait_unbound(&pair.a.agent, NTB_BDF)?;
+            pci::wait_unbound(&pair.b.agent, NTB_BDF)?;
+        }
+        for keeper in self.keepers {
+            keeper.stop()?;
+        }
         pci::nvme_offline(&pair.a.agent, 1)?;
         pci::remove_vfs(&pair.a.agent)
     }

@@ -229,6 +229,7 @@ fn start(lab: &Lab, pair: &Pair) -> Result<Lending> {
     Ok(Lending {
         a: Daemon::start(&pair.a, &program, &pair.a.shared("a.toml"))?,
         b: Daemon::start(&pair.b, &program, &pair.b.shared("b.toml"))?,
+        keepers: Vec::new(),
     })
 }
 

@@ -7,6 +7,7 @@ mod flap;
 mod heartbeat;
 mod hosts;
 mod isolation;
+mod keeper;
 mod ntb_drivers;
 mod nvme;
 mod pf_gone;
@@ -73,6 +74,7 @@ pub const ALL: &[Scenario] = &[
     nvme::PROCESSES,
     nvme::PROCESSES_MAPPED,
     daemon_replaced::SCENARIO,
+    keeper::SCENARIO,
     isolation::SCENARIO,
     two_tenants::SCENARIO,
     reboot::SCENARIO,

@@ -116,11 +116,7 @@ fn run_as(
         },
         spec,
     )?;
-    // From the start of the path: nothing was raised before.
-    let since = Since {
-        trapped: trapped_accesses(&attached.lending.b.status()?)?,
-        ..Since::default()
-    };
+    let since = Since::of_path(&attached)?;
     if workers == Workers::Processes {
         let what = match trapped {
             Trapped::All => "the worker is in its sandbox, with no door to the NTB",
@@ -147,6 +143,14 @@ pub struct Since {
 }
 
 impl Since {
+    /// From the start of the path: nothing was raised before.
+    pub fn of_path(attached: &Attached) -> Result<Self> {
+        Ok(Since {
+            trapped: trapped_accesses(&attached.lending.b.status()?)?,
+            ..Since::default()
+        })
+    }
+
     /// From now on: the guest's driver has not been given the function yet, and the function has
     /// just been reset, so that the kernels' own counts begin anew.
     pub fn now(attached: &Attached) -> Result<Self> {
@@ -188,7 +192,7 @@ pub fn works(
 /// What the kernel of host B says of the worker: no device is open there, only its slice of the
 /// window is mapped, and it has given its rights up. Where the VMM maps the window itself, the
 /// worker has to hold what it hands over.
-fn worker_holds_no_door(attached: &Attached, trapped: Trapped) -> Result<String> {
+pub fn worker_holds_no_door(attached: &Attached, trapped: Trapped) -> Result<String> {
     let host = &attached.pair.b.agent;
     let status = attached.lending.b.status()?;
     let worker = &status["borrowed"][0]["worker"];

@@ -1,0 +1,407 @@
+//! What the keeper has bound, for whom, and how it is undone: at a word, at the client's end, or after the keeper's own.
+//!
+//! ```text
+//! (nothing) --open--> Busy --bound--> Held by a connection --close, connection's end--> Busy --> (nothing)
+//!                                     Held by nobody (found in the journal) --open--> Held by a connection
+//! ```
+//! Whoever moves an entry to Busy does the slow work without the lock, and wakes who waits.
+
+use super::journal::Journal;
+use crate::{
+    config::Config,
+    daemon::{
+        refusals,
+        vocabulary::{ErrorCode, VerbError},
+    },
+};
+use std::{
+    collections::BTreeMap,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use vfio_shim::{
+    model::Bdf,
+    path::words,
+    sysfs::{BindGuard, Sysfs},
+    vfio::{Door, OpenError, OpenGroup},
+};
+
+/// The driver that functions are bound to, but for those whose own variant waits for more.
+const DRIVER: &str = "vfio-pci";
+
+/// What the keeper does its work on.
+pub struct Ground {
+    /// The kernel's tree of functions.
+    pub sysfs: Sysfs,
+    /// Opens the group of a function.
+    pub open: Box<Opener>,
+}
+
+/// Opens a group; busy as long as any descriptor or mapping of it is there.
+pub type Opener = dyn Fn(Bdf, &Sysfs) -> Result<OpenGroup, OpenError> + Send + Sync;
+
+impl Ground {
+    /// This machine.
+    pub fn of_the_kernel() -> Self {
+        let door = Door::default();
+        Self {
+            sysfs: Sysfs::default(),
+            open: Box::new(move |bdf, sysfs| door.open(bdf, sysfs)),
+        }
+    }
+}
+
+/// How long is waited for others to let go.
+#[derive(Clone, Copy, Debug)]
+pub struct Waits {
+    /// For a connection that has ended, or is about to be undone, before a function is refused.
+    pub handover: Duration,
+    /// For the last descriptor of a group, before `close` is refused, or a client's end is told.
+    pub release: Duration,
+    /// Between two looks whether a group is free: the kernel offers nothing to wait on.
+    pub step: Duration,
+    /// The same where nobody waits for it.
+    pub idle_step: Duration,
+}
+
+impl Default for Waits {
+    fn default() -> Self {
+        Self {
+            handover: Duration::from_secs(10),
+            release: Duration::from_secs(5),
+            step: Duration::from_millis(20),
+            idle_step: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Which connection, and which process is behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Client {
+    pub(super) id: u64,
+    pub(super) pid: i32,
+}
+
+enum Entry {
+    /// Being bound, or given back.
+    Busy,
+    /// Bound; `None` = for a client of the last keeper.
+    Held(Option<Client>, BindGuard),
+}
+
+/// Everything that is bound.
+pub(super) struct Holds {
+    config: Config,
+    ground: Ground,
+    journal: Journal,
+    waits: Waits,
+    entries: Mutex<BTreeMap<Bdf, Entry>>,
+    changed: Condvar,
+}
+
+/// An entry that is `Busy` for this thread; on drop it becomes what `then` says.
+struct Turn<'a> {
+    holds: &'a Holds,
+    bdf: Bdf,
+    then: Option<Entry>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut entries = self.holds.entries();
+        match self.then.take() {
+            Some(entry) => entries.insert(self.bdf, entry),
+            None => entries.remove(&self.bdf),
+        };
+        self.holds.changed.notify_all();
+    }
+}
+
+fn refuse(code: ErrorCode, text: impl Into<String>) -> VerbError {
+    VerbError::new(code, text)
+}
+
+impl Holds {
+    /// Takes over what the last keeper had bound.
+    pub(super) fn new(
+        config: Config,
+        ground: Ground,
+        journal: Journal,
+        waits: Waits,
+    ) -> std::io::Result<Self> {
+        let mut entries = BTreeMap::new();
+        for (bdf, old) in journal.read()? {
+            if !ground.sysfs.exists(bdf) {
+                journal.remove(bdf);
+                continue;
+            }
+            tracing::info!(%bdf, ?old, "bound by the last keeper");
+            let guard = BindGuard::adopt(&ground.sysfs, bdf, DRIVER, old);
+            entries.insert(bdf, Entry::Held(None, guard));
+        }
+        Ok(Self {
+            config,
+            ground,
+            journal,
+            waits,
+            entries: Mutex::new(entries),
+            changed: Condvar::new(),
+        })
+    }
+
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<Bdf, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The allow-list: this host's ports, and what policy lets be lent.
+    fn check_allowed(&self, bdf: Bdf) -> Result<(), VerbError> {
+        let is_port = self.config.ports.iter().any(|port| port.bdf == bdf);
+        if is_port {
+            return Ok(());
+        }
+        if !self.config.may_lend(bdf) {
+            let text = format!(
+                "{bdf} is no port of the keeper's configuration, and its policy.allow does not \
+                 name it: add it there, and restart the keeper"
+            );
+            return Err(refuse(ErrorCode::NotAllowed, text));
+        }
+        let lendable = self.ground.sysfs.check_lendable(bdf, false);
+        lendable.map_err(|error| refusals::from_lend(&error))
+    }
+
+    /// Binds a function where it is not bound, and opens its group.
+    pub(super) fn open(&self, client: Client, bdf: Bdf) -> Result<OpenGroup, VerbError> {
+        self.check_allowed(bdf)?;
+        let (mut turn, guard) = self.take_for(client, bdf)?;
+        let guard = match guard {
+            Some(guard) => guard,
+            None => self.bind(bdf)?,
+        };
+        match (self.ground.open)(bdf, &self.ground.sysfs) {
+            Ok(opened) => {
+                turn.then = Some(Entry::Held(Some(client), guard));
+                tracing::info!(%bdf, pid = client.pid, "opened");
+                Ok(opened)
+            }
+            Err(error) => {
+                let refused = refusals::from_open(&error);
+                self.restore(bdf, guard);
+                Err(refused)
+            }
+        }
+    }
+
+    /// The journal first: a keeper that is killed in between has written down what to undo.
+    fn bind(&self, bdf: Bdf) -> Result<BindGuard, VerbError> {
+        let sysfs = &self.ground.sysfs;
+        let ids = sysfs.ids(bdf);
+        let is_xe = ids.and_then(|ids| sysfs.is_xe_vf(bdf, &ids));
+        let is_xe = is_xe.map_err(|error| refusals::from_sysfs(&error))?;
+        let variant = sysfs.xe_vfio_driver().filter(|_| is_xe);
+        let driver = variant.unwrap_or(DRIVER);
+        let old = sysfs.binding(bdf);
+        let old = old.map_err(|error| refusals::from_sysfs(&error))?;
+        self.journal.write(bdf, &old).map_err(|error| {
+            let text = format!("the keeper cannot write down what {bdf} is bound to: {error}");
+            refuse(ErrorCode::Kernel, text)
+        })?;
+        BindGuard::bind(sysfs, bdf, driver, false).map_err(|error| {
+            // The guard has undone what it did.
+            self.journal.remove(bdf);
+            refusals::from_bind(&error)
+        })
+    }
+
+    /// The entry for this client's use. One that another connection has is waited for a little: its
+    /// client may have been killed this moment.
+    fn take_for(
+        &self,
+        client: Client,
+        bdf: Bdf,
+    ) -> Result<(Turn<'_>, Option<BindGuard>), VerbError> {
+        let deadline = Instant::now() + self.waits.handover;
+        let mut entries = self.entries();
+        loop {
+            let guard = match entries.remove(&bdf) {
+                None => None,
+                Some(Entry::Held(None, guard)) => Some(guard),
+                Some(other) => {
+                    let whose = holder(&other);
+                    entries.insert(bdf, other);
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        let text = format!(
+                            "the keeper has {bdf} {whose}: end that process, or wait until it has \
+                             closed the function"
+                        );
+                        return Err(refuse(ErrorCode::Busy, text));
+                    }
+                    let waited = self.changed.wait_timeout(entries, left);
+                    entries = waited.unwrap_or_else(PoisonError::into_inner).0;
+                    continue;
+                }
+            };
+            entries.insert(bdf, Entry::Busy);
+            tracing::debug!(%bdf, id = client.id, "taken");
+            let turn = Turn {
+                holds: self,
+                bdf,
+                then: None,
+            };
+            return Ok((turn, guard));
+        }
+    }
+
+    /// Gives a function back that this client has opened, or one whose client had the last keeper.
+    /// The client has closed it; what is not closed in time is refused, and stays as it is.
+    pub(super) fn close(&self, client: Client, bdf: Bdf) -> Result<(), VerbError> {
+        let Some((turn, owner, guard)) = self.take_back(bdf, |owner| match owner {
+            Some(owner) => *owner == client,
+            None => true,
+        }) else {
+            return self.ensure_gone(bdf);
+        };
+        self.give_back(turn, owner, guard, Some(self.waits.release))
+    }
+
+    /// Nobody else's function is closed by this; one that is being given back is waited for.
+    fn ensure_gone(&self, bdf: Bdf) -> Result<(), VerbError> {
+        let deadline = Instant::now() + self.waits.handover;
+        let mut entries = self.entries();
+        while let Some(entry) = entries.get(&bdf) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if matches!(entry, Entry::Held(..)) || left.is_zero() {
+                let text = format!("the keeper has {bdf} {}: it is not yours", holder(entry));
+                return Err(refuse(ErrorCode::WrongState, text));
+            }
+            let waited = self.changed.wait_timeout(entries, left);
+            entries = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(())
+    }
+
+    fn take_back(
+        &self,
+        bdf: Bdf,
+        may: impl Fn(&Option<Client>) -> bool,
+    ) -> Option<(Turn<'_>, Option<Client>, BindGuard)> {
+        let mut entries = self.entries();
+        match entries.remove(&bdf) {
+            Some(Entry::Held(owner, guard)) if may(&owner) => {
+                entries.insert(bdf, Entry::Busy);
+                let turn = Turn {
+                    holds: self,
+                    bdf,
+                    then: None,
+                };
+                Some((turn, owner, guard))
+            }
+            other => {
+                if let Some(other) = other {
+                    entries.insert(bdf, other);
+                }
+                None
+            }
+        }
+    }
+
+    /// The connection has ended: what it had opened is undone, as soon as nobody has it any more.
+    pub(super) fn client_gone(&self, client: Client, bdf: Bdf) {
+        let its = |owner: &Option<Client>| *owner == Some(client);
+        let Some((turn, owner, guard)) = self.take_back(bdf, its) else {
+            return;
+        };
+        tracing::info!(%bdf, pid = client.pid, "its connection has ended");
+        if let Err(error) = self.give_back(turn, owner, guard, None) {
+            tracing::error!(%bdf, %error, "the function of a client that has gone");
+        }
+    }
+
+    /// Gives back what clients of the last keeper had, each as soon as nobody has it open any more;
+    /// returns when there is none. Those clients live on with what they hold, and may come back.
+    pub(super) fn tend_orphans(&self) {
+        loop {
+            let of_nobody = |(bdf, entry): (&Bdf, &Entry)| match entry {
+                Entry::Held(None, _) => Some(*bdf),
+                _ => None,
+            };
+            let orphans: Vec<Bdf> = self.entries().iter().filter_map(of_nobody).collect();
+            if orphans.is_empty() {
+                return;
+            }
+            for bdf in orphans {
+                if let Some((turn, owner, guard)) = self.take_back(bdf, Option::is_none) {
+                    // Refused = still open, and that is how it should be.
+                    let given = self.give_back(turn, owner, guard, Some(Duration::ZERO));
+                    tracing::debug!(%bdf, ?given, "a function that the last keeper had bound");
+                }
+            }
+            std::thread::sleep(self.waits.idle_step);
+        }
+    }
+
+    /// Waits until nobody has the group open, then restores what was. Within `wait`, or for ever.
+    fn give_back(
+        &self,
+        mut turn: Turn<'_>,
+        owner: Option<Client>,
+        guard: BindGuard,
+        wait: Option<Duration>,
+    ) -> Result<(), VerbError> {
+        let bdf = turn.bdf;
+        let deadline = Instant::now() + wait.unwrap_or(self.waits.release);
+        let mut told = false;
+        while let Err(OpenError::Busy { group, .. }) = (self.ground.open)(bdf, &self.ground.sysfs) {
+            let late = Instant::now() >= deadline;
+            if late && wait.is_some() {
+                turn.then = Some(Entry::Held(owner, guard));
+                let text = format!(
+                    "{bdf} is still open in some process: end what `fuser -v /dev/vfio/{group}` \
+                     names, and try again"
+                );
+                return Err(refuse(ErrorCode::Busy, text));
+            }
+            if late && !told {
+                told = true;
+                tracing::error!(
+                    %bdf, "its process has gone, and another one has it open: it is given back \
+                     when what `fuser -v /dev/vfio/{group}` names has ended"
+                );
+            }
+            let step = if told {
+                self.waits.idle_step
+            } else {
+                self.waits.step
+            };
+            std::thread::sleep(step);
+        }
+        match guard.give_back() {
+            Ok(()) => {
+                self.journal.remove(bdf);
+                tracing::info!(%bdf, "given back");
+                Ok(())
+            }
+            Err(error) => {
+                // Its record stays: somebody may look at it, and the next keeper tries again.
+                tracing::error!(%bdf, "{}", words(&error));
+                Err(refuse(ErrorCode::Kernel, words(&error)))
+            }
+        }
+    }
+
+    fn restore(&self, bdf: Bdf, guard: BindGuard) {
+        match guard.give_back() {
+            Ok(()) => self.journal.remove(bdf),
+            Err(error) => tracing::error!(%bdf, "{}", words(&error)),
+        }
+    }
+}
+
+fn holder(entry: &Entry) -> String {
+    match entry {
+        Entry::Held(Some(client), _) => format!("open for process {}", client.pid),
+        Entry::Held(None, _) => "open for a process of before its own start".to_owned(),
+        Entry::Busy => "under way to or from another process".to_owned(),
+    }
+}
