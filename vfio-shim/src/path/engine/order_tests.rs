@@ -167,6 +167,7 @@ struct Hosts {
     borrowed: Arc<BorrowedFunction>,
     story: Story,
     endless: Arc<AtomicBool>,
+    far: Arc<SoftPort>,
 }
 
 fn hosts(doorbell_ordered: bool) -> Hosts {
@@ -205,6 +206,7 @@ fn hosts(doorbell_ordered: bool) -> Hosts {
         borrowed,
         story,
         endless,
+        far: link.port(1),
     }
 }
 
@@ -248,6 +250,7 @@ fn interrupts_are_relayed_beside_a_peer_that_rings_without_end() {
     let driver = Driver::new(&*hosts.borrowed, ENGINE);
     driver.start();
     hosts.endless.store(true, Ordering::SeqCst);
+    hosts.far.peer_doorbell_ring(BELL_IRQ);
     let relayed = (0..20).all(|_| {
         driver.copy(4096, 8192, 8);
         driver.interrupted()
