@@ -46,13 +46,16 @@ fn daemons_killed_under_a_guests_work_come_back_to_the_same_lease() {
     rig.start_daemons();
     let (now, borrowed) = until("the truth", || {
         let borrowed = rig.borrower.status().borrowed.pop()?;
-        let lent = rig.lender.status().lent.pop()?;
-        (lent.epoch.is_some()).then_some((lent, borrowed))
+        let mut status = rig.lender.status();
+        let lent = status.lent.pop()?;
+        let told = lent.epoch.is_some() && status.ports[0].last_error.is_none();
+        told.then_some((lent, borrowed))
     });
     let took = started.elapsed();
     println!("both daemons started, and told the truth after {took:?}");
     assert!(took < TRUTH, "{took:?}");
     assert_eq!((now.lease, now.epoch), (before.lease, before.epoch));
+    assert!(now.age_ms.is_some(), "it is in force in the store, too");
     assert_eq!((now.state, now.ttl_ms), (Availability::InUse, None));
     assert_eq!(
         (borrowed.lease, borrowed.state.as_str()),
@@ -250,7 +253,7 @@ fn daemon_with_64_leases_is_back_within_a_second() {
     until("all leases", || {
         let status = rig.lender.status();
         let told =
-            |lent: &&LentStatus| lent.lease.is_some() && lent.epoch == lent.lease.map(|l| l.0);
+            |lent: &&LentStatus| lent.age_ms.is_some() && lent.epoch == lent.lease.map(|l| l.0);
         let known = status.lent.iter().filter(told).count();
         (known == LEASES && status.ports[0].last_error.is_none()).then_some(())
     });
