@@ -77,20 +77,26 @@ fn chip(vendor: u16, device: u16, revision: u8) -> Result<&'static str, PortErro
     }
 }
 
+/// Which chip a function is, by its ids in sysfs.
+fn chip_of(bdf: Bdf, sysfs: &Sysfs) -> Result<&'static str, PortError> {
+    let ids = sysfs.ids(bdf);
+    let ids = ids.map_err(|error| OpenError::Sysfs(bdf, error))?;
+    chip(ids.vendor, ids.device, ids.revision)
+}
+
 impl IntelPort {
     /// Opens the NTB at `bdf`, which is bound to vfio-pci: windows closed, doorbells masked, link
     /// off. Everything is programmed anew, as opening through VFIO resets the device.
     pub fn open(bdf: Bdf, sysfs: &Sysfs) -> Result<Self, PortError> {
+        // What is no NTB is not even opened.
+        chip_of(bdf, sysfs)?;
         Self::open_with(bdf, sysfs, Door::default().open(bdf, sysfs)?)
     }
 
     /// The same with a group that somebody else has opened.
     pub fn open_with(bdf: Bdf, sysfs: &Sysfs, opened: OpenGroup) -> Result<Self, PortError> {
         // Before the device is opened, which would reset whatever it is.
-        let ids = sysfs
-            .ids(bdf)
-            .map_err(|error| OpenError::Sysfs(bdf, error))?;
-        let chip = chip(ids.vendor, ids.device, ids.revision)?;
+        let chip = chip_of(bdf, sysfs)?;
         let function = VfioFunction::open_with(bdf, sysfs, opened)?;
         let bars = WINDOWS.map(|region| {
             let bar = function.bar_addresses()[region.0 as usize];
