@@ -64,6 +64,7 @@ pub struct Daemon {
     program: String,
     config: String,
     log: String,
+    port_log: String,
     name: String,
 }
 
@@ -81,31 +82,51 @@ impl Daemon {
             let made = format!("mkdir -p {FOLDERS}; chown {USER}:{USER} {FOLDERS}");
             host.agent.sh(&made)?;
         }
-        let port = match workers {
-            Workers::Threads => None,
-            Workers::Processes | Workers::Kept => {
-                let log = host.shared(&format!("port-{}.log", host.name));
-                let mut argv = user_of(kept);
-                argv.extend([program, "port", PORT, "--config", config]);
-                let pid = host.agent.spawn(&argv, &log)?;
-                let up =
-                    format!("while ! test -S {PORT_CONTROL}; do kill -0 {pid}; usleep 50000; done");
-                host.agent.sh(&up).context("the port made no socket")?;
-                Some(pid)
-            }
-        };
         let mut daemon = Daemon {
             agent: host.agent.clone(),
             pid: 0,
-            port,
+            port: None,
             kept,
             program: program.to_owned(),
             config: config.to_owned(),
             log,
+            port_log: host.shared(&format!("port-{}.log", host.name)),
             name: host.name.clone(),
         };
+        if workers != Workers::Threads {
+            daemon.start_port()?;
+        }
         daemon.spawn()?;
         Ok(daemon)
+    }
+
+    /// Starts its port, again after that was killed, and waits until it answers.
+    pub fn start_port(&mut self) -> Result<()> {
+        let mut argv = user_of(self.kept);
+        argv.extend([
+            self.program.as_str(),
+            "port",
+            PORT,
+            "--config",
+            &self.config,
+        ]);
+        let pid = self.agent.spawn(&argv, &self.port_log)?;
+        // A killed one has left its socket behind.
+        let ask = format!(
+            "{} --control {PORT_CONTROL} list >/dev/null 2>&1",
+            self.program
+        );
+        let up = format!("while ! {ask}; do kill -0 {pid}; usleep 50000; done");
+        self.agent.sh(&up).context("the port does not answer")?;
+        self.port = Some(pid);
+        Ok(())
+    }
+
+    /// Kills its port, as `kill -9` does.
+    pub fn kill_port(&self) -> Result<()> {
+        let port = self.port.context("its port is no process of its own")?;
+        self.agent.kill(port, SIGKILL)?;
+        self.agent.wait(port, END_TIMEOUT).map(drop)
     }
 
     fn spawn(&mut self) -> Result<()> {

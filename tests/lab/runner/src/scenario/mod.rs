@@ -8,6 +8,7 @@ mod heartbeat;
 mod hosts;
 mod isolation;
 mod keeper;
+mod kill_matrix;
 mod ntb_drivers;
 mod nvme;
 mod pf_gone;
@@ -80,6 +81,7 @@ pub const ALL: &[Scenario] = &[
     reboot::SCENARIO,
     flap::SCENARIO,
     heartbeat::SCENARIO,
+    kill_matrix::SCENARIO,
     pf_gone::SCENARIO,
     windows::SCENARIO,
     refusals::SCENARIO,
