@@ -210,15 +210,19 @@ impl World {
 
     /// Both ports are in the same link session, or one of them must be started again.
     fn agreed(&mut self) -> bool {
+        self.in_one_session().unwrap_or_else(|| self.is_tainted())
+    }
+
+    /// Whether both ports are in the same link session; none where one of them is in none.
+    fn in_one_session(&mut self) -> Option<bool> {
         let [one, other] = [0, 1].map(|side| self.status(side).and_then(|status| status.session));
-        match (one, other) {
-            (Some(one), Some(other)) => {
-                one.info.session == other.info.session
-                    && one.info.peer_node.is_some()
-                    && other.info.peer_node.is_some()
-            }
-            _ => self.hosts.iter().any(|host| host.tainted),
-        }
+        let (one, other) = one.zip(other)?;
+        let same = one.info.session == other.info.session;
+        Some(same && one.info.peer_node.is_some() && other.info.peer_node.is_some())
+    }
+
+    fn is_tainted(&self) -> bool {
+        self.hosts.iter().any(|host| host.tainted)
     }
 
     /// What holds when all is quiet.
@@ -229,14 +233,17 @@ impl World {
             guest.borrow_mut().ram.freeze_all();
         }
         self.check_scratch();
+        // Beside a forger all may be quiet without a session: a lender that has none, whose
+        // borrower does not know it yet, sends no interrupt.
+        let joined = !self.is_tainted() || self.in_one_session() == Some(true);
         let lost = self.find_lost();
         self.collect();
-        for (at, lost) in lost.iter().enumerate() {
+        for (at, lost) in lost.iter().enumerate().filter(|_| joined) {
             if let (None, Some(guest)) = (lost, self.held[at].guest()) {
                 guest.borrow_mut().check_nothing_lost();
             }
         }
-        if self.hosts.iter().any(|host| host.tainted) {
+        if self.is_tainted() {
             return;
         }
         for side in 0..2 {
