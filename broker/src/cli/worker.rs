@@ -1,4 +1,4 @@
-//! `sublet worker`: the process that faces one VMM; started by the daemon alone.
+//! `sublet worker`: the process that faces one VMM; started by a port alone.
 
 use super::daemon::log;
 use crate::{
@@ -7,10 +7,10 @@ use crate::{
     worker,
 };
 
-/// Serve one borrowed function; started by `sublet daemon` alone.
+/// Serve one borrowed function; started by `sublet port` alone.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The daemon's process, with which this one dies.
+    /// The port's process, with which this one dies.
     #[arg(long, value_name = "PID")]
     parent: i32,
     /// Whether it gives up its rights.

@@ -100,7 +100,7 @@ impl Default for Kept {
 pub enum JailError {
     /// Somebody left descriptors open.
     #[error(
-        "{role} was started with descriptors that are not its own ({found}): whoever starts it has to close them, as `sublet daemon` does"
+        "{role} was started with descriptors that are not its own ({found}): whoever starts it has to close them, as `sublet port` does for its workers"
     )]
     Descriptors {
         /// The process.

@@ -47,7 +47,7 @@ use window::BarWindow;
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// It was started by somebody else, or the daemon has died meanwhile.
-    #[error("a worker is started by `sublet daemon`, which is not its parent (any more)")]
+    #[error("a worker is started by `sublet port`, which is not its parent (any more)")]
     Orphan,
     /// The channel.
     #[error("the channel to the daemon")]
