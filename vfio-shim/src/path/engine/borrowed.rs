@@ -529,13 +529,17 @@ impl Function for BorrowedFunction {
         lock(&self.shadow).reset();
         let again = {
             let mut held = lock(&self.triggers);
-            // The masks went with the reset, here as at the lender.
-            held.vectors
-                .iter_mut()
-                .for_each(|vector| vector.masked = false);
+            // The masks went with the reset, here as at the lender, and with them what was raised
+            // before it: a guest that is about to lose the function may have masked it.
+            self.state.signals.take(|_| {});
+            for vector in &mut held.vectors {
+                (vector.masked, vector.held) = (false, false);
+            }
             let again = held.armed.take();
             again.filter(|_| held.vectors.iter().any(|vector| vector.fd.is_some()))
         };
+        // Whatever else the signaller was woken for.
+        self.state.signals.wake();
         again.map_or(Ok(()), |index| self.arm(index))
     }
 
