@@ -4,15 +4,17 @@ use std::collections::VecDeque;
 use std::sync::mpsc;
 use vfio_shim::model::{Bdf, FunctionIds, FunctionInfo, IrqIndex, IrqInfo, RegionInfo, Span};
 use vfio_shim::path::core::{Action, CoreConfig, Event, Inbox, PortCore};
-use vfio_shim::path::grant::ToPort;
+use vfio_shim::path::grant::{Scrub, ToPort};
 use vfio_shim::path::limits::Limits;
-use vfio_shim::path::message::{Message, Reply};
+use vfio_shim::path::message::{Message, OpId, Reply, Request, Secret};
 use vfio_shim::path::wire::{
     PAYLOAD_BYTES_MAX, SLOT_BYTES, STATUS_BYTES, ScratchpadSet, SlotFinding, StatusLine,
     check_slot, encode_slot,
 };
 use vfio_shim::path::work::{FunctionWork, WorkOutcome};
-use vfio_shim::path::{LeasePool, PoolEntry, PoolState, Refusal, RefusalCode, VolatilePool};
+use vfio_shim::path::{
+    LeaseId, LeasePool, OfferState, PoolEntry, PoolState, Refusal, RefusalCode, VolatilePool,
+};
 
 const NONCE: u64 = 0x0bad_c0de;
 const WINDOW_BYTES: u64 = 64 << 20;
@@ -67,6 +69,11 @@ struct Rig {
     taken: u64,
     /// The port's last request: its op and the bytes of its id.
     asked: Option<(u16, [u8; 8])>,
+    /// The lease that the peer was granted last, and what `open` has to show.
+    granted: Option<(LeaseId, Secret)>,
+    /// Whether the function's path is open, as its executor knows it; and how often one was.
+    path: bool,
+    paths: usize,
     todo: VecDeque<Event>,
 }
 
@@ -104,6 +111,9 @@ impl Rig {
             seq: 0,
             taken: 0,
             asked: None,
+            granted: None,
+            path: false,
+            paths: 0,
             todo: VecDeque::new(),
         }
     }
@@ -150,7 +160,15 @@ impl Rig {
             return Err(Refusal::new(RefusalCode::Kernel, 0, "the kernel says no"));
         }
         Ok(match work {
-            FunctionWork::Open(_) => WorkOutcome::Opened { config_len: 4096 },
+            FunctionWork::Open(_) => {
+                assert!(!self.path, "opened twice");
+                (self.path, self.paths) = (true, self.paths + 1);
+                WorkOutcome::Opened { config_len: 4096 }
+            }
+            FunctionWork::Close | FunctionWork::PutBack => {
+                self.path = false;
+                WorkOutcome::Closed(Scrub::No)
+            }
             FunctionWork::Config { len, .. } => WorkOutcome::Bytes(vec![0; len.into()]),
             FunctionWork::Read { len, .. } => WorkOutcome::Bytes(vec![0; len.into()]),
             _ => WorkOutcome::Done,
@@ -177,6 +195,11 @@ impl Rig {
             self.taken = self.taken.max(seq);
             if let (0, Some(id)) = (op >> 15, payload.first_chunk()) {
                 self.asked = Some((op, *id));
+            }
+            if let Ok(Message::Reply(_, _, Ok(Reply::Borrowed { lease, secret, .. }))) =
+                Message::decode(op, payload)
+            {
+                self.granted = Some((lease, secret));
             }
         }
     }
@@ -215,7 +238,7 @@ impl Rig {
 
     fn hello(&mut self) {
         if let Some((op, id)) = self.asked.take() {
-            let id = vfio_shim::path::message::OpId(u64::from_le_bytes(id));
+            let id = OpId(u64::from_le_bytes(id));
             let reply = Reply::Hello {
                 node: 8,
                 window_bytes: WINDOW_BYTES,
@@ -227,12 +250,18 @@ impl Rig {
         }
     }
 
+    fn request(&mut self, request: Request) {
+        let request = Message::Request(OpId(self.seq), request);
+        let (op, payload) = request.encode().expect("a request has a form");
+        self.message(op, &payload);
+    }
+
     /// One step: its kind, then what it needs. Returns what is left of the input.
     fn step<'a>(&mut self, kind: u8, rest: &'a [u8]) -> &'a [u8] {
         let len = usize::from(rest.first().copied().unwrap_or(0));
         let rest = rest.get(1..).unwrap_or(&[]);
         let (some, left) = rest.split_at(len.min(rest.len()));
-        match kind % 8 {
+        match kind % 10 {
             // A request or reply of an op of its own.
             0 | 1 => {
                 if let Some((op, payload)) = some.split_first_chunk() {
@@ -264,13 +293,26 @@ impl Rig {
                 let up = self.link_up;
                 self.handle(Event::LinkChange(up));
             }
-            _ => self.refuses = true,
+            7 => self.refuses = true,
+            // What no bytes would hit upon.
+            8 => self.request(Request::Borrow { bdf: bdf() }),
+            _ => {
+                if let Some((lease, secret)) = self.granted {
+                    self.request(Request::Open {
+                        lease,
+                        secret,
+                        irq_first: some.first().copied().unwrap_or(0).into(),
+                        irq_count: some.get(1).copied().unwrap_or(3).into(),
+                    });
+                }
+            }
         }
         left
     }
 }
 
-pub(super) fn target(bytes: &[u8]) {
+/// Returns how many paths were opened.
+fn play(bytes: &[u8]) -> usize {
     let mut rig = Rig::new();
     while rig.session == 0 {
         rig.beat();
@@ -296,4 +338,27 @@ pub(super) fn target(bytes: &[u8]) {
         "something is left of what the peer said"
     );
     assert_eq!(rig.core.quarantine().slices, 0, "a slice is left");
+    assert!(!rig.path, "a path is left open");
+    let state = rig.core.lender.state(bdf());
+    let rests = matches!(
+        state,
+        Some(OfferState::Available | OfferState::Quarantine(_))
+    );
+    assert!(rests, "the function is {state:?}");
+    rig.paths
+}
+
+pub(super) fn target(bytes: &[u8]) {
+    play(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A peer that knows what it is told gets as far as an honest one: else the target shows little.
+    #[test]
+    fn peer_that_borrows_opens_a_path() {
+        assert_eq!(play(&[8, 0, 5, 0, 9, 2, 0, 3, 5, 0]), 1);
+    }
 }
