@@ -361,6 +361,37 @@ fn masks_end_with_a_reset_and_with_the_vectors_at_both_ends() {
 }
 
 #[test]
+fn what_a_mask_held_back_does_not_outlive_a_reset() {
+    let rig = Rig::new();
+    let guest = rig.guest();
+    let masked = |masked| {
+        let function = &guest.function;
+        function.mask_irqs(IrqIndex::Msix, VECTOR_USED, 1, masked)
+    };
+    masked(true).unwrap();
+    guest
+        .function
+        .raise_irqs(IrqIndex::Msix, VECTOR_USED, 1)
+        .unwrap();
+    guest.function.reset().unwrap();
+    masked(false).unwrap();
+    // Vectors are signalled in their order: when a later one's has come, nothing is left of this.
+    let later = Some(guest.event.try_clone().unwrap());
+    let function = &guest.function;
+    function
+        .set_irqs(IrqIndex::Msix, VECTOR_USED + 1, vec![later])
+        .unwrap();
+    function
+        .raise_irqs(IrqIndex::Msix, VECTOR_USED + 1, 1)
+        .unwrap();
+    until("the later vector's signal", || {
+        (function.signals()[VECTOR_USED as usize + 1] == 1).then_some(())
+    });
+    assert_eq!(function.signals()[VECTOR_USED as usize], 0);
+    rig.engines[1].give_back(guest.lease).unwrap();
+}
+
+#[test]
 fn peer_with_another_protocol_version_is_told_in_words_with_both_ranges() {
     let config = SoftPortConfig {
         window_bytes: [WINDOW_BYTES; 2],
