@@ -32,6 +32,21 @@ pub struct Call {
     pub why: &'static str,
 }
 
+/// An entry: all calls of this number.
+pub const fn any(name: &'static str, number: i64, why: &'static str) -> Call {
+    when(name, number, Only::Any, why)
+}
+
+/// An entry: those of this number that are meant.
+pub const fn when(name: &'static str, number: i64, only: Only, why: &'static str) -> Call {
+    Call {
+        name,
+        number,
+        only,
+        why,
+    }
+}
+
 fn rule(only: Only) -> Result<Option<SeccompRule>, Boxed> {
     let (index, operator, value) = match only {
         Only::Any => return Ok(None),

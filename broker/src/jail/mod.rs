@@ -17,7 +17,7 @@ mod privileges;
 #[cfg(test)]
 mod tests;
 
-pub use calls::{Call, Only};
+pub use calls::{Call, Only, any, when};
 pub use descriptors::{check as check_descriptors, keep_from_children};
 pub use limits::Limit;
 

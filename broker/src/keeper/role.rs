@@ -1,27 +1,8 @@
 //! What the keeper's two processes are left with: limits, and the system calls that they make once they are sealed.
 
 use super::serve::CONNECTIONS_MAX;
-use crate::jail::{Call, Limit, Only, Role};
+use crate::jail::{Call, Limit, Only, Role, any, when};
 use rustix::process::Resource;
-
-const fn any(name: &'static str, number: i64, why: &'static str) -> Call {
-    let only = Only::Any;
-    Call {
-        name,
-        number,
-        only,
-        why,
-    }
-}
-
-const fn when(name: &'static str, number: i64, only: Only, why: &'static str) -> Call {
-    Call {
-        name,
-        number,
-        only,
-        why,
-    }
-}
 
 /// A connection's own descriptor, a function's two on their way, and a file of sysfs or `/proc`.
 const DESCRIPTORS_MAX: u64 = 4 * CONNECTIONS_MAX as u64 + 64;

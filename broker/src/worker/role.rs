@@ -1,26 +1,7 @@
 //! What a worker is left with: its limits, and the system calls that it makes once it is sealed.
 
-use crate::jail::{Call, Limit, Only, Role};
+use crate::jail::{Call, Limit, Only, Role, any, when};
 use rustix::process::Resource;
-
-const fn any(name: &'static str, number: i64, why: &'static str) -> Call {
-    let only = Only::Any;
-    Call {
-        name,
-        number,
-        only,
-        why,
-    }
-}
-
-const fn when(name: &'static str, number: i64, only: Only, why: &'static str) -> Call {
-    Call {
-        name,
-        number,
-        only,
-        why,
-    }
-}
 
 /// As many descriptors as a VMM may make it hold: eventfds of all vectors, memory files, and its own.
 const DESCRIPTORS_MAX: u64 = 4096 + 512;
