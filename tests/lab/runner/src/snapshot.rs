@@ -31,6 +31,9 @@ impl Snapshot {
         if let Some(programs) = self.0["daemons"].as_object_mut() {
             programs.retain(|command, _| !command.contains(word));
         }
+        if let Some(commands) = self.0["processes"].as_array_mut() {
+            commands.retain(|command| !command.as_str().is_some_and(|text| text.contains(word)));
+        }
     }
 
     /// Fails with every difference.
@@ -120,7 +123,11 @@ mod tests {
         let at = |keeper: u64, daemon: u64| {
             let program = |threads| json!({"threads": threads});
             let daemons = json!({"s keeper": program(keeper), "s daemon": program(daemon)});
-            let mut snapshot = Snapshot(json!({"daemons": daemons}));
+            let processes = json!([
+                format!("s keeper --parent={keeper}"),
+                format!("s daemon {daemon}")
+            ]);
+            let mut snapshot = Snapshot(json!({"daemons": daemons, "processes": processes}));
             snapshot.forget_programs(" keeper");
             snapshot
         };

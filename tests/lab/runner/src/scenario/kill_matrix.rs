@@ -47,6 +47,7 @@ const KILLED: [Victim; 5] = [
     Victim::LenderPort,
 ];
 
+const SEED: &str = "SUBLET_LAB_SEED";
 const SIGSTOP: i32 = 19;
 const SIGCONT: i32 = 18;
 const SIGKILL: i32 = 9;
@@ -80,8 +81,11 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         ..Setup::default()
     };
     let attached = steps::attach(lab, checks, &setup, GuestSpec::stock("g", &lab.vmm()?))?;
-    let seed = SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos();
-    println!("seed {seed}");
+    let seed = match std::env::var(SEED) {
+        Ok(text) => text.parse().with_context(|| format!("{SEED}={text}"))?,
+        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos(),
+    };
+    println!("seed {seed}: {SEED}={seed} strikes at the same moments");
     let Attached {
         guest,
         lending,
@@ -174,6 +178,7 @@ impl Rig<'_> {
             false => &self.pair.b.agent,
         };
         host.kill(pid, SIGSTOP)?;
+        host.wait_until(&format!("grep -q '^State:.T' /proc/{pid}/status"), FREEZE)?;
         std::thread::sleep(FREEZE);
         host.kill(pid, SIGCONT)?;
         let agent = &self.guest.agent;
