@@ -17,7 +17,7 @@ use std::time::Duration;
 pub const SCENARIO: Scenario = Scenario {
     name: "nvme-keeper",
     checks: ATTACH_CHECKS + WORKS_CHECKS + OWN_CHECKS + DETACH_CHECKS,
-    when: When::Asked,
+    when: When::Full,
     own_model: None,
     deadline: Duration::from_secs(1200),
     run,

@@ -15,8 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 pub const SCENARIO: Scenario = Scenario {
     name: "kill-matrix",
     checks: ATTACH_CHECKS + FROZEN.len() + KILLED.len() + 1,
-    // Its last check has not been seen green since it removes the folders of killed ports.
-    when: When::Asked,
+    when: When::Full,
     own_model: None,
     deadline: Duration::from_secs(1800),
     run,
