@@ -16,7 +16,9 @@ use std::{
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
 };
+use vfio_shim::model::{Idle, OsRuntime, Runtime, Wait};
 
 /// The most bytes of a message.
 pub const MESSAGE_BYTES_MAX: usize = vfio_shim::path::wire::PAYLOAD_BYTES_MAX;
@@ -65,6 +67,7 @@ pub trait Datagram: Sized {
 #[derive(Debug)]
 pub struct Channel {
     socket: OwnedFd,
+    runtime: Arc<dyn Runtime>,
 }
 
 fn failed(act: &'static str) -> impl Fn(Errno) -> ChannelError {
@@ -80,12 +83,18 @@ impl Channel {
         let flags = SocketFlags::CLOEXEC;
         let made = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
         let (one, other) = made.map_err(failed("make"))?;
-        Ok((Self { socket: one }, Self { socket: other }))
+        Ok((Self::of(one), Self::of(other)))
     }
 
     /// The end that this socket is.
     pub fn of(socket: OwnedFd) -> Self {
-        Self { socket }
+        let runtime = Arc::new(OsRuntime);
+        Self { socket, runtime }
+    }
+
+    /// The same, whose threads wait on this runtime.
+    pub fn on(self, runtime: Arc<dyn Runtime>) -> Self {
+        Self { runtime, ..self }
     }
 
     /// The socket, to be handed to a child.
@@ -99,6 +108,16 @@ impl Channel {
         let _ = shutdown(&self.socket, Shutdown::Both);
     }
 
+    /// Whether the thread waits in the kernel; where not, others have run meanwhile.
+    fn may_block(&self, again: bool) -> bool {
+        let wait = Wait {
+            again,
+            fds: true,
+            ..Wait::default()
+        };
+        self.runtime.idle(wait) == Idle::Block
+    }
+
     fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>], wait: bool) -> Result<Sent, ChannelError> {
         if bytes.len() > MESSAGE_BYTES_MAX || fds.len() > FDS_MAX {
             return Err(MessageError::TooLong(bytes.len(), fds.len()).into());
@@ -108,12 +127,18 @@ impl Channel {
         if !fds.is_empty() {
             control.push(SendAncillaryMessage::ScmRights(fds));
         }
-        let mut flags = SendFlags::NOSIGNAL;
-        flags.set(SendFlags::DONTWAIT, !wait);
+        let mut again = false;
         loop {
+            let look = wait && !self.may_block(again);
+            let mut flags = SendFlags::NOSIGNAL;
+            flags.set(SendFlags::DONTWAIT, look || !wait);
             return match sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, flags) {
                 Ok(_) => Ok(Sent::Sent),
                 Err(Errno::INTR) => continue,
+                Err(Errno::AGAIN) if look => {
+                    again = true;
+                    continue;
+                }
                 Err(Errno::AGAIN) => Ok(Sent::Full),
                 Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => Ok(Sent::Closed),
                 Err(errno) => Err(failed("send to")(errno)),
@@ -125,15 +150,15 @@ impl Channel {
     fn receive(&self, room: &mut [u8]) -> Result<Option<(usize, Vec<OwnedFd>)>, ChannelError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut again = false;
         let received = loop {
+            let look = !self.may_block(again);
+            let mut flags = RecvFlags::CMSG_CLOEXEC;
+            flags.set(RecvFlags::DONTWAIT, look);
             let mut slices = [IoSliceMut::new(room)];
-            match recvmsg(
-                &self.socket,
-                &mut slices,
-                &mut control,
-                RecvFlags::CMSG_CLOEXEC,
-            ) {
+            match recvmsg(&self.socket, &mut slices, &mut control, flags) {
                 Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if look => again = true,
                 Err(Errno::CONNRESET) => return Ok(None),
                 other => break other.map_err(failed("receive from"))?,
             }

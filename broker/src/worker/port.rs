@@ -1,6 +1,6 @@
 //! The port as a worker reaches it: requests over the channel, slices of the window, and no more.
 
-use super::window::BarWindow;
+use super::window::{BarWindow, Bars};
 use crate::ipc::{
     Answered, Channel, Check, FDS_MAX, FILES_MAX, MapPart, MapPiece, PIECES_MAX, Sent, ToPort,
     Token,
@@ -13,10 +13,9 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
-    time::Duration,
 };
 use vfio_shim::{
-    model::{Aperture, BAR_COUNT, Mapping, Span, WindowOffset},
+    model::{Aperture, Mapping, Runtime, Span, WindowOffset},
     path::{
         CallError, PathPort,
         borrower::{Answer, Call, GuestMap},
@@ -33,10 +32,11 @@ type Reply = Result<Answered, CallError>;
 
 /// The port's side of the lease that this worker serves.
 pub(super) struct ChannelPort {
+    runtime: Arc<dyn Runtime>,
     channel: Arc<Channel>,
     last: AtomicU64,
     waiting: Mutex<HashMap<Token, mpsc::Sender<Reply>>>,
-    bars: [BarWindow; BAR_COUNT],
+    bars: Bars,
     window: Option<(OwnedFd, u64)>,
     /// The lease is lost: nothing is asked any more.
     over: AtomicBool,
@@ -55,11 +55,13 @@ fn gone() -> CallError {
 
 impl ChannelPort {
     pub(super) fn new(
+        runtime: Arc<dyn Runtime>,
         channel: Arc<Channel>,
-        bars: [BarWindow; BAR_COUNT],
+        bars: Bars,
         window: Option<(OwnedFd, u64)>,
     ) -> Arc<Self> {
         Arc::new_cyclic(|this| Self {
+            runtime,
             channel,
             last: AtomicU64::new(0),
             waiting: Mutex::default(),
@@ -114,8 +116,8 @@ impl ChannelPort {
                 break;
             }
         }
-        let wait = Duration::from_millis(wait_ms + MARGIN_MS);
-        let answer = sent.and_then(|()| match answer.recv_timeout(wait) {
+        let until_ms = self.runtime.now_ms() + wait_ms + MARGIN_MS;
+        let answer = sent.and_then(|()| match self.runtime.receive(&answer, Some(until_ms)) {
             Ok(answer) => answer,
             Err(_) => Err(CallError::Timeout(wait_ms)),
         });

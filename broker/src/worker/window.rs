@@ -3,55 +3,69 @@
 use std::{
     io,
     os::fd::BorrowedFd,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex},
 };
 use vfio_shim::{
-    model::{Aperture, Mapping, RegionInfo},
+    model::{Aperture, BAR_COUNT, Mapping, RegionInfo, Runtime},
     vfio::MappedAperture,
 };
 
+/// How each BAR is reached.
+pub type Bars = [BarWindow; BAR_COUNT];
+
 /// How one BAR is reached.
-pub(super) enum BarWindow {
+#[derive(Default)]
+pub enum BarWindow {
     /// By loads and stores of this process.
     Mapped(Arc<Slice>),
     /// By messages: the port does it.
-    Far { bar: u8, bytes: u64 },
+    Far {
+        /// Which.
+        bar: u8,
+        /// Its size.
+        bytes: u64,
+    },
     /// Not at all.
+    #[default]
     None,
 }
 
 /// A mapped slice that can be taken away.
-pub(super) struct Slice {
+pub struct Slice {
     bytes: u64,
-    mapped: RwLock<Option<MappedAperture>>,
+    runtime: Arc<dyn Runtime>,
+    /// Locked over each access: when it is taken away, none is under way.
+    mapped: Mutex<Option<Box<dyn Aperture>>>,
 }
 
 impl BarWindow {
-    pub(super) fn none() -> Self {
-        Self::None
-    }
-
-    pub(super) fn far(bar: u8, bytes: u64) -> Self {
-        Self::Far { bar, bytes }
+    /// A BAR's slice as this process loads and stores it.
+    pub fn near(runtime: Arc<dyn Runtime>, bytes: u64, slice: Box<dyn Aperture>) -> Self {
+        Self::Mapped(Arc::new(Slice {
+            bytes,
+            runtime,
+            mapped: Mutex::new(Some(slice)),
+        }))
     }
 
     /// Maps a BAR's areas from `offset` of the window's descriptor.
-    pub(super) fn mapped(fd: BorrowedFd<'_>, offset: u64, info: &RegionInfo) -> io::Result<Self> {
+    pub(super) fn mapped(
+        runtime: Arc<dyn Runtime>,
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        info: &RegionInfo,
+    ) -> io::Result<Self> {
         if info.areas.is_empty() {
             return Ok(Self::None);
         }
         let mapped = MappedAperture::bar(fd, offset, info.size, &info.areas, None)?;
-        Ok(Self::Mapped(Arc::new(Slice {
-            bytes: info.size,
-            mapped: RwLock::new(Some(mapped)),
-        })))
+        Ok(Self::near(runtime, info.size, Box::new(mapped)))
     }
 
     /// When it returns, nothing of the slice is mapped here.
     pub(super) fn let_go(&self) {
         if let Self::Mapped(slice) = self {
-            let mut mapped = slice.mapped.write().unwrap_or_else(PoisonError::into_inner);
-            drop(mapped.take());
+            drop(slice.runtime.lock(&slice.mapped).take());
         }
     }
 }
@@ -62,7 +76,7 @@ impl Aperture for Slice {
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let mapped = self.mapped.read().unwrap_or_else(PoisonError::into_inner);
+        let mapped = self.runtime.lock(&self.mapped);
         match &*mapped {
             Some(mapped) => mapped.read(offset, data),
             None => data.fill(0xff),
@@ -70,7 +84,7 @@ impl Aperture for Slice {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        let mapped = self.mapped.read().unwrap_or_else(PoisonError::into_inner);
+        let mapped = self.runtime.lock(&self.mapped);
         if let Some(mapped) = &*mapped {
             mapped.write(offset, data);
         }

@@ -115,12 +115,20 @@ impl dyn Runtime + '_ {
 
     /// Waits until one of these fds is ready.
     pub fn poll(&self, fds: &mut [PollFd<'_>]) -> Result<(), Errno> {
+        self.poll_until(fds, None).map(|_| ())
+    }
+
+    /// The same, at most until then by the clock: whether one is.
+    pub fn poll_until(&self, fds: &mut [PollFd<'_>], until_ms: Option<u64>) -> Result<bool, Errno> {
         let mut again = false;
         loop {
-            let timeout = self.look(again);
+            let timeout = self.look_until(again, until_ms);
             match poll(fds, timeout.as_ref()) {
+                Ok(0) | Err(Errno::INTR) if until_ms.is_some_and(|at| at <= self.now_ms()) => {
+                    return Ok(false);
+                }
                 Ok(0) | Err(Errno::INTR) => again = true,
-                Ok(_) => return Ok(()),
+                Ok(_) => return Ok(true),
                 Err(errno) => return Err(errno),
             }
         }
@@ -232,7 +240,7 @@ impl Runtime for OsRuntime {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::event::PollFlags;
+    use rustix::event::{EventfdFlags, PollFlags, eventfd};
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::{Arc, mpsc};
 
@@ -283,6 +291,23 @@ mod tests {
             drop(sender);
             let ended = fresh().receive(&channel, None);
             assert_eq!(ended, Err(RecvTimeoutError::Disconnected));
+        }
+    }
+
+    #[test]
+    fn fds_are_waited_for_until_they_are_ready_or_their_time_is_over() {
+        let runtimes: [fn() -> Arc<dyn Runtime>; 2] =
+            [|| Arc::new(OsRuntime), || Arc::<Looks>::default()];
+        for fresh in runtimes {
+            let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+            let wait = || {
+                let runtime = fresh();
+                let until_ms = Some(runtime.now_ms() + 5);
+                runtime.poll_until(&mut [PollFd::new(&fd, PollFlags::IN)], until_ms)
+            };
+            assert_eq!(wait(), Ok(false));
+            rustix::io::write(&fd, &1u64.to_ne_bytes()).unwrap();
+            assert_eq!(wait(), Ok(true));
         }
     }
 

@@ -1,11 +1,12 @@
 //! Who serves a borrowed function to its VMM: a thread of this process, or a worker's own.
 
-use super::process::{self, Settings, StartError, WorkerProcess};
+use super::process::Program;
 use super::{LocalHost, refuse};
 use crate::daemon::host::borrow::from_call;
 use crate::daemon::vocabulary::{BarMode, ErrorCode, VerbError, WorkerStatus};
 use crate::ipc::Start;
 use crate::jail::Sandbox;
+use crate::worker::server::{self, Settings, StartError, WorkerServer};
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -57,7 +58,7 @@ impl View {
 /// The server of one borrowed function.
 pub(super) enum Server {
     Thread(ThreadServer),
-    Process(Arc<WorkerProcess>),
+    Process(Arc<WorkerServer>),
 }
 
 /// A thread of this process.
@@ -182,13 +183,16 @@ impl LocalHost {
                     bytes_max: self.config.limits.guest_mapped_bytes.unwrap_or(u64::MAX),
                     window: None,
                 };
-                let settings = Settings {
-                    program: program.clone(),
+                let program = Program {
+                    path: program.clone(),
                     sandbox: *sandbox,
+                };
+                let settings = Settings {
                     messages_per_second: self.config.limits.worker_messages_per_second,
                     memory_maps: self.functions.memory_maps(),
                 };
-                let worker = process::start(engine, (bdf, ram), endpoint, start, &settings);
+                let by = (Box::new(program) as _, &settings);
+                let worker = server::start(engine, (bdf, ram), endpoint, start, by);
                 let worker = worker.map_err(|error| from_start(&error))?;
                 let (lease, entry) = (worker.lease(), *worker.path().entry());
                 Ok((lease, entry, Server::Process(worker)))

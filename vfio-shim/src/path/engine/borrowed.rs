@@ -4,7 +4,7 @@ use super::path_port::{InProcess, PathPort, SliceAperture};
 use super::{Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, Signals, lock};
 use crate::model::{
     AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds, FunctionInfo,
-    IrqIndex, MapError, Memory, OsRuntime, RegionIndex, ShadowConfig, Span, Task, WindowOffset,
+    IrqIndex, MapError, Memory, RegionIndex, Runtime, ShadowConfig, Span, Task, WindowOffset,
 };
 use crate::path::borrower::{Answer, Call, CallError, GuestMap, MAPS_MAX, OpenedPath};
 use crate::path::message::{LeaseId, Request};
@@ -75,6 +75,7 @@ impl BorrowedFunction {
 
     /// Served in a worker's own process, whose owner waits for `wake_fd` and then calls `deliver`.
     pub fn at(
+        runtime: Arc<dyn Runtime>,
         port: Arc<dyn PathPort>,
         lease: LeaseId,
         (ids, opened): (FunctionIds, OpenedPath),
@@ -84,7 +85,7 @@ impl BorrowedFunction {
         let count = irqs[IrqIndex::Msi as usize].count;
         let count = count.max(irqs[IrqIndex::Msix as usize].count);
         let signals = Signals::new(count).map_err(failed)?;
-        let state = LeaseShared::new(Arc::new(OsRuntime), signals);
+        let state = LeaseShared::new(runtime, signals);
         Self::of(port, lease, (ids, opened), state)
     }
 
@@ -713,7 +714,7 @@ fn signal(fd: BorrowedFd<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Mapping;
+    use crate::model::{Mapping, OsRuntime};
     use std::sync::mpsc;
 
     /// A window whose stores arrive when they are let through.

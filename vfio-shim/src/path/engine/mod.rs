@@ -415,7 +415,8 @@ impl Engine {
         ended.map(|_| ())
     }
 
-    pub(crate) fn runtime(&self) -> &Arc<dyn Runtime> {
+    /// What its threads stand on.
+    pub fn runtime(&self) -> &Arc<dyn Runtime> {
         &self.shared.runtime
     }
 
