@@ -14,6 +14,7 @@ mod space;
 #[cfg(any(test, feature = "contract"))]
 pub mod space_contract;
 mod span;
+mod undo;
 
 pub use addr::{BarOffset, GuestAddress, Iova, PortIova, WindowOffset};
 pub use bdf::{Bdf, BdfError, Fdid};
@@ -29,3 +30,4 @@ pub use runtime::{Idle, OsRuntime, Runtime, Task, Wait};
 pub use shadow_config::{Effects, ShadowConfig, ShadowError};
 pub use space::{Access, AddressSpace, Aperture, DmaMap, MapError, Mapping, Memory};
 pub use span::{Span, overlap_among};
+pub use undo::UndoStep;

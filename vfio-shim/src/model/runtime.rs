@@ -1,5 +1,6 @@
 //! Where time, randomness and threads come from, and how a thread waits: from outside, so that a simulator can be it.
 
+use super::undo::UndoStep;
 use rustix::event::{PollFd, Timespec, poll};
 use rustix::io::Errno;
 use rustix::time::{
@@ -39,6 +40,9 @@ pub trait Runtime: Send + Sync {
 
     /// Called by a thread before it waits.
     fn idle(&self, wait: Wait) -> Idle;
+
+    /// A step of undoing is about to be made. A simulator may end the process here.
+    fn reach(&self, _step: UndoStep) {}
 
     /// Nanoseconds of a monotonic clock, where a thread may wait awake for others; none where they
     /// only run when it lets them.

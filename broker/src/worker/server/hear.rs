@@ -9,7 +9,7 @@ use std::{
     sync::{Arc, atomic::Ordering, mpsc},
 };
 use vfio_shim::{
-    model::Span,
+    model::{Span, UndoStep},
     path::{
         CallError,
         borrower::{Answer, GuestMap},
@@ -135,6 +135,7 @@ impl Hearing {
         self.worker.set_ended(why.clone());
         self.tell_ready(Err(why));
         if !owner && self.worker.path.lost().is_none() {
+            self.worker.runtime.reach(UndoStep::Bury);
             // The path is closed and the function reset: what the worker cannot do any more.
             if let Err(error) = self.worker.path.give_back() {
                 tracing::error!(%error, "the lease of a dead worker was not given back");

@@ -1,7 +1,7 @@
 //! The executor of one lent function: does its work piece by piece, and undoes a path in one order.
 //!
 //! The one order of undoing, for return, revoke, session end and a failed open alike; each step
-//! is idempotent:
+//! is idempotent, and has a name (`UndoStep`):
 //! 1. interrupts off (`SET_IRQS`), and the relay confirms that it rings no more
 //! 2. bus mastering off: no DMA begins after this
 //! 3. BAR slices out of the port's container: the peer reaches no register
@@ -18,7 +18,7 @@ use super::requests;
 use super::scrub::scrub;
 use crate::model::{
     Access, AddressSpace, BAR_COUNT, Bdf, DmaMap, Function, FunctionError, IrqIndex, MapError,
-    Memory, PortIova, RegionIndex, Runtime, Span, WindowOffset,
+    Memory, PortIova, RegionIndex, Runtime, Span, UndoStep, WindowOffset,
 };
 use crate::ntb::NtbPort;
 use crate::path::core::Event;
@@ -410,20 +410,27 @@ impl Executor {
         if self.path.is_none() {
             return Ok(Scrub::No);
         }
+        let runtime = Arc::clone(&self.runtime);
+        runtime.reach(UndoStep::Interrupts);
         let irqs = self.irqs_off().map_err(Refusal::from);
-        let bus_master = self
-            .command(COMMAND_BUS_MASTER, false)
-            .map_err(Refusal::from);
+        runtime.reach(UndoStep::BusMaster);
+        let bus_master = self.command(COMMAND_BUS_MASTER, false);
+        let bus_master = bus_master.map_err(Refusal::from);
+        runtime.reach(UndoStep::Slices);
         let slices = self.unmap_slices().map_err(Refusal::from);
+        runtime.reach(UndoStep::Reset);
         let reset = self.put_back().map_err(Refusal::from);
+        runtime.reach(UndoStep::Memory);
         let maps = self.unmap_all().map_err(Refusal::from);
         // What is still mapped is tried again before anybody else gets the function.
         self.path
             .take_if(|path| path.slices.is_empty() && path.maps.is_empty());
         self.tell_maps();
+        runtime.reach(UndoStep::Drain);
         self.drain();
         irqs.and(bus_master).and(slices).and(reset).and(maps)?;
         // Last, as it can take its time: by now nobody's memory is behind the function.
+        runtime.reach(UndoStep::Scrub);
         let scrub = self.scrub()?;
         self.clean = true;
         Ok(scrub)

@@ -1,7 +1,7 @@
 //! The mapper: pins and unpins guest RAM in the port's own container, one piece after the other.
 
 use super::control::Input;
-use crate::model::{DmaMap, MapError, Memory, PortIova, Runtime, Span};
+use crate::model::{DmaMap, MapError, Memory, PortIova, Runtime, Span, UndoStep};
 use crate::ntb::NtbPort;
 use crate::path::borrower::{CallError, Pin, Step};
 use crate::path::core::Event;
@@ -56,6 +56,7 @@ impl Mapper {
     fn unpin(&self, spans: &[Span]) -> Result<(), MapError> {
         let mut first = Ok(());
         for span in spans {
+            self.runtime.reach(UndoStep::Unpin);
             if let Err(error) = self.port.address_space().unmap(*span) {
                 tracing::error!(%span, %error, "guest memory stays pinned in the port's container");
                 first = first.and(Err(error));

@@ -50,7 +50,7 @@ use super::grant::{LeasePool, VolatilePool};
 use super::lender::OfferState;
 use super::limits::Limits;
 use super::message::{LeaseId, PoolEntry, Refusal};
-use crate::model::{Bdf, Function, MapError, OsRuntime, PortIova, Runtime, Task};
+use crate::model::{Bdf, Function, MapError, OsRuntime, PortIova, Runtime, Task, UndoStep};
 use crate::ntb::NtbPort;
 use control::{Control, Input};
 use std::collections::HashMap;
@@ -143,6 +143,7 @@ impl LeaseShared {
 
     /// When it returns, no load or store of the lease is under way and none begins.
     pub(crate) fn lose(&self, why: String) {
+        self.runtime.reach(UndoStep::Lost);
         let why = self.runtime.lock(&self.lost).get_or_insert(why).clone();
         self.is_lost.store(true, Ordering::SeqCst);
         self.signals.wake();
@@ -160,6 +161,7 @@ impl LeaseShared {
     fn ask_to_let_go(&self, why: &str) {
         let let_go = lock(&self.let_go).take();
         if let Some(let_go) = let_go {
+            self.runtime.reach(UndoStep::LetGo);
             let_go(why);
         }
     }
@@ -403,6 +405,7 @@ impl Engine {
         if let Some(state) = state {
             state.lose("the lease was given back".into());
         }
+        self.shared.runtime.reach(UndoStep::Return);
         let ended = self.call_of(state, Call::Return(lease), RESET_WAIT_MS);
         let mut borrowed = lock(&self.shared.borrowed);
         let held = borrowed.get(&lease);
