@@ -1,8 +1,10 @@
 //! Which faults a schedule plans, and what of them has struck.
 
+use crate::lease::Held;
 use crate::table::Trouble;
 use crate::world::World;
 use sublet::pool::When;
+use vfio_shim::model::UndoStep;
 use vfio_shim::ntb::soft::{CHANCE_ONE, Fault, FaultPlan};
 
 /// Of which kind a fabric is: what stores it can hold back at all.
@@ -30,6 +32,8 @@ impl Fabric {
     }
 }
 
+/// How many plans there are for one that kills at a step of undoing.
+const KILL_AT_STEP_ONCE_IN: usize = 6;
 /// The link's plan in the table; functions and spaces come behind it.
 const LINK: usize = 0;
 
@@ -126,8 +130,16 @@ impl World {
         });
     }
 
+    /// Now and then whoever comes to a step of undoing is killed there.
+    pub fn plan_kill(&mut self) {
+        let step = UndoStep::ALL[self.random.below(UndoStep::ALL.len())];
+        let wanted = self.random.once_in(KILL_AT_STEP_ONCE_IN);
+        self.scheduler.core().kill_at(wanted.then_some(step));
+    }
+
     /// No faults any more.
     pub fn plan_nothing(&mut self) {
+        self.scheduler.core().kill_at(None);
         self.note_struck();
         self.table.rearmed(LINK);
         self.link.arm(FaultPlan::default()).expect("no faults");
@@ -204,8 +216,20 @@ impl World {
         if frozen_hosts {
             self.table.meet(Trouble::HostFrozen, 1);
         }
-        if self.scheduler.any_frozen() && !frozen_hosts {
-            self.table.meet(Trouble::VmmFrozen, 1);
+        let workers = self.held.iter().filter_map(Held::worker);
+        let [mut frozen, mut dead] = [0; 2];
+        for worker in workers {
+            frozen += usize::from(self.scheduler.is_stopped(worker));
+            dead += usize::from(self.scheduler.core().is_dead(worker));
+        }
+        for (count, trouble) in [
+            (frozen, Trouble::WorkerFrozen),
+            (dead, Trouble::WorkerDead),
+            (self.scheduler.stopped() - frozen, Trouble::VmmFrozen),
+        ] {
+            if count != 0 && !frozen_hosts {
+                self.table.meet(trouble, 1);
+            }
         }
         if self.hosts.iter().any(|host| host.engine.is_none()) {
             self.table.meet(Trouble::HostDown, 1);

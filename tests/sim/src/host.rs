@@ -3,7 +3,7 @@
 use crate::coroutine::{Pause, pause};
 use crate::pool::{Disk, Watch, Watched};
 use crate::random::Random;
-use crate::scheduler::{Process, Scheduler};
+use crate::scheduler::{Process, Scheduler, wait_for};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use sublet::pool::PoolService;
@@ -173,7 +173,13 @@ impl Host {
 
     /// What the kernel does with the fds of a daemon that is gone: in the order of their numbers, so
     /// that the NTB, which was opened first, is closed before the functions.
-    pub fn close_all(&mut self, scheduler: &mut Scheduler, random: &mut Random) {
+    /// It ends the daemon's workers first, whose mappings keep the NTB open.
+    pub fn close_all(
+        &mut self,
+        scheduler: &mut Scheduler,
+        random: &mut Random,
+        workers: Vec<Process>,
+    ) {
         let mut parts: Vec<Part> = vec![Part::Port(Arc::clone(&self.port))];
         for lent in &self.functions {
             lent.soft.arm(FaultPlan::default());
@@ -185,7 +191,15 @@ impl Host {
             parts.swap(at, 1 + random.below(at));
         }
         let kernel = scheduler.process(self.side);
-        let close = move || parts.iter().for_each(Part::close);
+        let core = Arc::clone(scheduler.core());
+        let close = move || {
+            for worker in workers {
+                pause(Pause::Ready);
+                core.kill(worker);
+                wait_for(|| core.is_dead(worker));
+            }
+            parts.iter().for_each(Part::close);
+        };
         self.closing = Some(scheduler.start(kernel, "kernel", Box::new(close)));
     }
 }

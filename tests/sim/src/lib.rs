@@ -3,7 +3,7 @@
 //! ```text
 //! seed -> schedule -> world: hosts, disks, cable, VMMs, guests -> scheduler -> the product's own threads
 //! ```
-//! The simulator runs the product's engine, lease pool, guest sessions and soft fabric on a `Runtime` of its own:
+//! The simulator runs the product's engine, lease pool, guest sessions, workers and soft fabric on a `Runtime` of its own:
 //! every thread is a coroutine, and which one runs next follows from the seed.
 
 pub mod coroutine;
@@ -21,11 +21,13 @@ pub mod rig;
 pub mod runs;
 pub mod schedule;
 pub mod scheduler;
+pub mod serve;
 pub mod settle;
 pub mod table;
 pub mod trace;
 pub mod vmm;
 pub mod wire;
+pub mod worker;
 pub mod world;
 
 pub use rig::{MAILBOX_BYTES, Ram, Sim, WINDOW_BYTES, until};

@@ -1,6 +1,7 @@
 //! What a schedule does next: chosen by chance among what can be done now.
 
 use crate::guest::{Command, Guest, Life};
+use crate::lease::Server;
 use crate::memory::{BLOCKS, CONTROL, READ_ONLY, SLOTS, Slot, address};
 use crate::table::Op;
 use crate::world::World;
@@ -40,6 +41,7 @@ impl World {
             Op::Lend | Op::Unlend | Op::Revoke => self.lender_verb(op),
             Op::Borrow | Op::Return => self.borrower_verb(op),
             Op::Connect | Op::KillVmm | Op::FreezeVmm | Op::ThawVmm => self.vmm(op),
+            Op::KillWorker | Op::FreezeWorker | Op::ThawWorker => self.worker(op),
             Op::KillDaemon | Op::PowerOff | Op::Restart => self.life(op),
             Op::FreezeHost | Op::ThawHost => self.freezer(op),
             Op::CutCable | Op::PlugCable => self.cable(op),
@@ -122,7 +124,7 @@ impl World {
                 let free = vmm.as_ref().is_none_or(|vmm| {
                     vmm.ended.load(Ordering::Acquire) && vmm.guest.borrow().undone
                 });
-                let served = !held.worker_ended.load(Ordering::Acquire) && !held.returning;
+                let served = !held.server.ended() && !held.returning;
                 if !free || !served {
                     return false;
                 }
@@ -146,6 +148,46 @@ impl World {
         }
         self.trace
             .tell(lease.0, || format!("lease {lease}: {op:?}"));
+        true
+    }
+
+    fn worker(&mut self, op: Op) -> bool {
+        let alive =
+            |at: &usize| self.held[*at].worker().is_some() && !self.held[*at].server.ended();
+        let all: Vec<usize> = (0..self.held.len()).filter(alive).collect();
+        let Some(at) = self.random.pick(&all) else {
+            return false;
+        };
+        let Some(process) = self.held[at].worker() else {
+            return false;
+        };
+        match op {
+            Op::KillWorker => self.scheduler.kill(process),
+            Op::FreezeWorker if self.random.once_in(2) && self.stop_at_store(at) => {}
+            Op::FreezeWorker => self.scheduler.freeze(process, true),
+            _ if !self.scheduler.is_stopped(process) => return false,
+            _ => self.scheduler.freeze(process, false),
+        }
+        let number = process.number;
+        self.trace
+            .tell(number, || format!("worker {number}: {op:?}"));
+        true
+    }
+
+    /// A worker stands still just before a store of its guest. False where none is to come.
+    pub fn stop_at_store(&mut self, at: usize) -> bool {
+        let held = &self.held[at];
+        let (Server::Worker { process, near, .. }, Some(guest)) = (&held.server, held.guest())
+        else {
+            return false;
+        };
+        let mut guest = guest.borrow_mut();
+        if !near || guest.life != Life::Running {
+            return false;
+        }
+        guest.commands.push_back(Command::Store);
+        self.scheduler.core().stop_at_access(*process);
+        self.scheduler.poke();
         true
     }
 

@@ -6,6 +6,7 @@ use crate::table::{Op, Table, Trouble};
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
+use vfio_shim::model::UndoStep;
 
 /// The last lines of a story that are printed.
 const STORY_TAIL: usize = 60;
@@ -66,6 +67,7 @@ impl Sum {
             tally.turns,
         ];
         words.extend(self.table.cells());
+        words.extend(self.table.kills().map(|(_, count)| count));
         let words: Vec<String> = words.iter().map(u64::to_string).collect();
         format!("sum {}", words.join(" "))
     }
@@ -92,6 +94,9 @@ impl Sum {
                     self.table.cell(op, trouble, count);
                 }
             }
+        }
+        for step in UndoStep::ALL {
+            self.table.kill(step, next());
         }
     }
 }
@@ -174,7 +179,10 @@ pub fn parent(wish: Wish, full: bool) -> ExitCode {
     for (op, trouble) in &empty {
         println!("EMPTY: {op:?} never met {trouble:?}");
     }
-    let failed = failures.len() + empty.len();
+    let kills = sum.table.kills();
+    let missed = kills.iter().filter(|(_, count)| full && *count == 0);
+    let missed = missed.inspect(|(step, _)| println!("EMPTY: nobody was killed before {step:?}"));
+    let failed = failures.len() + empty.len() + missed.count();
     let passed = sum.schedules;
     println!("schedules: {passed} passed, {failed} failed");
     if failed == 0 {

@@ -24,6 +24,8 @@ pub struct Shape {
     pub forger: bool,
     /// Leases live so short that borrowers are often late.
     pub short_leases: bool,
+    /// Borrowed functions are served by processes of their own, most of them.
+    pub workers: bool,
 }
 
 impl Shape {
@@ -33,6 +35,7 @@ impl Shape {
             fabric: Fabric::ALL[random.below(Fabric::ALL.len())],
             forger: random.once_in(5),
             short_leases: random.once_in(3),
+            workers: random.once_in(3),
         }
     }
 }
@@ -140,6 +143,7 @@ fn drive(world: &mut World, fabric: Fabric) {
         if step % 25 == 1 {
             world.plan_link(fabric);
             world.plan_store();
+            world.plan_kill();
             if failing {
                 world.plan_failures();
             }

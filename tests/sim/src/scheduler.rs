@@ -8,14 +8,16 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vfio_shim::model::{Idle, Runtime, Task, Wait};
+use vfio_shim::model::{Idle, Runtime, Task, UndoStep, Wait};
 
 /// A thread pauses before a port's or function's operation once in so many of them.
 const PREEMPT_ONCE_IN: usize = 12;
 /// Threads that wait for fds look once in so many steps, as long as others can run.
 const LOOK_AT_FDS_ONCE_IN: usize = 12;
+/// A signal that ends a process has arrived before a step once in so many of them.
+const KILL_ARRIVES_ONCE_IN: usize = 4;
 /// How the threads are called that write VMMs' eventfds.
-const SIGNALLER: &str = "irq-lease-";
+pub const SIGNALLER: &str = "irq-lease-";
 /// More steps without any time passing than threads that make progress can need.
 const STEPS_MAX: u64 = 400_000;
 
@@ -49,6 +51,16 @@ struct State {
     born: Vec<Born>,
     timers: Vec<Timer>,
     dead: Vec<Process>,
+    /// Signals to end a process that have not arrived yet.
+    killed: Vec<Process>,
+    /// Processes that are to stand still at their next access of their own to a window.
+    stops: Vec<Process>,
+    /// Those that have come there.
+    stopped: Vec<Process>,
+    /// At which step of undoing the next process is killed that comes there.
+    kill_at: Option<UndoStep>,
+    /// A process that has come there.
+    reached: Option<(Process, UndoStep)>,
 }
 
 /// What the threads see of the scheduler.
@@ -71,6 +83,52 @@ impl Core {
     /// The clock.
     pub fn now_ms(&self) -> u64 {
         self.lock().now_ms
+    }
+
+    /// Ends a process, whichever thread asks: some steps may go by until it is gone.
+    pub fn kill(&self, process: Process) {
+        self.lock().killed.push(process);
+    }
+
+    /// Freezes a process where it next loads or stores something by itself, just before that.
+    pub fn stop_at_access(&self, process: Process) {
+        self.lock().stops.push(process);
+    }
+
+    /// A process is about to load or store something by itself.
+    pub fn access(&self, process: Process) {
+        {
+            let mut state = self.lock();
+            if !state.stops.contains(&process) {
+                return;
+            }
+            state.stops.retain(|other| *other != process);
+            state.stopped.push(process);
+        }
+        pause(Pause::Ready);
+    }
+
+    /// The next process that comes to this step of undoing is to be killed there.
+    pub fn kill_at(&self, step: Option<UndoStep>) {
+        self.lock().kill_at = step;
+    }
+
+    /// Who has come there just now.
+    pub fn reached(&self) -> Option<(Process, UndoStep)> {
+        self.lock().reached.take()
+    }
+
+    /// Whether it is gone.
+    pub fn is_dead(&self, process: Process) -> bool {
+        self.lock().dead.contains(&process)
+    }
+
+    /// What a process's threads stand on.
+    pub fn runtime(self: &Arc<Self>, process: Process) -> Arc<dyn Runtime> {
+        Arc::new(ProcessRuntime {
+            core: Arc::clone(self),
+            process,
+        })
     }
 }
 
@@ -118,6 +176,22 @@ impl Runtime for ProcessRuntime {
             fd: fd.try_clone()?,
         });
         Ok(fd)
+    }
+
+    fn reach(&self, step: UndoStep) {
+        if !is_inside() || is_dying() {
+            return;
+        }
+        {
+            let mut state = self.core.lock();
+            if state.kill_at != Some(step) {
+                return;
+            }
+            state.kill_at = None;
+            state.reached = Some((self.process, step));
+        }
+        // It is killed before anybody else runs.
+        pause(Pause::Ready);
     }
 
     fn idle(&self, wait: Wait) -> Idle {
@@ -179,6 +253,11 @@ impl Scheduler {
             born: Vec::new(),
             timers: Vec::new(),
             dead: Vec::new(),
+            killed: Vec::new(),
+            stops: Vec::new(),
+            stopped: Vec::new(),
+            kill_at: None,
+            reached: None,
         };
         Self {
             core: Arc::new(Core {
@@ -211,10 +290,7 @@ impl Scheduler {
 
     /// What its threads stand on.
     pub fn runtime(&self, process: Process) -> Arc<dyn Runtime> {
-        Arc::new(ProcessRuntime {
-            core: Arc::clone(&self.core),
-            process,
-        })
+        self.core.runtime(process)
     }
 
     /// Starts a thread; the flag tells that it has ended, one way or the other.
@@ -305,7 +381,13 @@ impl Scheduler {
     /// All processes go on.
     pub fn thaw_all(&mut self) {
         self.frozen.clear();
+        self.core.lock().stops.clear();
         self.epoch += 1;
+    }
+
+    /// How many processes do.
+    pub fn stopped(&self) -> usize {
+        self.frozen.len()
     }
 
     /// Whether something stands still.
@@ -318,6 +400,9 @@ impl Scheduler {
         self.adopt();
         {
             let mut state = self.core.lock();
+            if state.dead.contains(&process) {
+                return;
+            }
             state.dead.push(process);
             state.timers.retain(|timer| timer.process != process);
         }
@@ -331,6 +416,21 @@ impl Scheduler {
             .for_each(|running| running.ended.store(true, Ordering::Release));
         drop(dead);
         self.epoch += 1;
+    }
+
+    /// Processes are gone that threads have killed, each by chance. Whether one is.
+    fn deliver_kills(&mut self, once_in: usize) -> bool {
+        let mut arrived = Vec::new();
+        {
+            let State { killed, random, .. } = &mut *self.core.lock();
+            killed.retain(|process| {
+                let arrives = random.once_in(once_in);
+                arrived.extend(arrives.then_some(*process));
+                !arrives
+            });
+        }
+        arrived.iter().for_each(|process| self.kill(*process));
+        !arrived.is_empty()
     }
 
     /// The clock.
@@ -371,7 +471,17 @@ impl Scheduler {
     /// wait for time to pass.
     pub fn step(&mut self, trace: &mut Trace) -> Option<bool> {
         self.adopt();
-        let at = self.choose()?;
+        let stopped = std::mem::take(&mut self.core.lock().stopped);
+        stopped
+            .iter()
+            .for_each(|process| self.freeze(*process, true));
+        self.deliver_kills(KILL_ARRIVES_ONCE_IN);
+        let at = match self.choose() {
+            Some(at) => at,
+            // No time passes while a signal is on its way.
+            None if self.deliver_kills(1) => self.choose()?,
+            None => return None,
+        };
         let running = &mut self.threads[at];
         let signals = running.name.starts_with(SIGNALLER);
         let pause = running.thread.resume();

@@ -2,6 +2,7 @@
 
 use crate::guest::Life;
 use crate::host::{HEARTBEAT_MS, LEASE_TTL_MS, WINDOW_BYTES};
+use crate::lease::{Held, Server};
 use crate::memory::BLOCK_BYTES;
 use crate::pool::Watch;
 use crate::rig::MAILBOX_BYTES;
@@ -35,7 +36,7 @@ impl World {
     }
 
     /// A store into a function's register is of a guest that has the function still.
-    fn check_scratch(&self) {
+    pub fn check_scratch(&self) {
         for host in &self.hosts {
             for lent in &host.functions {
                 let register = if lent.arc { ARC_SCRATCH } else { SCRATCH };
@@ -186,7 +187,10 @@ impl World {
                 || guest.life == Life::Ended && guest.undone
         });
         let up = self.hosts.iter().all(|host| host.engine.is_some());
-        self.verbs.is_empty() && self.orphans.is_empty() && guests && up && self.agreed()
+        let mut dead = self.held.iter().filter(|held| held.server.ended());
+        let buried = dead.all(Held::is_buried);
+        let idle = self.verbs.is_empty() && self.orphans.is_empty() && buried;
+        idle && guests && up && self.agreed()
     }
 
     fn unquiet(&mut self) -> String {
@@ -256,8 +260,17 @@ impl World {
         let mut lost = Vec::new();
         for at in 0..self.held.len() {
             let process = self.hosts[self.held[at].side].process;
-            let borrowed = Arc::clone(&self.held[at].borrowed);
-            lost.push(self.run_in(process, "lost", move || borrowed.lost()));
+            let look: Box<dyn FnOnce() -> Option<String>> = match &self.held[at].server {
+                Server::Thread { borrowed, .. } => {
+                    let borrowed = Arc::clone(borrowed);
+                    Box::new(move || borrowed.lost())
+                }
+                Server::Worker { server, .. } => {
+                    let server = Arc::clone(server);
+                    Box::new(move || server.path().lost())
+                }
+            };
+            lost.push(self.run_in(process, "lost", look));
         }
         lost
     }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
+use vfio_shim::model::UndoStep;
 use vfio_shim::ntb::soft::Fault;
 
 /// What a schedule does.
@@ -34,6 +35,9 @@ pub enum Op {
     ThawHost,
     FreezeVmm,
     ThawVmm,
+    KillWorker,
+    FreezeWorker,
+    ThawWorker,
     CutCable,
     PlugCable,
     Forge,
@@ -41,7 +45,7 @@ pub enum Op {
 
 impl Op {
     /// All of them, with how often each is chosen.
-    pub const ALL: [(Self, usize); 29] = [
+    pub const ALL: [(Self, usize); 32] = [
         (Self::Lend, 6),
         (Self::Unlend, 1),
         (Self::Borrow, 14),
@@ -68,6 +72,9 @@ impl Op {
         (Self::ThawHost, 30),
         (Self::FreezeVmm, 3),
         (Self::ThawVmm, 20),
+        (Self::KillWorker, 2),
+        (Self::FreezeWorker, 4),
+        (Self::ThawWorker, 16),
         (Self::CutCable, 1),
         (Self::PlugCable, 40),
         (Self::Forge, 60),
@@ -93,6 +100,8 @@ pub enum Trouble {
     StoreUnsure,
     HostFrozen,
     VmmFrozen,
+    WorkerFrozen,
+    WorkerDead,
     HostDown,
     CableOut,
     LeaseExpired,
@@ -101,7 +110,7 @@ pub enum Trouble {
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::BellLost,
         Self::BellLate,
         Self::StoreHeld,
@@ -117,6 +126,8 @@ impl Trouble {
         Self::StoreUnsure,
         Self::HostFrozen,
         Self::VmmFrozen,
+        Self::WorkerFrozen,
+        Self::WorkerDead,
         Self::HostDown,
         Self::CableOut,
         Self::LeaseExpired,
@@ -158,6 +169,8 @@ pub struct Table {
     /// What had struck at the last look, for each thing that has a plan.
     seen: BTreeMap<usize, BTreeMap<Fault, u64>>,
     flaps: u64,
+    /// How often a process was killed just before a step of undoing.
+    kills: BTreeMap<UndoStep, u64>,
 }
 
 impl Table {
@@ -212,8 +225,26 @@ impl Table {
         self.flaps + flaps(struck)
     }
 
+    /// A process was killed just before this step.
+    pub fn killed(&mut self, step: UndoStep) {
+        self.kill(step, 1);
+    }
+
+    /// So often.
+    pub fn kill(&mut self, step: UndoStep, count: u64) {
+        *self.kills.entry(step).or_default() += count;
+    }
+
+    /// How often a process was killed just before each step of undoing, in order.
+    pub fn kills(&self) -> [(UndoStep, u64); UndoStep::ALL.len()] {
+        UndoStep::ALL.map(|step| (step, self.kills.get(&step).copied().unwrap_or(0)))
+    }
+
     /// Adds another's.
     pub fn add(&mut self, other: &Self) {
+        for (step, count) in &other.kills {
+            self.kill(*step, *count);
+        }
         for (cell, count) in &other.cells {
             *self.cells.entry(*cell).or_default() += count;
         }
@@ -265,6 +296,10 @@ impl fmt::Display for Table {
                 write!(f, " {count:>12}")?;
             }
         }
+        write!(f, "\nkilled just before:")?;
+        for (step, count) in self.kills() {
+            write!(f, " {step:?} {count}")?;
+        }
         Ok(())
     }
 }
@@ -285,6 +320,6 @@ mod tests {
         let empty = table.empty();
         assert!(empty.contains(&(Op::Lend, Trouble::BellLate)));
         assert!(!empty.contains(&(Op::Borrow, Trouble::BellLate)));
-        assert_eq!(empty.len(), 29 * 19 - 4);
+        assert_eq!(empty.len(), 32 * 21 - 4);
     }
 }

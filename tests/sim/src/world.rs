@@ -3,24 +3,21 @@
 use crate::forger::Forger;
 use crate::guest::{Guest, Life, Tally};
 use crate::host::{Host, WINDOW_BYTES};
-use crate::lease::{Borrow, Held, Kind, Outcome, Verb, Vmm};
+use crate::lease::{Held, Kind, Outcome, Verb, Vmm, Wish};
 use crate::random::Random;
 use crate::schedule::Shape;
-use crate::scheduler::{Process, Scheduler, wait_for};
+use crate::scheduler::{Process, Scheduler};
 use crate::table::Table;
 use crate::trace::Trace;
 use crate::vmm;
-use rustix::event::{EventfdFlags, eventfd};
 use std::cell::RefCell;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vfio_shim::model::Function;
+use vfio_shim::model::{Function, UndoStep};
 use vfio_shim::ntb::soft::{FaultPlan, SoftHost, SoftLink, SoftPortConfig};
 use vfio_shim::path::Engine;
-use vmm_glue::vfio_user::{Endpoint, MemoryCheck, Options, SessionShared};
 
 /// All of a simulation.
 pub struct World {
@@ -52,8 +49,12 @@ pub struct World {
     pub table: Table,
     /// One of both hosts forges, if there is one that does.
     pub forger: Option<Forger>,
-    dir: PathBuf,
-    sockets: u64,
+    /// Whether functions are served by processes of their own, most of them.
+    pub workers: bool,
+    /// Those processes, but for some that have ended.
+    pub worker_processes: Vec<Process>,
+    pub(crate) dir: PathBuf,
+    pub(crate) sockets: u64,
     guests_last: u64,
 }
 
@@ -92,6 +93,8 @@ impl World {
             cut: false,
             table: Table::default(),
             forger: None,
+            workers: shape.workers,
+            worker_processes: Vec::new(),
             dir: dir.to_owned(),
             sockets: 0,
             guests_last: 0,
@@ -127,7 +130,26 @@ impl World {
         if signaller {
             self.collect();
         }
+        if let Some((process, step)) = self.scheduler.core().reached() {
+            self.kill_at(process, step);
+        }
         true
+    }
+
+    /// A process is killed just before a step of undoing.
+    fn kill_at(&mut self, process: Process, step: UndoStep) {
+        let host = &self.hosts[process.side];
+        let name = host.name();
+        let port = process == host.process;
+        self.trace.tell(step as u64, || {
+            let who = if port { "the daemon" } else { "a worker" };
+            format!("{name}: {who} is killed just before {step:?}")
+        });
+        self.table.killed(step);
+        match port {
+            true => self.kill(process.side),
+            false => self.scheduler.kill(process),
+        }
     }
 
     /// Takes all signals.
@@ -195,10 +217,10 @@ impl World {
         slot.take().expect("its value")
     }
 
-    fn verb(
+    pub(crate) fn verb(
         &mut self,
         (side, kind, function): (usize, Kind, usize),
-        ram: Option<u64>,
+        wish: Option<Wish>,
         run: impl FnOnce(Arc<Engine>) -> Outcome + 'static,
     ) {
         let Some(engine) = self.hosts[side].engine.clone() else {
@@ -216,7 +238,7 @@ impl World {
             side,
             kind,
             function,
-            ram,
+            wish,
             outcome,
             ended,
         });
@@ -241,32 +263,6 @@ impl World {
         });
     }
 
-    /// `borrow` of a function of the other host.
-    pub fn borrow(&mut self, side: usize, function: usize, ram: Option<u64>) {
-        let bdf = self.hosts[1 - side].functions[function].bdf;
-        self.verb((side, Kind::Borrow, function), ram, move |engine| {
-            Outcome::Borrowed(engine.borrow(bdf, ram))
-        });
-    }
-
-    /// `return`: ends the guest session, then the lease.
-    pub fn give_back(&mut self, at: usize) {
-        let held = &mut self.held[at];
-        held.returning = true;
-        let (lease, side, function) = (held.lease, held.side, held.function);
-        let (stop, ended) = (Arc::clone(&held.stop), Arc::clone(&held.worker_ended));
-        let borrowed = Arc::clone(&held.borrowed);
-        self.verb((side, Kind::Return(lease), function), None, move |engine| {
-            let _ = rustix::io::write(&*stop, &1u64.to_ne_bytes());
-            wait_for(|| ended.load(Ordering::Acquire));
-            let lost = borrowed.lost().is_some();
-            Outcome::Returned(match lost {
-                true => Ok(()),
-                false => engine.give_back_function(&borrowed),
-            })
-        });
-    }
-
     /// Takes the answers of verbs.
     pub fn reap(&mut self) {
         let (ended, verbs) = std::mem::take(&mut self.verbs)
@@ -282,7 +278,8 @@ impl World {
             let kind = verb.kind;
             match outcome {
                 Outcome::Borrowed(result) => {
-                    self.borrowed((verb.side, verb.function, verb.ram), result);
+                    let wish = verb.wish.expect("what was wished for");
+                    self.borrowed((verb.side, verb.function), wish, result);
                 }
                 Outcome::Returned(result) => {
                     self.trace.tell(u64::from(result.is_ok()), || {
@@ -314,54 +311,6 @@ impl World {
         for held in gone {
             self.orphans.extend(held.vmm);
         }
-    }
-
-    fn borrowed(&mut self, (side, function, ram): (usize, usize, Option<u64>), result: Borrow) {
-        let host = self.hosts[side].name();
-        let (lease, borrowed) = match result {
-            Ok((lease, _, borrowed)) => (lease, borrowed),
-            Err(error) => {
-                self.trace
-                    .tell(2, || format!("{host}: borrow is refused: {error}"));
-                self.refused = true;
-                return;
-            }
-        };
-        self.trace.tell(lease.0, || {
-            format!("{host}: function {function} is borrowed, lease {lease}")
-        });
-        self.sockets += 1;
-        let socket = self.dir.join(format!("{}.sock", self.sockets));
-        let endpoint = Endpoint::bind(&socket).expect("a socket");
-        let shared = Arc::new(SessionShared::default());
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let stop = Arc::new(eventfd(0, flags).expect("an eventfd"));
-        let process = self.hosts[side].process;
-        let options = Options {
-            memory_check: MemoryCheck::Off,
-            runtime: self.scheduler.runtime(process),
-            ..Options::default()
-        };
-        let served: Arc<dyn Function> = borrowed.clone();
-        let (theirs, stopped) = (Arc::clone(&shared), Arc::clone(&stop));
-        let serve = move || {
-            // An error means that the function serves nobody else, and none is served here.
-            let _ = endpoint.serve(&served, &options, stopped.as_fd(), &theirs);
-        };
-        let worker_ended = self.scheduler.start(process, "worker", Box::new(serve));
-        self.held.push(Held {
-            side,
-            function,
-            lease,
-            borrowed,
-            socket,
-            shared,
-            stop,
-            worker_ended,
-            ram,
-            vmm: None,
-            returning: false,
-        });
     }
 
     /// A VMM starts and connects.
@@ -449,7 +398,8 @@ impl World {
         self.verbs.retain(|verb| verb.side != side);
         self.drop_held(|held| held.side == side);
         self.downs += 1;
-        self.hosts[side].close_all(&mut self.scheduler, &mut self.random);
+        let workers = self.workers_of(side);
+        self.hosts[side].close_all(&mut self.scheduler, &mut self.random, workers);
     }
 
     /// A host loses power, with all that runs on it.
@@ -465,6 +415,9 @@ impl World {
         for (process, guest) in dead {
             self.scheduler.kill(process);
             guest.borrow_mut().end();
+        }
+        for worker in self.workers_of(side) {
+            self.scheduler.kill(worker);
         }
         self.kill(side);
     }

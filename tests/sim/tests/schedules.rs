@@ -1,4 +1,4 @@
-//! Schedules of a given shape: with a peer that forges, and with leases that expire under their borrowers.
+//! Schedules of a given shape: with a peer that forges, with leases that expire under their borrowers, with workers that die.
 
 use sim_tests::faults::Fabric;
 use sim_tests::random::Random;
@@ -10,7 +10,7 @@ use std::sync::Mutex;
 static ALONE: Mutex<()> = Mutex::new(());
 
 /// Runs so many schedules; what was met in them.
-fn passed(many: u64, forger: bool, short_leases: bool) -> Table {
+fn passed(many: u64, [forger, short_leases, workers]: [bool; 3]) -> Table {
     let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     let mut table = Table::default();
@@ -19,6 +19,7 @@ fn passed(many: u64, forger: bool, short_leases: bool) -> Table {
             fabric: Fabric::ALL[seed as usize % Fabric::ALL.len()],
             forger,
             short_leases,
+            workers,
         };
         schedule::keep_panics();
         let report = schedule::run_as(shape, (seed, Random::new(seed)), false, dir.path());
@@ -33,18 +34,28 @@ fn passed(many: u64, forger: bool, short_leases: bool) -> Table {
 
 #[test]
 fn honest_host_keeps_its_invariants_whatever_its_peer_forges() {
-    let table = passed(16, true, false);
+    let table = passed(16, [true, false, false]);
     assert!(table.met(Op::Forge, Trouble::PeerForges) > 0);
     assert!(table.met(Op::Interrupt, Trouble::PeerForges) > 0);
 }
 
 #[test]
 fn lease_that_nobody_opens_expires_and_one_with_an_open_path_never_does() {
-    let table = passed(16, true, true);
+    let table = passed(16, [true, true, false]);
     let expired: u64 = Op::ALL
         .iter()
         .map(|(op, _)| table.met(*op, Trouble::LeaseExpired))
         .sum();
     assert!(expired > 0, "no lease expired");
     assert!(table.met(Op::Interrupt, Trouble::PeerForges) > 0);
+}
+
+#[test]
+fn worker_that_dies_or_stands_still_costs_its_own_lease_alone() {
+    let table = passed(24, [false, false, true]);
+    for trouble in [Trouble::WorkerDead, Trouble::WorkerFrozen] {
+        for op in [Op::Interrupt, Op::Store, Op::Revoke, Op::Return] {
+            assert!(table.met(op, trouble) > 0, "{op:?} never met {trouble:?}");
+        }
+    }
 }
