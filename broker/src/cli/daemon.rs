@@ -15,6 +15,15 @@ pub(super) struct Args {
     /// VMM is hostile.
     #[arg(long)]
     in_process: bool,
+    /// Whether it gives up its rights but those it needs. With --in-process it keeps them all.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHETHER",
+        default_value_t,
+        conflicts_with = "in_process"
+    )]
+    sandbox: Sandbox,
     /// The configuration.
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
@@ -25,7 +34,7 @@ impl Args {
         log();
         let done = match self.in_process {
             true => daemon::run_in_process(&self.config),
-            false => daemon::run(&self.config),
+            false => daemon::run(&self.config, self.sandbox, &daemon::ROLE),
         };
         done.map_err(|error| VerbError::from(&error))
     }

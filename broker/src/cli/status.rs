@@ -7,6 +7,7 @@ use super::{
 use crate::daemon::vocabulary::{
     BarMode, BorrowedStatus, HostStatus, LentStatus, LinkState, PortQuarantine, PortStatus, Verb,
 };
+use crate::jail::Report;
 
 /// Tell everything about this host: ports, sessions, leases, counters, quarantine.
 #[derive(Debug, clap::Args)]
@@ -22,8 +23,13 @@ impl Args {
 pub(super) fn page(status: &HostStatus) -> String {
     let node = &status.node;
     let up = ago(node.uptime_ms);
+    let shut_in = match node.sandbox.as_ref().map(Report::is_closed) {
+        None => "",
+        Some(true) => ", in its sandbox",
+        Some(false) => ", without a sandbox",
+    };
     let mut parts = vec![format!(
-        "node {} ({}), sublet {}, process {}, up {up}",
+        "node {} ({}), sublet {}, process {}, up {up}{shut_in}",
         node.id, node.name, node.version, node.pid
     )];
     parts.push(match attention(status) {
@@ -47,6 +53,14 @@ fn section(name: &str, table: String) -> String {
 /// What an operator would want to know first.
 fn attention(status: &HostStatus) -> Vec<String> {
     let mut findings = Vec::new();
+    let node = &status.node;
+    if node.sandbox.as_ref().is_some_and(|left| !left.is_closed()) {
+        findings.push(format!(
+            "the daemon (process {}) runs without a sandbox, as --sandbox=off says: what takes it \
+             over has all that its user has",
+            node.pid
+        ));
+    }
     for port in &status.ports {
         let name = &port.name;
         if port.link == LinkState::Down {

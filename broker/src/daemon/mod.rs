@@ -5,6 +5,7 @@ pub mod control;
 pub mod error;
 pub mod host;
 pub(crate) mod refusals;
+mod role;
 pub mod router;
 mod run;
 pub mod socket;
@@ -12,6 +13,7 @@ pub mod status;
 pub mod text;
 pub mod vocabulary;
 
+pub use role::{ROLE, kept};
 pub(crate) use run::Signals;
 pub use run::{DaemonError, run, run_in_process, run_with};
 

@@ -131,6 +131,11 @@ impl ControlSocket {
         })
     }
 
+    /// The directory, if it was made for the socket.
+    pub fn made(&self) -> Option<&Path> {
+        self.made.as_deref()
+    }
+
     /// The listener; it does not block.
     pub fn listener(&self) -> &UnixListener {
         &self.listener

@@ -4,6 +4,7 @@ use super::{
     text::{BdfText, FdidText, Hex64},
     vocabulary::{Availability, BarMode},
 };
+use crate::jail::Report;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -46,6 +47,9 @@ pub struct NodeStatus {
     pub pid: u32,
     /// How long it has been running.
     pub uptime_ms: u64,
+    /// What the daemon's process has been left with; `None` = everything, as it is its ports, too.
+    #[serde(default)]
+    pub sandbox: Option<Report>,
 }
 
 /// One port.

@@ -23,6 +23,8 @@ fn rights(reach: &Reach) -> BitFlags<AccessFs> {
                 | AccessFs::MakeReg
                 | AccessFs::RemoveFile
         }
+        Reach::Remove(_) => AccessFs::RemoveFile.into(),
+        Reach::RemoveEmpty(_) => AccessFs::RemoveDir.into(),
     }
 }
 
@@ -36,9 +38,7 @@ pub(super) fn shut(kept: &[Reach]) -> Result<(), Boxed> {
         .scope(Scope::from_all(ASKED))?
         .create()?;
     for reach in kept {
-        let (Reach::Read(path) | Reach::Write(path) | Reach::Device(path) | Reach::Own(path)) =
-            reach;
-        let below = PathBeneath::new(PathFd::new(path)?, rights(reach));
+        let below = PathBeneath::new(PathFd::new(reach.path())?, rights(reach));
         rules = rules.add_rule(below)?;
     }
     rules.restrict_self()?;

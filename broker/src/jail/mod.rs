@@ -24,7 +24,11 @@ pub use limits::Limit;
 use rustix::process::{chdir, chroot};
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
-use std::{io, os::fd::RawFd, path::PathBuf};
+use std::{
+    io,
+    os::fd::RawFd,
+    path::{Path, PathBuf},
+};
 
 /// What the operator said.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -68,6 +72,23 @@ pub enum Reach {
     Device(PathBuf),
     /// Files that it makes, writes and removes.
     Own(PathBuf),
+    /// Files that it removes, without seeing what is there.
+    Remove(PathBuf),
+    /// Folders that it removes when nothing is in them.
+    RemoveEmpty(PathBuf),
+}
+
+impl Reach {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Read(path)
+            | Self::Write(path)
+            | Self::Device(path)
+            | Self::Own(path)
+            | Self::Remove(path)
+            | Self::RemoveEmpty(path) => path,
+        }
+    }
 }
 
 /// What a process keeps of what [`confine`] takes from all others.
@@ -238,5 +259,20 @@ impl Confined {
             self.report.seccomp = true;
         }
         Ok(self.report)
+    }
+
+    /// The same for a process whose threads come and go: what the C library asks for at the first
+    /// of them is nothing that it may be asked for later.
+    pub fn seal_before_threads(self) -> Result<Report, JailError> {
+        let role = self.role.name;
+        let first = std::thread::Builder::new().spawn(|| ());
+        let first = first.map_err(|source| JailError::Kernel {
+            role,
+            act: "start a thread",
+            source,
+        })?;
+        // It does nothing that could go wrong.
+        let _ = first.join();
+        self.seal()
     }
 }

@@ -98,10 +98,7 @@ pub fn run(parent: i32, uid: u32, sandbox: Sandbox) -> Result<(), KeeperError> {
         ..Kept::default()
     };
     let confined = confine_but(&CHECKS, sandbox, &[0, 1, 2, keeper.as_raw_fd()], &kept)?;
-    // What the C library asks for at the first thread is nothing that it may be asked for later.
-    let first = std::thread::Builder::new().spawn(|| ());
-    drop(first.map_err(kernel("start a thread"))?.join());
-    let report = confined.seal()?;
+    let report = confined.seal_before_threads()?;
     tracing::info!(?report, "looking at memory");
     let maps = PathBuf::from(if shut_in { "/" } else { "/proc" });
     let maps = Service::Checks(Arc::new(maps));

@@ -35,10 +35,23 @@ pub struct RedbStore {
 }
 
 impl RedbStore {
+    /// Makes the folder of a store, if it is not there.
+    pub fn make_folder(folder: &Path) -> Result<(), StoreError> {
+        if folder.is_dir() {
+            return Ok(());
+        }
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
+        made.map_err(|source| StoreError::File {
+            path: folder.to_owned(),
+            act: "made",
+            source,
+        })
+    }
+
     /// Opens or makes the file `leases.redb` in a folder, which is made if it is not there.
     pub fn open(folder: &Path) -> Result<Self, StoreError> {
         let path = folder.join("leases.redb");
-        make_folder(folder)?;
+        Self::make_folder(folder)?;
         let file = path.clone();
         Self::with(path, Box::new(move || open_file(&file)))
     }
@@ -235,15 +248,6 @@ fn write(txn: &redb::WriteTransaction, change: &Change) -> Result<(), Failure> {
         journal.pop_first()?;
     }
     Ok(())
-}
-
-fn make_folder(folder: &Path) -> Result<(), StoreError> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(folder);
-    made.map_err(|source| StoreError::File {
-        path: folder.to_owned(),
-        act: "made",
-        source,
-    })
 }
 
 /// The file is its owner's alone, whoever made it.

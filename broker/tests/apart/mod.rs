@@ -7,7 +7,7 @@ use std::{
     fs,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::Arc,
     thread::JoinHandle,
     time::Duration,
@@ -18,7 +18,7 @@ use sublet::{
         host::{Functions, Machine, OpenFunction, Workers, start_port},
         vocabulary::*,
     },
-    jail::Sandbox,
+    jail::{Sandbox, keep_from_children},
     port::serve_until,
 };
 use vfio_shim::{
@@ -78,18 +78,32 @@ pub struct Daemon {
 impl Daemon {
     /// Started, and its control socket there.
     fn start(file: &Path, control: &Path) -> Self {
-        let child = Command::new(env!("CARGO_BIN_EXE_sublet"))
-            .args(["daemon", "--config"])
-            .arg(file)
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        until("a daemon", || UnixStream::connect(control).ok());
-        Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sublet"));
+        command.args(["daemon", "--config"]).arg(file);
+        Self::by(command, file, control).expect("a daemon")
+    }
+
+    /// The same by this command; none, if it ends before its socket is there.
+    pub fn by(mut command: Command, file: &Path, control: &Path) -> Option<Self> {
+        // Whatever started this test may have left descriptors open.
+        keep_from_children();
+        let child = command.stdin(Stdio::null()).spawn().unwrap();
+        let mut daemon = Self {
             child,
             control: control.to_owned(),
             file: file.to_owned(),
-        }
+        };
+        let there = until("a daemon", || match daemon.child.try_wait().unwrap() {
+            Some(_) => Some(false),
+            None => UnixStream::connect(control).ok().map(|_| true),
+        });
+        there.then_some(daemon)
+    }
+
+    /// As an operator ends it.
+    pub fn stop(mut self) -> ExitStatus {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
+        self.child.wait().unwrap()
     }
 
     pub fn pid(&self) -> u32 {
@@ -273,7 +287,12 @@ impl Rig {
     }
 
     pub fn start_lender(&self) -> Daemon {
-        Daemon::start(&self.lender.file, &control(self.dir.path(), 4))
+        Daemon::start(&self.lender.file, &self.lender.control)
+    }
+
+    /// A lender's daemon by this command; none, if it does not begin to serve.
+    pub fn start_lender_by(&self, command: Command) -> Option<Daemon> {
+        Daemon::by(command, &self.lender.file, &self.lender.control)
     }
 
     pub fn start_daemons(&mut self) {

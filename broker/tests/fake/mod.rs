@@ -121,6 +121,7 @@ pub fn status() -> HostStatus {
             version: "0.1.0".to_owned(),
             pid: 812,
             uptime_ms: 11_520_000,
+            sandbox: None,
         },
         ports: vec![port()],
         lent: Vec::new(),

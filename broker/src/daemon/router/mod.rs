@@ -13,6 +13,7 @@ use super::Host;
 use super::host::HostError;
 use super::vocabulary::{ErrorCode, HostStatus, Outcome, Verb, VerbError};
 use crate::config::Config;
+use crate::jail::Report;
 use crate::pool::{LeaseStore, PoolService, RedbStore, StoreError};
 use link::PortLink;
 use std::collections::BTreeSet;
@@ -33,6 +34,7 @@ const VERB_DEADLINE: Duration = Duration::from_secs(115);
 /// The daemon's host. Fields drop in order: the lines to the ports, then the pool.
 pub struct Router {
     config: Config,
+    sandbox: Report,
     started: Instant,
     /// Functions that a lender's verb is at work on.
     busy: Mutex<BTreeSet<Bdf>>,
@@ -41,10 +43,11 @@ pub struct Router {
 }
 
 /// Opens the store of leases, and looks for the ports from now on. `file` is where the
-/// configuration was read from, for the words of mends.
-pub fn start(config: &Config, file: &Path) -> Result<Arc<dyn Host>, HostError> {
+/// configuration was read from, for the words of mends, and `sandbox` what this process has been
+/// left with.
+pub fn start(config: &Config, file: &Path, sandbox: Report) -> Result<Arc<dyn Host>, HostError> {
     let store = RedbStore::open(&config.state)?;
-    Ok(Arc::new(Router::new(config, file, store)?))
+    Ok(Arc::new(Router::new(config, file, store, sandbox)?))
 }
 
 /// A function that one verb of the lender has for itself.
@@ -70,6 +73,7 @@ impl Router {
         config: &Config,
         file: &Path,
         store: impl LeaseStore + 'static,
+        sandbox: Report,
     ) -> Result<Self, StoreError> {
         let pool = PoolService::start(store, config.limits.lease_ttl.as_millis() as u64)?;
         forget_old_ports(config, &pool);
@@ -81,6 +85,7 @@ impl Router {
         let names: Vec<String> = config.ports.iter().map(|port| port.name.clone()).collect();
         Ok(Self {
             config: config.clone(),
+            sandbox,
             started: Instant::now(),
             busy: Mutex::default(),
             links: names.iter().map(link).collect::<Result<_, _>>()?,

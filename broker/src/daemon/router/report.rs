@@ -84,6 +84,7 @@ impl Router {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 pid: std::process::id(),
                 uptime_ms: self.started.elapsed().as_millis() as u64,
+                sandbox: Some(self.sandbox.clone()),
             },
             store: StoreStatus {
                 folder: self.config.state.clone(),

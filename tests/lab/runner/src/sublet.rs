@@ -170,6 +170,21 @@ impl Daemon {
         Ok(link.trim().to_owned())
     }
 
+    /// That it is in its sandbox: what it says, and what the kernel says.
+    pub fn ensure_shut_in(&self) -> Result<()> {
+        let sandbox = &self.status()?["node"]["sandbox"];
+        for part in ["landlock", "seccomp"] {
+            ensure!(sandbox[part] == true, "host {}: {sandbox}", self.name);
+        }
+        let own = self.agent.text(&format!("/proc/{}/status", self.pid))?;
+        for line in ["CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"] {
+            ensure!(own.contains(line), "{line} is not in {own}");
+        }
+        let page = self.verb(&["status"])?;
+        ensure!(page.contains(", in its sandbox"), "{page}");
+        Ok(())
+    }
+
     /// What its port says of itself, without it.
     pub fn port_status(&self) -> Result<Value> {
         let text = self.verb(&["--control", PORT_CONTROL, "status", "--json"])?;

@@ -141,7 +141,8 @@ fn rights(attached: &Attached) -> Result<String> {
     for ((host, daemon), keeper) in hosts.into_iter().zip(&lending.keepers) {
         let agent = &host.agent;
         let port = daemon.port_pid().context("no port")?;
-        ensure_process(agent, daemon.pid(), USER, NO_CAPABILITY)?;
+        ensure_shut_in(&ensure_process(agent, daemon.pid(), USER, NO_CAPABILITY)?)?;
+        daemon.ensure_shut_in()?;
         ensure_process(agent, port, USER, NO_CAPABILITY)?;
         let descriptors = |pid: u32| agent.sh(&format!("ls -l /proc/{pid}/fd"));
         let held = descriptors(port)?;

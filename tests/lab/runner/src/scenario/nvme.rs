@@ -35,7 +35,7 @@ pub const MAPPED: Scenario = Scenario {
 /// BARs by way of a worker that is a process in its sandbox.
 pub const PROCESSES: Scenario = Scenario {
     name: "nvme-processes",
-    checks: 13,
+    checks: 14,
     when: When::Gate,
     own_model: None,
     deadline: Duration::from_secs(300),
@@ -48,7 +48,7 @@ pub const PROCESSES: Scenario = Scenario {
 /// BARs mapped into the VMM, whose worker is a process in its sandbox.
 pub const PROCESSES_MAPPED: Scenario = Scenario {
     name: "nvme-processes-mapped",
-    checks: 13,
+    checks: 14,
     when: When::Full,
     own_model: None,
     deadline: Duration::from_secs(300),
@@ -125,6 +125,14 @@ fn run_as(
             }
         };
         checks.check(what, || worker_holds_no_door(&attached, trapped));
+        checks.check(
+            "the daemons, started as root, are in their sandboxes",
+            || {
+                attached.lending.a.ensure_shut_in()?;
+                attached.lending.b.ensure_shut_in()?;
+                Ok("")
+            },
+        );
     }
     works(checks, &attached, &since, trapped)?;
     steps::detach(checks, attached)
