@@ -9,6 +9,7 @@ mod config_space;
 #[path = "../../../vmm-glue/tests/vfio_user/fake.rs"]
 mod fake;
 mod ipc;
+mod keeper;
 mod peer;
 mod session;
 mod slot;
@@ -47,6 +48,11 @@ pub const TARGETS: &[Target] = &[
         name: "ipc",
         run: ipc::target,
         covers: &["broker/src/ipc/codec.rs"],
+    },
+    Target {
+        name: "keeper",
+        run: keeper::target,
+        covers: &["broker/src/keeper/message.rs"],
     },
     Target {
         name: "slot",
