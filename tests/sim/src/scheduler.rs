@@ -3,9 +3,7 @@
 use crate::coroutine::{Pause, Thread, is_dying, is_inside, pause};
 use crate::random::Random;
 use crate::trace::Trace;
-use rustix::event::{EventfdFlags, eventfd};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vfio_shim::model::{Idle, Runtime, Task, UndoStep, Wait};
@@ -37,19 +35,11 @@ struct Born {
     ended: Arc<AtomicBool>,
 }
 
-struct Timer {
-    process: Process,
-    every_ms: u64,
-    next_ms: u64,
-    fd: OwnedFd,
-}
-
 struct State {
     now_ms: u64,
     random: Random,
     entropy: Random,
     born: Vec<Born>,
-    timers: Vec<Timer>,
     dead: Vec<Process>,
     /// Signals to end a process that have not arrived yet.
     killed: Vec<Process>,
@@ -165,19 +155,6 @@ impl Runtime for ProcessRuntime {
         }))
     }
 
-    fn timer(&self, every_ms: u64) -> io::Result<OwnedFd> {
-        let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let mut state = self.core.lock();
-        let next_ms = state.now_ms + every_ms;
-        state.timers.push(Timer {
-            process: self.process,
-            every_ms,
-            next_ms,
-            fd: fd.try_clone()?,
-        });
-        Ok(fd)
-    }
-
     fn reach(&self, step: UndoStep) {
         if !is_inside() || is_dying() {
             return;
@@ -251,7 +228,6 @@ impl Scheduler {
             entropy: random.fork(),
             random,
             born: Vec::new(),
-            timers: Vec::new(),
             dead: Vec::new(),
             killed: Vec::new(),
             stops: Vec::new(),
@@ -404,7 +380,6 @@ impl Scheduler {
                 return;
             }
             state.dead.push(process);
-            state.timers.retain(|timer| timer.process != process);
         }
         self.frozen.retain(|other| *other != process);
         let (dead, alive) = std::mem::take(&mut self.threads)
@@ -520,7 +495,7 @@ impl Scheduler {
         names.join(", ")
     }
 
-    /// Time passes until the next timer or deadline, or `end_ms`. False when it was there already.
+    /// Time passes until the next deadline, or `end_ms`. False when it was there already.
     pub fn pass(&mut self, end_ms: u64) -> bool {
         let now_ms = self.now_ms();
         if now_ms >= end_ms {
@@ -532,15 +507,7 @@ impl Scheduler {
         let deadlines = waits.filter_map(|running| running.until_ms);
         let deadline_ms = deadlines.filter(|at| *at > now_ms).min();
         let mut state = self.core.lock();
-        let timer_ms = state.timers.iter().map(|timer| timer.next_ms).min();
-        let next_ms = [Some(end_ms), deadline_ms, timer_ms];
-        state.now_ms = next_ms.into_iter().flatten().min().unwrap_or(end_ms);
-        let now_ms = state.now_ms;
-        for timer in state.timers.iter_mut().filter(|t| t.next_ms <= now_ms) {
-            timer.next_ms += timer.every_ms;
-            // Full only after 2^64 beats.
-            let _ = rustix::io::write(&timer.fd, &1u64.to_ne_bytes());
-        }
+        state.now_ms = deadline_ms.map_or(end_ms, |at| at.min(end_ms));
         drop(state);
         self.epoch += 1;
         true

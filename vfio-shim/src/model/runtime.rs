@@ -3,13 +3,9 @@
 use super::undo::UndoStep;
 use rustix::event::{PollFd, Timespec, poll};
 use rustix::io::Errno;
-use rustix::time::{
-    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, clock_gettime,
-    timerfd_create, timerfd_settime,
-};
+use rustix::time::{ClockId, clock_gettime};
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
@@ -34,9 +30,6 @@ pub trait Runtime: Send + Sync {
 
     /// Starts a thread.
     fn spawn(&self, name: String, run: Box<dyn FnOnce() + Send>) -> io::Result<Task>;
-
-    /// An fd that becomes readable every so many milliseconds; reading it takes that back.
-    fn timer(&self, every_ms: u64) -> io::Result<OwnedFd>;
 
     /// Called by a thread before it waits.
     fn idle(&self, wait: Wait) -> Idle;
@@ -216,21 +209,6 @@ impl Runtime for OsRuntime {
         }))
     }
 
-    fn timer(&self, every_ms: u64) -> io::Result<OwnedFd> {
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-        let every = Timespec {
-            tv_sec: (every_ms / 1000) as i64,
-            tv_nsec: (every_ms % 1000 * 1_000_000) as _,
-        };
-        let spec = Itimerspec {
-            it_interval: every,
-            it_value: every,
-        };
-        timerfd_settime(&timer, TimerfdTimerFlags::empty(), &spec)?;
-        Ok(timer)
-    }
-
     fn idle(&self, _wait: Wait) -> Idle {
         Idle::Block
     }
@@ -262,10 +240,6 @@ mod tests {
         }
 
         fn spawn(&self, _: String, _: Box<dyn FnOnce() + Send>) -> io::Result<Task> {
-            Err(io::ErrorKind::Unsupported.into())
-        }
-
-        fn timer(&self, _: u64) -> io::Result<OwnedFd> {
             Err(io::ErrorKind::Unsupported.into())
         }
 
@@ -312,18 +286,6 @@ mod tests {
             assert_eq!(wait(), Ok(false));
             rustix::io::write(&fd, &1u64.to_ne_bytes()).unwrap();
             assert_eq!(wait(), Ok(true));
-        }
-    }
-
-    #[test]
-    fn a_timer_becomes_readable_again_and_again() {
-        let runtime: &dyn Runtime = &OsRuntime;
-        let timer = runtime.timer(1).unwrap();
-        for _ in 0..2 {
-            runtime
-                .poll(&mut [PollFd::new(&timer, PollFlags::IN)])
-                .unwrap();
-            assert_eq!(rustix::io::read(&timer, &mut [0u8; 8]), Ok(8));
         }
     }
 }

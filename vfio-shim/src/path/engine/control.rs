@@ -1,12 +1,12 @@
-//! The control thread: feeds `PortCore` and carries its actions out; nothing here waits for an ioctl.
+//! The control thread: feeds `PortCore`, beats, and carries its actions out; nothing here waits for an ioctl.
 
 use super::executor::{Executor, ExecutorShared};
-use super::irq::{IrqCommand, IrqHandle, IrqThread, VectorCounters};
+use super::irq::{IrqCommand, IrqHandle, IrqThread, VectorCounters, word_offset};
 use super::keep::Keep;
 use super::mapper::{Mapper, MapperJob};
 use super::requests::Wish;
 use super::taking::{Take, TakeReply};
-use super::{CallReply, EngineConfig, EngineError, LeaseShared, Shared, lock};
+use super::{CallReply, EngineConfig, EngineError, LeaseShared, Shared, Signals, lock};
 use crate::model::{
     Access, Aperture, Bdf, DmaMap, Function, Memory, Runtime, Span, Task, WindowOffset,
 };
@@ -19,8 +19,8 @@ use crate::path::mailbox::MailboxCounters;
 use crate::path::message::{LeaseId, PoolEntry, Refusal};
 use crate::path::plan::Quarantine;
 use crate::path::wire::{
-    BELL_IRQ, BELL_MAILBOX, COMMIT_OFFSET, IRQ_TABLE_OFFSET, MAILBOX_BYTES, PAYLOAD_OFFSET,
-    SLOT_BYTES, SLOT_OFFSET, STATUS_BYTES, STATUS_OFFSET, ScratchpadSet,
+    BELL_IRQ, BELL_MAILBOX, COMMIT_OFFSET, MAILBOX_BYTES, PAYLOAD_OFFSET, SLOT_BYTES, SLOT_OFFSET,
+    STATUS_BYTES, STATUS_OFFSET, ScratchpadSet,
 };
 use crate::path::work::FunctionWork;
 use crate::vfio::MappedAperture;
@@ -157,6 +157,8 @@ pub(super) struct Control {
     irq: IrqHandle,
     irq_thread: Option<IrqThread>,
     irq_join: Option<Task>,
+    /// What the irq thread scans: each lease's first word, and what was read there.
+    scanned: BTreeMap<LeaseId, (u32, Arc<Signals>)>,
     mapper: Option<mpsc::Sender<MapperJob>>,
     mapper_join: Option<Task>,
     pub(super) workers: BTreeMap<Bdf, Worker>,
@@ -210,7 +212,7 @@ impl Control {
         let (thread, irq) = IrqThread::new(
             Arc::clone(&port),
             Arc::clone(&mailbox),
-            (config.heartbeat_ms, config.limits.interrupts_per_second),
+            config.limits.interrupts_per_second,
             (inbox.clone(), Arc::clone(&shared.runtime)),
         )?;
         let entropy = Arc::clone(&shared.runtime);
@@ -236,6 +238,7 @@ impl Control {
             irq,
             irq_thread: Some(thread),
             irq_join: None,
+            scanned: BTreeMap::new(),
             mapper: None,
             mapper_join: None,
             workers: BTreeMap::new(),
@@ -281,8 +284,23 @@ impl Control {
 
     fn run(mut self, events: &mpsc::Receiver<Input>) {
         let runtime = Arc::clone(&self.shared.runtime);
-        while let Ok(input) = runtime.receive(events, None) {
-            self.input(input);
+        let every_ms = self.config.heartbeat_ms.max(1);
+        let mut beat_ms = runtime.now_ms() + every_ms;
+        loop {
+            let late_ms = runtime.now_ms().checked_sub(beat_ms);
+            // In its turn beside others who never leave the channel empty.
+            let input = match late_ms {
+                Some(_) => Ok(Input::Beat),
+                None => runtime.receive(events, Some(beat_ms)),
+            };
+            if let Some(late_ms) = late_ms {
+                beat_ms += late_ms / every_ms * every_ms + every_ms;
+            }
+            match input {
+                Ok(input) => self.input(input),
+                Err(mpsc::RecvTimeoutError::Timeout) => continue,
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            }
             self.tell_takers();
             if self.stopping && self.core.is_idle() {
                 break;
@@ -305,12 +323,17 @@ impl Control {
             told.swap(false, Ordering::SeqCst);
         }
         let event = match input {
-            Input::Beat if self.stopping => return,
-            Input::Beat => Event::Beat {
-                link_up: self.port.link_is_up(),
-                spads: std::array::from_fn(|index| self.port.spad_read(index as u32)),
-                inbox: self.read_inbox(),
-            },
+            Input::Beat => {
+                self.look_for_raises();
+                if self.stopping {
+                    return;
+                }
+                Event::Beat {
+                    link_up: self.port.link_is_up(),
+                    spads: std::array::from_fn(|index| self.port.spad_read(index as u32)),
+                    inbox: self.read_inbox(),
+                }
+            }
             Input::Bell => Event::Bell(self.read_inbox()),
             Input::LinkChange if self.stopping => return,
             Input::LinkChange => Event::LinkChange(self.port.link_is_up()),
@@ -347,6 +370,16 @@ impl Control {
         };
         let actions = self.core.handle(event, now);
         self.perform(actions);
+    }
+
+    /// A lost bell is late, never lost: the irq thread is woken for words that it has not read.
+    fn look_for_raises(&self) {
+        let unseen = |&(first, ref signals): &(u32, Arc<Signals>)| {
+            signals.has_unseen(|vector| self.mailbox.read_u64(word_offset(first, vector)))
+        };
+        if self.core.session().is_some() && self.scanned.values().any(unseen) {
+            self.irq.send(IrqCommand::Look);
+        }
     }
 
     fn read_inbox(&self) -> Inbox {
@@ -409,6 +442,7 @@ impl Control {
                 if let Some(state) = self.borrowed(lease) {
                     self.clear_words(first, count);
                     let signals = Arc::clone(&state.signals);
+                    self.scanned.insert(lease, (first, Arc::clone(&signals)));
                     self.irq.send(IrqCommand::Scan {
                         lease,
                         first,
@@ -417,7 +451,10 @@ impl Control {
                     });
                 }
             }
-            Action::ScanEnd(lease) => self.irq.send(IrqCommand::ScanEnd(lease)),
+            Action::ScanEnd(lease) => {
+                self.scanned.remove(&lease);
+                self.irq.send(IrqCommand::ScanEnd(lease));
+            }
             Action::Pool(message) => self.pool.tell(message),
             Action::Answer(token, result) => self.answer(token, result),
             Action::Lost(lease, why) => {
@@ -483,8 +520,7 @@ impl Control {
 
     fn clear_words(&self, first: u32, count: u32) {
         for word in first..first + count {
-            let offset = IRQ_TABLE_OFFSET + u64::from(word) * 8;
-            self.mailbox.write_u64(offset, 0);
+            self.mailbox.write_u64(word_offset(0, word), 0);
         }
     }
 

@@ -1,4 +1,4 @@
-//! The irq thread: doorbells, the lender's relay with its fence, the borrower's scan, and the heartbeat; it never waits for an ioctl.
+//! The irq thread: doorbells, the lender's relay with its fence, and the borrower's scan; it never waits for an ioctl.
 
 use super::control::Input;
 use super::requests::{Watch, Wish};
@@ -17,7 +17,6 @@ use std::sync::{Arc, mpsc};
 
 const KEY_PORT: u64 = 0;
 const KEY_COMMAND: u64 = 1;
-const KEY_TIMER: u64 = 2;
 const KEY_RELAY: u64 = 1 << 63;
 const KEY_WATCH: u64 = 1 << 62;
 /// How many events one wait takes.
@@ -84,6 +83,8 @@ pub(super) enum IrqCommand {
         signals: Arc<Signals>,
     },
     ScanEnd(LeaseId),
+    /// Scan all now.
+    Look,
     /// Tell control when one of these fires.
     Watch(Bdf, Vec<Watch>),
     Unwatch(Bdf),
@@ -142,7 +143,6 @@ pub(super) struct IrqThread {
     commands: mpsc::Receiver<IrqCommand>,
     wake: Arc<OwnedFd>,
     epoll: OwnedFd,
-    timer: OwnedFd,
     session: Option<(u64, u64)>,
     relays: BTreeMap<LeaseId, Armed>,
     by_index: BTreeMap<u64, LeaseId>,
@@ -177,25 +177,17 @@ impl IrqThread {
     pub(super) fn new(
         port: Arc<dyn NtbPort>,
         mailbox: Arc<dyn Aperture>,
-        (heartbeat_ms, interrupts_per_second): (u64, u32),
+        interrupts_per_second: u32,
         (inbox, runtime): (mpsc::Sender<Input>, Arc<dyn Runtime>),
     ) -> Result<(Self, IrqHandle), EngineError> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let wake = Arc::new(made("wake-up eventfd", eventfd(0, flags))?);
         let epoll = made("epoll", epoll::create(epoll::CreateFlags::CLOEXEC))?;
-        let timer = runtime.timer(heartbeat_ms);
-        let timer = timer.map_err(|source| EngineError::Thread {
-            what: "timer",
-            source,
-        })?;
         let (sender, commands) = mpsc::channel();
         let bells = Arc::<BellCounters>::default();
         let told = Arc::<Told>::default();
-        let watched: [(BorrowedFd<'_>, u64); 3] = [
-            (port.event(), KEY_PORT),
-            (wake.as_fd(), KEY_COMMAND),
-            (timer.as_fd(), KEY_TIMER),
-        ];
+        let watched: [(BorrowedFd<'_>, u64); 2] =
+            [(port.event(), KEY_PORT), (wake.as_fd(), KEY_COMMAND)];
         for (fd, key) in watched {
             let data = epoll::EventData::new_u64(key);
             made(
@@ -212,7 +204,6 @@ impl IrqThread {
             commands,
             wake: Arc::clone(&wake),
             epoll,
-            timer,
             session: None,
             relays: BTreeMap::new(),
             by_index: BTreeMap::new(),
@@ -257,7 +248,6 @@ impl IrqThread {
             for event in &events {
                 match event.data.u64() {
                     KEY_PORT => self.doorbell(),
-                    KEY_TIMER => self.beat(),
                     KEY_COMMAND => {
                         if self.commanded() {
                             return;
@@ -300,21 +290,18 @@ impl IrqThread {
         }
     }
 
-    fn beat(&mut self) {
-        drain(self.timer.as_fd());
-        self.tell(&self.told.beat, Input::Beat);
-        // A lost bell is late, never lost.
-        self.scan_all();
-    }
-
     fn scan_all(&mut self) {
         let Some((session, _)) = self.session else {
             return;
         };
         for scanned in self.scans.values_mut() {
             let first = scanned.first;
-            let mailbox = &self.mailbox;
-            let read = |vector: usize| mailbox.read_u64(word_offset(first, vector as u32));
+            let (mailbox, signals) = (&self.mailbox, &scanned.signals);
+            let read = |vector: usize| {
+                let word = mailbox.read_u64(word_offset(first, vector as u32));
+                signals.saw(vector, word);
+                word
+            };
             for vector in scanned.scan.scan(read, session) {
                 scanned.signals.raise(vector as u32);
             }
@@ -366,6 +353,7 @@ impl IrqThread {
                 IrqCommand::ScanEnd(lease) => {
                     self.scans.remove(&lease);
                 }
+                IrqCommand::Look => self.scan_all(),
                 IrqCommand::Watch(bdf, watches) => self.watch(bdf, watches),
                 IrqCommand::Unwatch(bdf) => self.watched.retain(|_, (of, _)| *of != bdf),
             }
@@ -573,7 +561,7 @@ fn watch(epoll: &OwnedFd, (event, key): (&OwnedFd, u64), flags: epoll::EventFlag
     let _ = epoll::modify(epoll, event, epoll::EventData::new_u64(key), flags);
 }
 
-fn word_offset(first: u32, vector: u32) -> u64 {
+pub(super) fn word_offset(first: u32, vector: u32) -> u64 {
     IRQ_TABLE_OFFSET + (u64::from(first) + u64::from(vector)) * 8
 }
 

@@ -1,9 +1,9 @@
-//! The threads around one port's state: control, interrupts and heartbeat, mapper, and one executor for each lent function.
+//! The threads around one port's state: control with the heartbeat, interrupts, mapper, and one executor for each lent function.
 //!
 //! | thread | does | never |
 //! |---|---|---|
-//! | control | owns `PortCore`; mailbox, handshake, answers | waits for an ioctl |
-//! | irq | doorbells, relay, scan, heartbeat | an ioctl that can wait |
+//! | control | owns `PortCore`; mailbox, handshake, heartbeat, answers | waits for an ioctl |
+//! | irq | doorbells, relay, scan | an ioctl that can wait |
 //! | mapper | pins guest RAM into the port's container | |
 //! | executor, one per lent function | resets, interrupts, maps of that function | |
 //!

@@ -11,6 +11,8 @@ pub struct Signals {
     bits: Box<[AtomicU64]>,
     wake: OwnedFd,
     scanned: Box<[AtomicU64]>,
+    /// The interrupt words, as the irq thread last read them.
+    seen: Box<[AtomicU64]>,
     /// Of a worker in another process.
     tell: Option<Tell>,
 }
@@ -21,11 +23,12 @@ impl Signals {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let words = (vectors as usize).div_ceil(64);
         let bits = (0..words).map(|_| AtomicU64::new(0)).collect();
-        let scanned = (0..vectors).map(|_| AtomicU64::new(0)).collect();
+        let zeros = || (0..vectors).map(|_| AtomicU64::new(0)).collect();
         Ok(Self {
             bits,
             wake,
-            scanned,
+            scanned: zeros(),
+            seen: zeros(),
             tell: None,
         })
     }
@@ -53,6 +56,19 @@ impl Signals {
         }
         word.fetch_or(1 << (vector % 64), Ordering::Release);
         self.wake();
+    }
+
+    /// The irq thread has read this word, and raises what follows from it.
+    pub(super) fn saw(&self, vector: usize, word: u64) {
+        if let Some(seen) = self.seen.get(vector) {
+            seen.store(word, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether a word stands there that the irq thread has not read.
+    pub(super) fn has_unseen(&self, read: impl Fn(u32) -> u64) -> bool {
+        let mut words = (0..).zip(&self.seen);
+        words.any(|(vector, seen)| read(vector) != seen.load(Ordering::Relaxed))
     }
 
     /// Wakes the worker.

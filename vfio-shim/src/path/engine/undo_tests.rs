@@ -171,7 +171,7 @@ impl Rig {
         let runtime: Arc<dyn Runtime> = Arc::new(OsRuntime);
         let door = (inbox.clone(), Arc::clone(&runtime));
         let (thread, irq) =
-            IrqThread::new(Arc::clone(&shared_port), mailbox, (60_000, 1_000_000), door).unwrap();
+            IrqThread::new(Arc::clone(&shared_port), mailbox, 1_000_000, door).unwrap();
         port.doorbell_unmask_only(BELL_MAILBOX);
         for side in [&port, &far] {
             side.link_enable(true);
