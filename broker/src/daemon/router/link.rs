@@ -30,10 +30,10 @@ use vfio_shim::path::lender::OFFERS_MAX;
 use vfio_shim::path::message::Secret;
 use vfio_shim::path::{LeaseId, LeasePool, words};
 
-/// How soon a port that is not there is looked for again.
-const AGAIN: Duration = Duration::from_millis(500);
-/// How soon after the end of a line.
+/// How soon a port is looked for again after the end of its line.
 const AGAIN_SOON: Duration = Duration::from_millis(20);
+/// The same for one that has not been there for long: each look waits twice as long as the last.
+const AGAIN_MAX: Duration = Duration::from_secs(1);
 /// How long a port may take to say what it holds.
 const HELLO_DEADLINE: Duration = Duration::from_secs(2);
 /// The most leases that a port may hold or remember.
@@ -198,29 +198,30 @@ enum Over {
 
 impl Seeker {
     fn run(mut self) {
+        let mut again = AGAIN_SOON;
         loop {
-            let (line, again) = match connect(&self.socket, SocketType::SEQPACKET) {
+            let line = match connect(&self.socket, SocketType::SEQPACKET) {
                 Ok(socket) => match self.hold(Packets::of(socket)) {
                     Over::Stopped => return,
                     Over::Broken(why) => {
                         tracing::warn!(port = self.name, "the line is over: {why}");
-                        let again = match *lock(&self.line) {
-                            Line::There { .. } => AGAIN_SOON,
-                            _ => AGAIN,
-                        };
-                        (Line::Broken(why), again)
+                        if let Line::There { .. } = *lock(&self.line) {
+                            again = AGAIN_SOON;
+                        }
+                        Line::Broken(why)
                     }
                 },
                 Err(error) if is_missing(&error) => {
                     self.gone();
-                    (Line::Missing, AGAIN)
+                    Line::Missing
                 }
-                Err(error) => (Line::Broken(error.to_string()), AGAIN),
+                Err(error) => Line::Broken(error.to_string()),
             };
             *lock(&self.line) = line;
             if self.stopped_within(again) {
                 return;
             }
+            again = (again * 2).min(AGAIN_MAX);
         }
     }
 
