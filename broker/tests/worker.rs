@@ -3,7 +3,7 @@
 #[allow(dead_code, reason = "each test program uses a part of it")]
 mod soft;
 
-use rustix::process::Signal;
+use rustix::process::{Signal, set_parent_process_death_signal};
 use soft::{Rig, Vmm, descriptors, freeze, lives, signal, status, until};
 use std::{
     env, fs,
@@ -28,6 +28,8 @@ const SIGSYS: i32 = 31;
 fn the_process_of_the_other_tests() {
     let Ok(part) = env::var(PART) else { return };
     let (part, argument) = part.split_once(' ').unwrap_or((&part, ""));
+    // A test that fails leaves nobody behind who floods for ever.
+    set_parent_process_death_signal(Some(Signal::KILL)).unwrap();
     until("a harness that waits", || harness_waits().then_some(()));
     match part {
         "worker-without" => {

@@ -5,7 +5,15 @@ use crate::{
     jail::Sandbox,
 };
 use std::{io, path::PathBuf};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{
+    filter::{LevelFilter, Targets},
+    fmt,
+    prelude::*,
+    registry,
+};
+
+/// What is logged where nobody says more.
+const LEVEL: LevelFilter = LevelFilter::INFO;
 
 /// Run this host's daemon until SIGTERM or SIGINT. Its ports are processes of their own: `sublet
 /// port`. Logs to stderr; SUBLET_LOG=debug tells more.
@@ -60,10 +68,16 @@ impl WorkerArgs {
 
 /// To stderr, as much as SUBLET_LOG says.
 pub(super) fn log() {
-    let filter = EnvFilter::try_from_env("SUBLET_LOG").unwrap_or_else(|_| "info".into());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(false)
-        .init();
+    let asked = std::env::var("SUBLET_LOG").unwrap_or_else(|_| LEVEL.to_string());
+    let (told, misread) = match asked.parse::<Targets>() {
+        Ok(told) => (told, None),
+        Err(error) => (Targets::new().with_default(LEVEL), Some(error)),
+    };
+    let lines = fmt::layer().with_writer(io::stderr).with_ansi(false);
+    registry().with(lines).with(told).init();
+    if let Some(error) = misread {
+        tracing::warn!(
+            "SUBLET_LOG={asked} is not understood ({error}), so {LEVEL} it is: say error, warn, info, debug or trace, for all or as in `info,vfio_shim=debug`"
+        );
+    }
 }
