@@ -206,6 +206,14 @@ impl Guest {
         self.remove_sockets()
     }
 
+    /// Whatever is left of the VMM goes; one that has ended by itself is no error.
+    pub fn clear_away(self) -> Result<()> {
+        self.host
+            .sh(&format!("kill -9 {} 2>/dev/null || :", self.pid))?;
+        self.host.wait(self.pid, END_TIMEOUT)?;
+        self.remove_sockets()
+    }
+
     fn remove_sockets(&self) -> Result<()> {
         let mut argv = vec!["rm", "-f"];
         argv.extend(self.sockets.iter().map(String::as_str));

@@ -9,6 +9,7 @@ mod hosts;
 mod isolation;
 mod keeper;
 mod kill_matrix;
+mod late_stores;
 mod ntb_drivers;
 mod nvme;
 mod pf_gone;
@@ -82,6 +83,7 @@ pub const ALL: &[Scenario] = &[
     flap::SCENARIO,
     heartbeat::SCENARIO,
     kill_matrix::SCENARIO,
+    late_stores::SCENARIO,
     pf_gone::SCENARIO,
     windows::SCENARIO,
     refusals::SCENARIO,

@@ -1,0 +1,237 @@
+//! Scenario `late-stores`: what stood still while its lease was revoked goes on beside the next tenant, and reaches nothing of it.
+
+use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, SOCKET, Setup, dio};
+use super::{Scenario, When};
+use crate::agent::Agent;
+use crate::check::Checks;
+use crate::guest::{Guest, GuestSpec};
+use crate::host::VF_BDF;
+use crate::lab::Lab;
+use crate::pci::{self, NvmeRegisters};
+use crate::sublet::Workers;
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::time::Duration;
+
+/// One tenant after the other on the same function; each stores without end until it is gone.
+pub const SCENARIO: Scenario = Scenario {
+    name: "late-stores",
+    checks: ATTACH_CHECKS + VICTIMS.len() + DETACH_CHECKS,
+    when: When::Full,
+    own_model: None,
+    deadline: Duration::from_secs(1200),
+    run,
+};
+
+/// Who stands still between a guest's store and the function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    Vmm,
+    Worker,
+    BorrowerPort,
+    LenderPort,
+}
+
+const VICTIMS: [Victim; 4] = [
+    Victim::Vmm,
+    Victim::Worker,
+    Victim::BorrowerPort,
+    Victim::LenderPort,
+];
+
+const SIGSTOP: i32 = 19;
+const SIGCONT: i32 = 18;
+const WAIT: Duration = Duration::from_secs(60);
+const BYTES: u64 = 64 << 10;
+const SOCKETS: [&str; 2] = [SOCKET, "/run/sublet/next.sock"];
+/// NVMe's AQA, which a controller takes at any time and no driver sets to this.
+const AQA: u64 = 0x24;
+const PATTERN: u32 = 0x05a5_05a5;
+/// How many stores are waited for where the storing guest lives.
+const LATE: u64 = 5;
+const STORE_LOG: &str = "/tmp/stores";
+const IO_LOG: &str = "/tmp/io";
+const REVOKE_LOG: &str = "/run/revoke.log";
+const IO: &str = "while lab-agent dio write /dev/nvme0n1 1048576 65536 7; do :; done";
+
+/// The function, and who has it.
+struct Rig<'a> {
+    lab: &'a Lab,
+    attached: Attached,
+    tenants: usize,
+}
+
+fn spec(lab: &Lab, name: &str) -> Result<GuestSpec> {
+    let mut spec = GuestSpec::stock(name, &lab.vmm()?);
+    // The guest stores past its driver.
+    spec.cmdline = "iomem=relaxed".to_owned();
+    Ok(spec)
+}
+
+fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
+    let setup = Setup {
+        workers: Workers::Processes,
+        ..Setup::default()
+    };
+    let attached = steps::attach(lab, checks, &setup, spec(lab, "g")?)?;
+    let mut rig = Rig {
+        lab,
+        attached,
+        tenants: 0,
+    };
+    for victim in VICTIMS {
+        let name = format!("{victim:?} stands still while its lease is revoked: no late store");
+        checks.must(&name, || rig.strike(victim))?;
+    }
+    steps::detach(checks, rig.attached)
+}
+
+impl Rig<'_> {
+    fn socket(&self) -> &'static str {
+        SOCKETS[self.tenants % SOCKETS.len()]
+    }
+
+    /// Its process, and the host that it runs on.
+    fn process(&self, victim: Victim) -> Result<(u32, Agent)> {
+        let Attached { lending, pair, .. } = &self.attached;
+        let (a, b) = (pair.a.agent.clone(), pair.b.agent.clone());
+        Ok(match victim {
+            Victim::Vmm => (self.attached.guest.pid, b),
+            Victim::Worker => {
+                let status = lending.b.status()?;
+                let pid = status["borrowed"][0]["worker"]["pid"].as_u64();
+                (
+                    pid.with_context(|| format!("no worker: {status}"))? as u32,
+                    b,
+                )
+            }
+            Victim::BorrowerPort => (lending.b.port_pid().context("no port")?, b),
+            Victim::LenderPort => (lending.a.port_pid().context("no port")?, a),
+        })
+    }
+
+    /// The tenant's I/O, and beside it stores into a register, for as long as there is a function.
+    fn at_work(&self) -> Result<()> {
+        let guest = &self.attached.guest.agent;
+        let register = pci::bar_address(guest, &pci::find_nvme(guest)?, 0)? + AQA;
+        let stores = format!("while lab-agent devmem write {register} {PATTERN}; do echo; done");
+        guest.spawn(&["sh", "-c", IO], IO_LOG)?;
+        guest.spawn(&["sh", "-c", &stores], STORE_LOG)?;
+        guest.wait_until(&format!("test -s {IO_LOG} && test -s {STORE_LOG}"), WAIT)?;
+        let seen = self.registers()?;
+        ensure!(seen.aqa == PATTERN, "the stores do not arrive: {seen:x?}");
+        Ok(())
+    }
+
+    fn registers(&self) -> Result<NvmeRegisters> {
+        pci::nvme_registers(&self.attached.pair.a.agent, VF_BDF)
+    }
+
+    fn strike(&mut self, victim: Victim) -> Result<String> {
+        self.at_work()?;
+        let (pid, host) = self.process(victim)?;
+        host.kill(pid, SIGSTOP)?;
+        host.wait_until(&format!("grep -q '^State:.T' /proc/{pid}/status"), WAIT)?;
+        let thaw = || host.kill(pid, SIGCONT);
+        match victim {
+            Victim::Vmm => {
+                self.revoke()?;
+                let next = self.lend_on()?;
+                thaw()?;
+                self.stores_go_on(&self.attached.guest)?;
+                self.take_over(next)
+            }
+            Victim::Worker => {
+                self.revoke()?;
+                // A store of it could only come later, from a process that is no more.
+                let gone = host.wait_until(&format!("! kill -0 {pid}"), WAIT);
+                gone.context("the worker outlives its lease, standing still")?;
+                let next = self.lend_on()?;
+                self.take_over(next)
+            }
+            Victim::BorrowerPort => {
+                self.revoke()?;
+                // Its worker does not know yet, and stores.
+                self.stores_go_on(&self.attached.guest)?;
+                self.registers()?.ensure_reset()?;
+                thaw()?;
+                let next = self.lend_on()?;
+                self.take_over(next)
+            }
+            Victim::LenderPort => {
+                self.revoke_of_frozen_port(pid)?;
+                let next = self.lend_on()?;
+                self.take_over(next)
+            }
+        }
+    }
+
+    /// The operator's word is answered when the function is nobody's.
+    fn revoke(&self) -> Result<()> {
+        let state = self.attached.lending.a.verb(&["revoke", VF_BDF])?;
+        let seen = self.registers()?;
+        seen.ensure_reset().with_context(|| state)
+    }
+
+    /// The same, asked for while the port cannot hear it.
+    fn revoke_of_frozen_port(&self, pid: u32) -> Result<()> {
+        let a = &self.attached.pair.a.agent;
+        let program = self.lab.share_binary("sublet")?;
+        let revoke = a.spawn(&[&program, "revoke", VF_BDF], REVOKE_LOG)?;
+        a.wait_until(&format!("test -d /proc/{revoke}"), WAIT)?;
+        a.kill(pid, SIGCONT)?;
+        let code = a.wait(revoke, WAIT)?;
+        let said = a.text(REVOKE_LOG)?;
+        a.sh(&format!("rm {REVOKE_LOG}"))?;
+        ensure!(code == Some(0), "revoke ended with {code:?}: {said}");
+        self.registers()?.ensure_reset()
+    }
+
+    /// The guest of the lost lease lives, and its stores end somewhere.
+    fn stores_go_on(&self, guest: &Guest) -> Result<()> {
+        let count = format!("wc -l < {STORE_LOG}");
+        let before: u64 = guest.agent.sh(&count)?.trim().parse()?;
+        let more = format!("test $({count}) -ge {}", before + LATE);
+        guest.agent.wait_until(&more, WAIT)?;
+        Ok(())
+    }
+
+    /// The same function to another tenant, with the old one's VMM still there.
+    fn lend_on(&mut self) -> Result<Guest> {
+        let Attached { lending, fdid, .. } = &self.attached;
+        let lost = |status: &Value| status["borrowed"][0]["state"] == "lost";
+        lending.b.wait_status("lost lease", WAIT, lost)?;
+        lending.b.verb(&["return", fdid])?;
+        self.tenants += 1;
+        let Attached {
+            lending,
+            fdid,
+            pair,
+            ..
+        } = &self.attached;
+        lending.borrow(fdid, self.socket(), &[])?;
+        let spec = spec(self.lab, &format!("g{}", self.tenants))?;
+        let guest = self.lab.boot_guest(&spec.device(self.socket()), &pair.b)?;
+        steps::wait_namespace(&guest.agent)?;
+        Ok(guest)
+    }
+
+    /// The new tenant's function and bytes are its own; then the old one's VMM goes.
+    fn take_over(&mut self, next: Guest) -> Result<String> {
+        let a = &self.attached.pair.a.agent;
+        let written = steps::write_and_read_back(&next.agent, BYTES)?;
+        let read = dio(a, "read", BYTES, None)?;
+        ensure!(
+            written == read,
+            "the guest wrote {written}, host a has {read}"
+        );
+        let seen = self.registers()?;
+        ensure!(
+            seen.cc & 1 == 1 && seen.aqa != PATTERN,
+            "the next tenant's function bears a store of the last's: {seen:x?}"
+        );
+        let old = std::mem::replace(&mut self.attached.guest, next);
+        old.clear_away()?;
+        Ok(written)
+    }
+}
