@@ -50,6 +50,7 @@ mod kind {
     pub const CHECK: u16 = 7;
     pub const TOLD: u16 = 8;
     pub const FAILED: u16 = 9;
+    pub const HOLDER: u16 = 10;
 
     pub const FUNCTION: u16 = 33;
     pub const CONFIG: u16 = 34;
@@ -374,6 +375,7 @@ impl ToPort {
     pub fn fds(&self) -> Vec<BorrowedFd<'_>> {
         match self {
             Self::Map(_, part) => part.files.iter().map(AsFd::as_fd).collect(),
+            Self::Holder(_, _, process) => vec![process.as_fd()],
             _ => Vec::new(),
         }
     }
@@ -426,6 +428,11 @@ impl ToPort {
                 w.u64(token.0);
                 put_check(w, check)?;
             }
+            Self::Holder(token, pid, _) => {
+                w.u16(kind::HOLDER);
+                w.u64(token.0);
+                w.u32(*pid as u32);
+            }
             Self::Told(token, told) => {
                 w.u16(kind::TOLD);
                 w.u64(token.0);
@@ -450,8 +457,10 @@ impl ToPort {
     pub fn decode(bytes: &[u8], fds: Vec<OwnedFd>) -> Coded<Self> {
         let mut r = Reader::new(bytes);
         let kind = r.u16()?;
-        if kind != kind::MAP {
-            check_fds(fds.len(), 0)?;
+        match kind {
+            kind::MAP => {}
+            kind::HOLDER => check_fds(fds.len(), 1)?,
+            _ => check_fds(fds.len(), 0)?,
         }
         let message = match kind {
             kind::READY => Self::Ready(Report {
@@ -477,6 +486,12 @@ impl ToPort {
                 Self::Store(bar, offset, data)
             }
             kind::CHECK => Self::Check(Token(r.u64()?), get_check(&mut r)?),
+            kind::HOLDER => {
+                let (token, pid) = (Token(r.u64()?), r.u32()? as i32);
+                let process = fds.into_iter().next();
+                let process = process.ok_or(MessageError::Fds { came: 0, takes: 1 })?;
+                Self::Holder(token, pid, process)
+            }
             kind::TOLD => Self::Told(Token(r.u64()?), get_told(&mut r)?),
             kind::FAILED => Self::Failed(get_text(&mut r)?),
             other => return Err(bad("kind", other)),

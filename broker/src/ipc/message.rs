@@ -86,6 +86,8 @@ pub enum ToPort {
     Store(u8, u64, Vec<u8>),
     /// Whether the VMM's memory is shared.
     Check(Token, Check),
+    /// A VMM is about to be given the window: its process, by number and pidfd.
+    Holder(Token, i32, OwnedFd),
     /// To [`ToWorker::Tell`].
     Told(Token, Told),
     /// The function cannot serve another guest, or nobody can be accepted: it ends.

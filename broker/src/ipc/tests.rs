@@ -81,6 +81,7 @@ fn from_worker() -> Vec<ToPort> {
         ToPort::Load(Token(4), 5, u64::MAX, 8),
         ToPort::Store(0, 0x18, vec![9; 4]),
         check(3),
+        ToPort::Holder(Token(5), 77, fd()),
         told(2),
         ToPort::Failed("the function cannot be reset".into()),
     ]

@@ -20,6 +20,7 @@ use crate::daemon::control::{Deadlines, serve};
 use crate::daemon::host::{self, HostError, Workers};
 use crate::daemon::socket::ControlSocket;
 use crate::daemon::{DaemonError, Host, Signals};
+use crate::worker::holders;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -72,6 +73,9 @@ pub fn serve_until(
     let line = ControlSocket::claim_packets(&leases_socket(config, name))?;
     let leases = PortLeases::start(config.node_id, name, line);
     let leases = leases.map_err(kernel("wait for a daemon"))?;
+    // No other port serves this NTB now: who has its window has it from one that is no more.
+    let left = holders::end_left_behind(&holders::folder(&config.port_folder(name)));
+    left.map_err(HostError::from)?;
     let host = start(config, at, leases.clone())?;
     tracing::info!(node = config.node_id, port = name, "serving");
     let served = serve(&verbs, &host, stop, Deadlines::default());

@@ -9,6 +9,7 @@
 //! the window: closed when the lease is lost, and by its death. It dies with the daemon: by a
 //! signal, and by the channel's end.
 
+pub mod holders;
 mod port;
 mod role;
 pub mod server;

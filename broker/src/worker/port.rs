@@ -21,7 +21,10 @@ use vfio_shim::{
         borrower::{Answer, Call, GuestMap},
     },
 };
-use vmm_glue::vfio_user::memory_check::{Inode, MemoryError, MemoryMaps};
+use vmm_glue::vfio_user::{
+    Holders, Vmm,
+    memory_check::{Inode, MemoryError, MemoryMaps},
+};
 
 /// How much longer than the port a worker waits: the port's own word on what took too long is better.
 const MARGIN_MS: u64 = 2_000;
@@ -224,6 +227,15 @@ impl MemoryMaps for ChannelPort {
             asked.map_err(|error| MemoryError::Told(error.to_string()))?;
         }
         Ok(())
+    }
+}
+
+impl Holders for ChannelPort {
+    fn begins(&self, vmm: Vmm) -> Result<(), String> {
+        let Vmm { pid, process } = vmm;
+        let holder = |token| vec![ToPort::Holder(token, pid, process)];
+        let asked = self.ask(holder, LOOK_WAIT_MS);
+        asked.map(drop).map_err(|error| error.to_string())
     }
 }
 

@@ -104,6 +104,7 @@ impl Orders {
             maps_max: start.maps_max,
             bytes_max: start.bytes_max,
             memory_maps: port.clone(),
+            holders: Some(port.clone()),
             runtime: Arc::clone(runtime),
             ..Options::default()
         }

@@ -70,6 +70,7 @@ impl World {
             let settings = Settings {
                 messages_per_second: WORKER_MESSAGES_PER_SECOND,
                 memory_maps: Options::default().memory_maps,
+                holders: Default::default(),
             };
             let endpoint = Endpoint::bind(&socket).expect("a socket");
             let by = (Box::new(launcher) as _, &settings);

@@ -1,6 +1,6 @@
 //! What the owner decides about a guest session.
 
-use super::{memory_check::MemoryMaps, peer::Peers, spin, version::MAPS_MAX};
+use super::{holders::Holders, memory_check::MemoryMaps, peer::Peers, spin, version::MAPS_MAX};
 use std::{path::PathBuf, sync::Arc};
 use vfio_shim::model::{OsRuntime, Runtime};
 
@@ -40,6 +40,8 @@ pub struct Options {
     pub bytes_max: u64,
     /// Where memory maps of processes are read, or who is asked.
     pub memory_maps: Arc<dyn MemoryMaps>,
+    /// Who keeps account of VMMs with mapped BARs; none = whoever serves knows them all.
+    pub holders: Option<Arc<dyn Holders>>,
     /// What the serving thread stands on.
     pub runtime: Arc<dyn Runtime>,
     /// How many threads of this process may wait awake for their VMMs at once; 0 = none ever.
@@ -55,6 +57,7 @@ impl Default for Options {
             maps_max: MAPS_MAX,
             bytes_max: u64::MAX,
             memory_maps: Arc::new(PathBuf::from("/proc")),
+            holders: None,
             runtime: Arc::new(OsRuntime),
             // Asked for here, and not at the first wait: a sandbox may be closed by then.
             spinners_max: spin::spinners_max(),

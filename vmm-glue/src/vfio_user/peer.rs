@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
 /// The most users, and the most groups, that may be named.
@@ -43,38 +43,52 @@ impl Peers {
     }
 }
 
-/// Who connected, as the kernel saw it at that time.
-pub(super) fn peer(socket: BorrowedFd<'_>) -> io::Result<Peer> {
-    let mut credentials = libc::ucred {
-        pid: 0,
-        uid: 0,
-        gid: 0,
-    };
-    let mut len = size_of_val(&credentials) as libc::socklen_t;
-    // SAFETY: both pointers are to live values, the first as long as `len` says; every bit pattern
-    // is a `ucred`.
+/// A socket's option.
+fn option<T: Copy>(socket: BorrowedFd<'_>, name: libc::c_int, mut value: T) -> io::Result<T> {
+    let mut len = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: both pointers are to live values, the first as long as `len` says; for both types
+    // that this is called with, every bit pattern is one.
     let result = unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
             libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut credentials).cast(),
+            name,
+            (&raw mut value).cast(),
             &raw mut len,
         )
     };
     match result {
-        0 => Ok(Peer {
-            pid: credentials.pid,
-            uid: credentials.uid,
-            gid: credentials.gid,
-        }),
+        0 => Ok(value),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
+/// Who connected, as the kernel saw it at that time.
+pub(super) fn peer(socket: BorrowedFd<'_>) -> io::Result<Peer> {
+    let nobody = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
+    let credentials = option(socket, libc::SO_PEERCRED, nobody)?;
+    Ok(Peer {
+        pid: credentials.pid,
+        uid: credentials.uid,
+        gid: credentials.gid,
+    })
+}
+
+/// The pidfd of the process that connected, whatever has its number by now (Linux 6.5).
+pub(super) fn process(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let fd: RawFd = option(socket, libc::SO_PEERPIDFD, -1)?;
+    // SAFETY: the kernel has just made this descriptor for the caller, who alone knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{Peer, Peers, peer};
+    use super::{Peer, Peers, peer, process};
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use std::{fs::File, os::fd::AsFd, os::unix::net::UnixStream, process};
 
     #[test]
@@ -86,7 +100,18 @@ mod tests {
             gid: rustix::process::getegid().as_raw(),
         };
         assert_eq!(peer(one.as_fd()).unwrap(), me);
-        assert!(peer(File::open("/dev/null").unwrap().as_fd()).is_err());
+        let file = File::open("/dev/null").unwrap();
+        assert!(peer(file.as_fd()).is_err());
+        // A process is readable when it has ended, and this one has not.
+        let me = process(one.as_fd()).unwrap();
+        assert_eq!(
+            poll(
+                &mut [PollFd::new(&me, PollFlags::IN)],
+                Some(&Timespec::default())
+            ),
+            Ok(0)
+        );
+        assert!(process(file.as_fd()).is_err());
     }
 
     #[test]

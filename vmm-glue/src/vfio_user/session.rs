@@ -11,8 +11,9 @@
 use super::{
     dispatch::Guest,
     error::{EndpointError, SessionError, words},
-    options::Options,
-    peer::peer,
+    holders::Vmm,
+    options::{BarMode, Options},
+    peer::{Peer, peer, process},
     shared::{SessionShared, SessionState},
     socket::{Incoming, Receiver, Stop, Wake, send},
     wire::Reply,
@@ -42,12 +43,7 @@ pub fn serve_connection(
 ) -> Result<(), EndpointError> {
     let peer = peer(socket.as_fd()).map_err(EndpointError::Peer)?;
     let pid = peer.pid;
-    if !options.peers.may_attach(peer) {
-        let (uid, gid) = (peer.uid, peer.gid);
-        let words = format!(
-            "a process of user {uid}, group {gid} (process {pid}) may not attach here: start the \
-             VMM as a user that may, or name it in policy.vmm_uids or policy.vmm_gids"
-        );
+    if let Err(words) = admit(socket.as_fd(), peer, options) {
         tracing::error!("{words}");
         shared.counters.refused.count();
         shared.fail(words);
@@ -86,6 +82,26 @@ pub fn serve_connection(
         shared.fail(words);
     }
     undone
+}
+
+/// Whether a VMM may attach; if not, why.
+fn admit(socket: BorrowedFd<'_>, peer: Peer, options: &Options) -> Result<(), String> {
+    let Peer { pid, uid, gid } = peer;
+    if !options.peers.may_attach(peer) {
+        return Err(format!(
+            "a process of user {uid}, group {gid} (process {pid}) may not attach here: start the \
+             VMM as a user that may, or name it in policy.vmm_uids or policy.vmm_gids"
+        ));
+    }
+    match &options.holders {
+        Some(holders) if options.bars == BarMode::Mapped => {
+            let process = process(socket).map_err(|error| {
+                format!("the kernel does not tell which process the VMM is: {error}")
+            })?;
+            holders.begins(Vmm { pid, process })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Answers the VMM's requests, one after the other.

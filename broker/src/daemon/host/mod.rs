@@ -22,6 +22,7 @@ use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
 use crate::config::{Config, PortConfig};
 use crate::keeper::Keeper;
 use crate::pool::{PoolService, RedbStore, StoreError};
+use crate::worker::holders::{self, HolderError, Holders};
 use borrow::{Borrowed, Trust};
 use claim::Claims;
 use functions::KernelFunctions;
@@ -64,6 +65,9 @@ pub enum HostError {
         #[source]
         source: EngineError,
     },
+    /// A VMM of an earlier port has the NTB's window.
+    #[error(transparent)]
+    Holder(#[from] HolderError),
     /// The store of leases cannot be had.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -87,6 +91,8 @@ struct LocalHost {
     config: Config,
     functions: Arc<dyn Functions>,
     workers: Workers,
+    /// Which VMMs have a port's window.
+    holders: Arc<Holders>,
     started: Instant,
     state: Mutex<State>,
     unclaimed: Condvar,
@@ -274,10 +280,13 @@ impl LocalHost {
         first: usize,
         pool: Option<PoolService>,
     ) -> Self {
+        // A port of its own is survived by its VMMs, and so by their records.
+        let own = pool.is_none().then(|| config.port_folder(&ports[0].name));
         Self {
             config: config.clone(),
             functions,
             workers,
+            holders: Arc::new(Holders::new(own.map(|own| holders::folder(&own)))),
             started: Instant::now(),
             state: Mutex::default(),
             unclaimed: Condvar::new(),

@@ -6,6 +6,7 @@ use crate::daemon::host::borrow::from_call;
 use crate::daemon::vocabulary::{BarMode, ErrorCode, VerbError, WorkerStatus};
 use crate::ipc::Start;
 use crate::jail::Sandbox;
+use crate::worker::holders::Holders;
 use crate::worker::server::{self, Settings, StartError, WorkerServer};
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,7 +16,7 @@ use std::thread::JoinHandle;
 use vfio_shim::model::{Bdf, Function};
 use vfio_shim::path::{BorrowedFunction, CallError, Engine, LeaseId, PoolEntry};
 use vmm_glue::vfio_user::{
-    self, Endpoint, MemoryCheck, Options, Peers, SessionShared, SessionState,
+    self, Endpoint, MemoryCheck, Options, Peers, SessionShared, SessionState, Vmm,
 };
 
 /// How borrowed functions are served.
@@ -63,6 +64,7 @@ pub(super) enum Server {
 
 /// A thread of this process.
 pub(super) struct ThreadServer {
+    holders: Arc<Holders>,
     function: Arc<BorrowedFunction>,
     shared: Arc<SessionShared>,
     stop: OwnedFd,
@@ -77,6 +79,20 @@ impl ThreadServer {
         if let Some(handle) = handle.take() {
             let _ = handle.join();
         }
+        self.holders.end(self.function.lease());
+    }
+}
+
+/// The account of one lease's VMMs.
+struct OfLease {
+    holders: Arc<Holders>,
+    lease: LeaseId,
+}
+
+impl vfio_user::Holders for OfLease {
+    fn begins(&self, vmm: Vmm) -> Result<(), String> {
+        let began = self.holders.begins(self.lease, vmm);
+        began.map_err(|error| vfio_shim::path::words(&error))
     }
 }
 
@@ -190,6 +206,7 @@ impl LocalHost {
                 let settings = Settings {
                     messages_per_second: self.config.limits.worker_messages_per_second,
                     memory_maps: self.functions.memory_maps(),
+                    holders: Arc::clone(&self.holders),
                 };
                 let by = (Box::new(program) as _, &settings);
                 let worker = server::start(engine, (bdf, ram), endpoint, start, by);
@@ -223,6 +240,10 @@ impl LocalHost {
             maps_max: self.config.limits.guest_maps,
             bytes_max: self.config.limits.guest_mapped_bytes.unwrap_or(u64::MAX),
             memory_maps: self.functions.memory_maps(),
+            holders: Some(Arc::new(OfLease {
+                holders: Arc::clone(&self.holders),
+                lease: function.lease(),
+            })),
             ..Options::default()
         };
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
@@ -238,6 +259,7 @@ impl LocalHost {
             }
         });
         Ok(ThreadServer {
+            holders: Arc::clone(&self.holders),
             function: Arc::clone(function),
             shared,
             stop,

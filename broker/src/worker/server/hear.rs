@@ -18,7 +18,7 @@ use vfio_shim::{
     },
 };
 use vmm_glue::vfio_user::{
-    Endpoint,
+    Endpoint, Vmm,
     memory_check::{Inode, MemoryMaps},
 };
 
@@ -162,6 +162,10 @@ impl Hearing {
                     let _ = asked.send(told);
                 }
                 return Ok(());
+            }
+            ToPort::Holder(token, pid, process) => {
+                let began = self.worker.holder(Vmm { pid, process });
+                (token, began.map(|()| Answer::Done))
             }
             ToPort::Failed(why) => return Err(Fault::Failed(why)),
             ToPort::Map(token, part) => match self.map(token, part)? {

@@ -7,6 +7,7 @@
 
 mod hear;
 
+use super::holders::Holders;
 use crate::{
     ipc::{Channel, ChannelError, SIGNALS_MAX, Sent, Start, ToWorker, Token, Told},
     jail::Report,
@@ -29,10 +30,12 @@ use std::{
 };
 use vfio_shim::{
     model::{Aperture, Bdf, Runtime, Task},
-    path::{BorrowedPath, CallError, Engine, LeaseId, limits::Bucket, message::CONFIG_BYTES_MAX},
+    path::{
+        BorrowedPath, CallError, Engine, LeaseId, limits::Bucket, message::CONFIG_BYTES_MAX, words,
+    },
     vfio::MappedAperture,
 };
-use vmm_glue::vfio_user::{Endpoint, memory_check::MemoryMaps};
+use vmm_glue::vfio_user::{Endpoint, Vmm, memory_check::MemoryMaps};
 
 /// How long a worker may take from its start to listening.
 const READY_WAIT_MS: u64 = 20_000;
@@ -69,6 +72,8 @@ pub struct Settings {
     pub messages_per_second: u32,
     /// Who looks whether a VMM's memory is shared.
     pub memory_maps: Arc<dyn MemoryMaps>,
+    /// Which VMMs have the window.
+    pub holders: Arc<Holders>,
 }
 
 /// Why there is no worker.
@@ -111,6 +116,7 @@ pub struct WorkerServer {
     /// The read end of its grip.
     grip: OwnedFd,
     mapped: bool,
+    holders: Arc<Holders>,
     tells: Mutex<HashMap<Token, mpsc::Sender<Told>>>,
     last_token: AtomicU64,
     report: Mutex<Report>,
@@ -163,6 +169,7 @@ pub fn start(
     let worker = Arc::new(WorkerServer {
         runtime: Arc::clone(&runtime),
         mapped,
+        holders: Arc::clone(&settings.holders),
         channel: ours,
         path,
         process: Mutex::default(),
@@ -351,14 +358,30 @@ impl WorkerServer {
     fn let_go(&self, why: &str) {
         let lost = ToWorker::Lost(why.to_owned());
         let told = matches!(self.channel.send_to_worker(&lost, false), Ok(Sent::Sent));
-        if told && self.has_let_go() && !self.maps_a_device() {
-            return;
+        if !(told && self.has_let_go() && !self.maps_a_device()) {
+            self.kill();
+            if let Some(process) = self.process() {
+                // For ever, if need be: what is not gone can still store into a slice that would be
+                // another tenant's. The peer then sees the heartbeat stop, which ends the session.
+                process.gone(None);
+            }
         }
-        self.kill();
-        if let Some(process) = self.process() {
-            // For ever, if need be: what is not gone can still store into a slice that would be
-            // another tenant's. The peer then sees the heartbeat stop, which ends the session.
-            process.gone(None);
+        // It hands the window over no more: who has it, is known.
+        self.holders.end(self.lease());
+    }
+
+    /// A VMM is about to have the window; not one whose lease is over.
+    fn holder(&self, vmm: Vmm) -> Result<(), CallError> {
+        if !self.mapped {
+            let why = "no VMM of this lease has the window";
+            return Err(CallError::Gone(why.into()));
+        }
+        let began = self.holders.begins(self.lease(), vmm);
+        began.map_err(|error| CallError::Gone(words(&error)))?;
+        // Behind the account: who ends the lease sees it, or it is seen here.
+        match self.path.lost() {
+            Some(why) => Err(CallError::Gone(why)),
+            None => Ok(()),
         }
     }
 
