@@ -1,4 +1,4 @@
-//! Scenario `late-stores`: what stood still while its lease was revoked goes on beside the next tenant, and reaches nothing of it.
+//! Scenarios `late-stores` and `mapped-door`: what stood still while its lease was revoked reaches nothing of the next tenant, and a VMM that holds the window is ended first.
 
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, SOCKET, Setup, dio};
 use super::{Scenario, When};
@@ -21,6 +21,16 @@ pub const SCENARIO: Scenario = Scenario {
     own_model: None,
     deadline: Duration::from_secs(1200),
     run,
+};
+
+/// The same where the VMM itself has the window: nothing but its end takes that from it.
+pub const MAPPED: Scenario = Scenario {
+    name: "mapped-door",
+    checks: ATTACH_CHECKS + 3,
+    when: When::Full,
+    own_model: None,
+    deadline: Duration::from_secs(1200),
+    run: run_mapped,
 };
 
 /// Who stands still between a guest's store and the function.
@@ -52,12 +62,16 @@ const LATE: u64 = 5;
 const STORE_LOG: &str = "/tmp/stores";
 const IO_LOG: &str = "/tmp/io";
 const REVOKE_LOG: &str = "/run/revoke.log";
+const FOLDERS_GO: &str = "rmdir /run/sublet/ports/* /run/sublet/ports /run/sublet 2>/dev/null || :";
+const HOLDERS: &str = "/run/sublet/ports/ntb0/holders";
 const IO: &str = "while lab-agent dio write /dev/nvme0n1 1048576 65536 7; do :; done";
 
 /// The function, and who has it.
 struct Rig<'a> {
     lab: &'a Lab,
     attached: Attached,
+    /// Flags of `sublet borrow`.
+    borrow: &'a [&'a str],
     tenants: usize,
 }
 
@@ -77,6 +91,7 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     let mut rig = Rig {
         lab,
         attached,
+        borrow: &[],
         tenants: 0,
     };
     for victim in VICTIMS {
@@ -84,6 +99,45 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         checks.must(&name, || rig.strike(victim))?;
     }
     steps::detach(checks, rig.attached)
+}
+
+fn run_mapped(lab: &Lab, checks: &mut Checks) -> Result<()> {
+    let borrow = &["--bars", "mapped", "--trust-vmm"];
+    let setup = Setup {
+        workers: Workers::Processes,
+        borrow,
+        ..Setup::default()
+    };
+    let attached = steps::attach(lab, checks, &setup, spec(lab, "g")?)?;
+    let mut rig = Rig {
+        lab,
+        attached,
+        borrow,
+        tenants: 0,
+    };
+    checks.must("a VMM that stands still is ended with its lease", || {
+        rig.revoke_from_mapped()
+    })?;
+    checks.must("a VMM that outlives its port is ended by the next", || {
+        rig.kill_port_of_mapped()
+    })?;
+    checks.check("both hosts are as before", || {
+        let Attached {
+            guest,
+            lending,
+            fdid,
+            before,
+            pair,
+            ..
+        } = rig.attached;
+        guest.shut_down()?;
+        lending.b.verb(&["return", &fdid])?;
+        lending.end(&pair)?;
+        // The killed port's, empty: else they stay, and are seen.
+        pair.b.agent.sh(FOLDERS_GO)?;
+        pair.ensure_unchanged(&before)
+    });
+    Ok(())
 }
 
 impl Rig<'_> {
@@ -166,6 +220,40 @@ impl Rig<'_> {
         }
     }
 
+    /// Stopped, with the lender's registers in its guest's page tables.
+    fn revoke_from_mapped(&mut self) -> Result<String> {
+        self.at_work()?;
+        let (pid, b) = self.process(Victim::Vmm)?;
+        b.sh(&format!("test -s {HOLDERS}/{pid}"))?;
+        b.kill(pid, SIGSTOP)?;
+        b.wait_until(&format!("grep -q '^State:.T' /proc/{pid}/status"), WAIT)?;
+        self.revoke()?;
+        let code = b.wait(pid, WAIT)?;
+        ensure!(code.is_none(), "the VMM was not killed, it ended: {code:?}");
+        let next = self.lend_on()?;
+        self.take_over(next)
+    }
+
+    fn kill_port_of_mapped(&mut self) -> Result<String> {
+        self.at_work()?;
+        let (pid, b) = self.process(Victim::Vmm)?;
+        self.attached.lending.b.kill_port()?;
+        let (worker_gone, lives) = (
+            "! pgrep -f 'sublet worker' >/dev/null",
+            format!("grep -q '^State:.[^ZX]' /proc/{pid}/status"),
+        );
+        b.wait_until(worker_gone, WAIT)?;
+        b.sh(&lives)
+            .context("the VMM ended by itself: nothing is shown")?;
+        self.attached.lending.b.start_port()?;
+        let code = b.wait(pid, WAIT)?;
+        ensure!(code.is_none(), "the VMM was not killed, it ended: {code:?}");
+        self.attached.lending.wait_link()?;
+        self.tenants += 1;
+        let next = self.move_in()?;
+        self.take_over(next)
+    }
+
     /// The operator's word is answered when the function is nobody's.
     fn revoke(&self) -> Result<()> {
         let state = self.attached.lending.a.verb(&["revoke", VF_BDF])?;
@@ -203,13 +291,17 @@ impl Rig<'_> {
         lending.b.wait_status("lost lease", WAIT, lost)?;
         lending.b.verb(&["return", fdid])?;
         self.tenants += 1;
+        self.move_in()
+    }
+
+    fn move_in(&self) -> Result<Guest> {
         let Attached {
             lending,
             fdid,
             pair,
             ..
         } = &self.attached;
-        lending.borrow(fdid, self.socket(), &[])?;
+        lending.borrow(fdid, self.socket(), self.borrow)?;
         let spec = spec(self.lab, &format!("g{}", self.tenants))?;
         let guest = self.lab.boot_guest(&spec.device(self.socket()), &pair.b)?;
         steps::wait_namespace(&guest.agent)?;

@@ -84,6 +84,7 @@ pub const ALL: &[Scenario] = &[
     heartbeat::SCENARIO,
     kill_matrix::SCENARIO,
     late_stores::SCENARIO,
+    late_stores::MAPPED,
     pf_gone::SCENARIO,
     windows::SCENARIO,
     refusals::SCENARIO,
