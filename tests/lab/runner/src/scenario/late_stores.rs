@@ -249,7 +249,8 @@ impl Rig<'_> {
         let code = b.wait(pid, WAIT)?;
         ensure!(code.is_none(), "the VMM was not killed, it ended: {code:?}");
         self.attached.lending.wait_link()?;
-        self.tenants += 1;
+        // On the socket that the killed port left behind.
+        self.tenants += SOCKETS.len();
         let next = self.move_in()?;
         self.take_over(next)
     }
