@@ -358,7 +358,8 @@ impl WorkerServer {
     fn let_go(&self, why: &str) {
         let lost = ToWorker::Lost(why.to_owned());
         let told = matches!(self.channel.send_to_worker(&lost, false), Ok(Sent::Sent));
-        if !(told && self.has_let_go() && !self.maps_a_device()) {
+        let let_go = told && self.has_let_go() && !self.maps_a_device();
+        if !let_go {
             self.kill();
             if let Some(process) = self.process() {
                 // For ever, if need be: what is not gone can still store into a slice that would be
