@@ -187,6 +187,7 @@ pub struct Rig {
     links: BTreeMap<&'static str, SoftLink>,
     functions: BTreeMap<Bdf, Arc<SoftFunction>>,
     workers: Workers,
+    heartbeat_ms: u64,
     dir: tempfile::TempDir,
 }
 
@@ -198,13 +199,18 @@ fn control(dir: &Path, node: u16) -> PathBuf {
     folder(dir, node).join("control.sock")
 }
 
-fn write_config(dir: &Path, node: u16, ports: &[&str], name: &str) -> PathBuf {
+fn write_config(
+    dir: &Path,
+    node: u16,
+    (ports, heartbeat_ms): (&[&str], u64),
+    name: &str,
+) -> PathBuf {
     let folder = folder(dir, node);
     fs::create_dir_all(&folder).unwrap();
     let port = |(at, port): (usize, &&str)| {
         format!(
             "[[port]]\nname = \"{port}\"\nbdf = \"0000:02:00.{at}\"\npeers = \"cable\"\n\
-             trust_domain = \"lab\"\nheartbeat_ms = 50\nlost_after_ms = 20000\n"
+             trust_domain = \"lab\"\nheartbeat_ms = {heartbeat_ms}\nlost_after_ms = 20000\n"
         )
     };
     let ports: String = ports.iter().enumerate().map(port).collect();
@@ -226,10 +232,20 @@ impl Rig {
             program: env!("CARGO_BIN_EXE_sublet").into(),
             sandbox: Sandbox::On,
         };
-        Self::with_functions(names, 3, workers)
+        Self::beating(names, 3, workers, 50)
     }
 
     pub fn with_functions(names: &[&'static str], functions: usize, workers: Workers) -> Self {
+        Self::beating(names, functions, workers, 50)
+    }
+
+    /// Before anything is offered.
+    pub fn beating(
+        names: &[&'static str],
+        functions: usize,
+        workers: Workers,
+        heartbeat_ms: u64,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let port = SoftPortConfig {
             window_bytes: [WINDOW_BYTES; 2],
@@ -238,7 +254,8 @@ impl Rig {
             .iter()
             .map(|name| (*name, SoftLink::new([port; 2]).unwrap()));
         let function = |at| (bdf(at).0, Arc::new(SoftFunction::new(ids(), 4)));
-        let files = [4, 8].map(|node| write_config(dir.path(), node, names, "control"));
+        let files =
+            [4, 8].map(|node| write_config(dir.path(), node, (names, heartbeat_ms), "control"));
         let [lender, borrower] = [(4, 0), (8, 1)]
             .map(|(node, at): (u16, usize)| Daemon::start(&files[at], &control(dir.path(), node)));
         let mut rig = Self {
@@ -248,6 +265,7 @@ impl Rig {
             links: links.collect(),
             functions: (0..functions).map(function).collect(),
             workers,
+            heartbeat_ms,
             dir,
         };
         for name in names {
@@ -303,12 +321,19 @@ impl Rig {
     /// A daemon of the lender's with a control socket and a store of its own, and the same ports.
     pub fn start_daemon_beside(&self) -> Daemon {
         let names: Vec<&str> = self.links.keys().copied().collect();
-        let file = write_config(self.dir.path(), 4, &names, "second");
+        let file = write_config(self.dir.path(), 4, (&names, self.heartbeat_ms), "second");
         Daemon::start(&file, &folder(self.dir.path(), 4).join("second.sock"))
     }
 
     pub fn guest_socket(&self, at: usize) -> PathBuf {
         folder(self.dir.path(), 8).join(format!("{at}.vf"))
+    }
+
+    /// How many vectors of all functions have a trigger: on this fabric a descriptor each, which
+    /// otherwise the kernel holds.
+    pub fn triggers(&self) -> usize {
+        let functions = self.functions.values();
+        functions.map(|function| function.triggers()).sum()
     }
 
     pub fn available(&self, at: usize, port: &str) -> Result<Outcome, VerbError> {
