@@ -5,11 +5,12 @@
 //! Two VMMs read through the server: one on this crate's client, which waits awake for a reply
 //! where that pays, as the server does for the next request; and one that sleeps until its reply
 //! is there, as QEMU's and cloud-hypervisor's clients do. The second keeps one of the two wake-ups
-//! that the echo is made of, whatever the server does. All think by sleeping.
+//! that the echo is made of, whatever the server does. All think by sleeping. VMMs have one core
+//! and servers, the echo's too, another.
 
 mod vmm;
 
-use bench_report::{Child, Report, Role, Rounds, Switches, cpu_ns, paired, time_ns};
+use bench_report::{Child, Report, Role, Rounds, Switches, cpu_ns, on_core, paired, time_ns};
 use criterion::Criterion;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io::{Read, Write};
@@ -29,6 +30,10 @@ use zerocopy::IntoBytes;
 
 const REQUEST_BYTES: usize = size_of::<Header>() + size_of::<RegionAccess>();
 const REPLY_BYTES: usize = REQUEST_BYTES + 4;
+/// The core of all servers, and of the echo.
+const SERVER: usize = 0;
+/// The core of all VMMs.
+const VMM: usize = 1;
 const IDLE_WORKERS: usize = 16;
 /// The most that the ratio to the blocking echo may be.
 const LIMIT_BUSY: f64 = 0.4;
@@ -290,7 +295,10 @@ impl Bench {
 }
 
 fn main() -> ExitCode {
+    // Before this process is held to a core: whether to wait awake depends on how many there are.
+    let _ = Options::default();
     if let Some(role) = Role::mine() {
+        on_core(SERVER);
         play(&role);
         return ExitCode::SUCCESS;
     }
@@ -302,6 +310,7 @@ fn main() -> ExitCode {
         }
     };
     let mut bench = Bench::new(switches.clone());
+    on_core(VMM);
     if !switches.short {
         bench.criterion();
     }

@@ -1,5 +1,6 @@
 //! A chain of eventfds with a thread between each two: what a signal through as many threads costs by itself.
 
+use crate::on_core;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::{read, write};
 use std::os::fd::OwnedFd;
@@ -31,16 +32,17 @@ fn put(fd: &OwnedFd, value: u64) {
 }
 
 impl Hops {
-    /// So many wake-ups from `signal` to its return: that of each thread, and the caller's own.
-    pub fn new(wakes: usize) -> Self {
-        assert!(wakes > 0);
+    /// A thread on each of these cores ([`on_core`]), one behind the other: from `signal` to its
+    /// return there is the wake-up of each, and the caller's own.
+    pub fn new(cores: &[usize]) -> Self {
         let first = blocking();
         let mut last = Arc::clone(&first);
         let mut threads = Vec::new();
-        for _ in 1..wakes {
+        for core in cores.iter().copied() {
             let (from, to) = (last, blocking());
             last = Arc::clone(&to);
             threads.push(std::thread::spawn(move || {
+                on_core(core);
                 loop {
                     let value = take(&from);
                     put(&to, value);
@@ -80,10 +82,10 @@ mod tests {
 
     #[test]
     fn each_signal_comes_out_once_and_the_threads_end() {
-        for wakes in 1..4 {
-            let hops = Hops::new(wakes);
+        for cores in [&[][..], &[0], &[0, 1, 0]] {
+            let hops = Hops::new(cores);
             (0..10).for_each(|_| hops.signal());
-            assert_eq!(hops.threads.len(), wakes - 1);
+            assert_eq!(hops.threads.len(), cores.len());
         }
     }
 }

@@ -4,11 +4,13 @@
 //! median of the rounds' ratios, and one noisy round decides nothing.
 
 mod child;
+mod cores;
 mod hops;
 mod paired;
 mod report;
 
 pub use child::{Child, Role, cpu_ns};
+pub use cores::on_core;
 pub use hops::Hops;
 pub use paired::{Paired, Rounds, paired, percentile, time_ns};
 pub use report::{Report, Switches};

@@ -1,5 +1,6 @@
 //! Two hosts of this process over a soft NTB: one lends a software function, the other has it open.
 
+use bench_report::on_core;
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -9,6 +10,10 @@ use vfio_shim::ntb::soft::{SoftFunction, SoftLink, SoftPortConfig};
 use vfio_shim::path::{BorrowedFunction, Engine, EngineConfig, PoolEntry, PoolState};
 
 const WINDOW_BYTES: u64 = 4 << 30;
+/// The core that each host has.
+pub const LENDER: usize = 0;
+/// Likewise.
+pub const BORROWER: usize = 1;
 const VECTOR: u32 = 1;
 const VECTORS: u16 = 4;
 /// Longer than a session takes to open.
@@ -31,6 +36,8 @@ fn bdf() -> Bdf {
 }
 
 fn engine(link: &SoftLink, side: u8) -> Arc<Engine> {
+    // Its threads stand where this one does.
+    on_core([LENDER, BORROWER][usize::from(side)]);
     let config = EngineConfig {
         name: format!("bench{side}"),
         node: u16::from(side) + 1,
@@ -44,7 +51,7 @@ fn engine(link: &SoftLink, side: u8) -> Arc<Engine> {
 }
 
 impl Rig {
-    /// With one vector of the function armed.
+    /// With one vector of the function armed. The caller is the device, on the lender's core.
     pub fn new() -> Self {
         let config = SoftPortConfig {
             window_bytes: [WINDOW_BYTES; 2],
@@ -85,6 +92,7 @@ impl Rig {
         borrowed
             .set_irqs(IrqIndex::Msix, VECTOR, vec![trigger])
             .expect("a vector is armed");
+        on_core(LENDER);
         Self {
             _borrowed: borrowed,
             function,
