@@ -254,12 +254,12 @@ pub fn status(host: &Arc<dyn Host>) -> HostStatus {
     }
 }
 
-/// What each descriptor of a process is.
+/// What each descriptor of a process is; one that is closed meanwhile is none of them.
 pub fn descriptors(pid: u32) -> Vec<String> {
     let folder = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
-    let targets = folder.map(|entry| {
-        let target = fs::read_link(entry.unwrap().path()).unwrap();
-        target.to_string_lossy().into_owned()
+    let targets = folder.filter_map(|entry| match fs::read_link(entry.unwrap().path()) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        target => Some(target.unwrap().to_string_lossy().into_owned()),
     });
     targets.collect()
 }
