@@ -4,17 +4,16 @@
 //! pidfd from before it is given the window, and on disk, in the port's folder, for the port that
 //! comes after a killed one: a file named by the process, with the time at which that started.
 
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process},
+};
 use std::{
     fs, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Mutex, MutexGuard, PoisonError},
-};
-
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    io::Errno,
-    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process},
 };
 use vfio_shim::path::LeaseId;
 use vmm_glue::vfio_user::Vmm;
@@ -40,6 +39,9 @@ pub enum HolderError {
         "this port may not end process {0}, and mapped BARs outlive a lease: start the VMM as the port's user, or borrow with --bars trapped"
     )]
     NotOurs(i32),
+    /// It connected, and is not there any more.
+    #[error("the VMM (process {0}) has ended meanwhile")]
+    Gone(i32),
     /// It cannot be written down.
     #[error("the VMM (process {pid}) cannot be written down in {}", folder.display())]
     Record {
@@ -119,6 +121,11 @@ impl Holders {
                 folder: folder.clone(),
                 source,
             })?;
+        }
+        // Behind all that went by its number, which is not another's as long as it lives.
+        if is_over(&process, Some(&Timespec::default())) {
+            self.forget(pid);
+            return Err(HolderError::Gone(pid));
         }
         let mut held = self.held();
         held.retain(|holder| {
@@ -361,6 +368,19 @@ mod tests {
         };
         let refused = holders.begins(LeaseId(1), unseen);
         assert!(matches!(refused, Err(HolderError::Unseen)));
+        // Its number could be another's by the time that it is written down.
+        let mut ended = Process::start();
+        let of_ended = ended.vmm();
+        ended.0.kill().unwrap();
+        let mut stranger = Process::start();
+        assert!(is_over(&of_ended.process, None));
+        let as_stranger = Vmm {
+            pid: stranger.pid(),
+            ..of_ended
+        };
+        let refused = holders.begins(LeaseId(1), as_stranger);
+        assert!(matches!(refused, Err(HolderError::Gone(_))));
+        assert!(stranger.lives() && !folder(dir.path()).exists());
         let nowhere = Holders::new(Some(dir.path().join("no").join("such")));
         let refused = nowhere.begins(LeaseId(1), vmm.vmm());
         assert!(matches!(refused, Err(HolderError::Record { .. })));

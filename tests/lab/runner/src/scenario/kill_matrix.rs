@@ -59,9 +59,7 @@ const IO_TIMEOUT: Duration = Duration::from_secs(60);
 /// From the death of a port until both hosts have undone its paths: the heartbeat's own time, and
 /// that of a loaded machine.
 const UNDONE_TIMEOUT: Duration = Duration::from_secs(40);
-const FOLDERS_GO: &str = "rmdir /run/sublet/ports/* /run/sublet/ports /run/sublet 2>/dev/null || :";
 const IO_LOG: &str = "/tmp/io";
-const IO: &str = "while lab-agent dio write /dev/nvme0n1 1048576 65536 7; do :; done";
 
 /// What the cells have in common.
 struct Rig<'a> {
@@ -122,8 +120,7 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         lending.b.verb(&["return", &fdid])?;
         lending.end(&pair)?;
         for host in [&pair.a, &pair.b] {
-            // A port that was killed leaves its folders behind, empty: else they stay, and are seen.
-            host.agent.sh(FOLDERS_GO)?;
+            host.agent.sh(steps::FOLDERS_GO)?;
         }
         pair.ensure_unchanged(&before)
     });
@@ -139,7 +136,10 @@ impl Rig<'_> {
 
     /// Starts the guest's endless writes, and lets them run for a moment that the seed decides.
     fn at_work(&mut self) -> Result<(u32, u64)> {
-        let io = self.guest.agent.spawn(&["sh", "-c", IO], IO_LOG)?;
+        let io = self
+            .guest
+            .agent
+            .spawn(&["sh", "-c", steps::ENDLESS_IO], IO_LOG)?;
         let worked = format!("test -s {IO_LOG}");
         self.guest.agent.wait_until(&worked, IO_TIMEOUT)?;
         self.random = self

@@ -62,9 +62,7 @@ const LATE: u64 = 5;
 const STORE_LOG: &str = "/tmp/stores";
 const IO_LOG: &str = "/tmp/io";
 const REVOKE_LOG: &str = "/run/revoke.log";
-const FOLDERS_GO: &str = "rmdir /run/sublet/ports/* /run/sublet/ports /run/sublet 2>/dev/null || :";
 const HOLDERS: &str = "/run/sublet/ports/ntb0/holders";
-const IO: &str = "while lab-agent dio write /dev/nvme0n1 1048576 65536 7; do :; done";
 
 /// The function, and who has it.
 struct Rig<'a> {
@@ -133,8 +131,7 @@ fn run_mapped(lab: &Lab, checks: &mut Checks) -> Result<()> {
         guest.shut_down()?;
         lending.b.verb(&["return", &fdid])?;
         lending.end(&pair)?;
-        // The killed port's, empty: else they stay, and are seen.
-        pair.b.agent.sh(FOLDERS_GO)?;
+        pair.b.agent.sh(steps::FOLDERS_GO)?;
         pair.ensure_unchanged(&before)
     });
     Ok(())
@@ -169,7 +166,7 @@ impl Rig<'_> {
         let guest = &self.attached.guest.agent;
         let register = pci::bar_address(guest, &pci::find_nvme(guest)?, 0)? + AQA;
         let stores = format!("while lab-agent devmem write {register} {PATTERN}; do echo; done");
-        guest.spawn(&["sh", "-c", IO], IO_LOG)?;
+        guest.spawn(&["sh", "-c", steps::ENDLESS_IO], IO_LOG)?;
         guest.spawn(&["sh", "-c", &stores], STORE_LOG)?;
         guest.wait_until(&format!("test -s {IO_LOG} && test -s {STORE_LOG}"), WAIT)?;
         let seen = self.registers()?;

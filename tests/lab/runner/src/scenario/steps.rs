@@ -18,6 +18,12 @@ pub const ATTACH_CHECKS: usize = 5;
 /// How many [`detach`] makes.
 pub const DETACH_CHECKS: usize = 2;
 
+/// Writes without end, a line for each.
+pub const ENDLESS_IO: &str = "while lab-agent dio write /dev/nvme0n1 1048576 65536 7; do :; done";
+/// Folders that a killed port leaves behind, empty: else they stay, and are seen.
+pub const FOLDERS_GO: &str =
+    "rmdir /run/sublet/ports/* /run/sublet/ports /run/sublet 2>/dev/null || :";
+
 const DEVICE: &str = "/dev/nvme0n1";
 /// Somewhere behind the first blocks, which a kernel reads for partitions.
 const OFFSET: u64 = 1 << 20;
