@@ -215,6 +215,8 @@ fn machine(
         -monitor none
         -nic none
         -no-reboot
+        -d cpu_reset
+        -D {resets}
         -serial stdio
         -kernel {kernel}
         -initrd {initramfs}
@@ -227,6 +229,9 @@ fn machine(
         -device virtserialport,chardev=agent,name={PORT_NAME}
         -virtfs local,path={cache},mount_tag=cache,security_model=none,readonly=on
         -virtfs local,path={dir},mount_tag=run,security_model=none",
+        // The registers at each reset of a processor: all there is to learn of a host that ends
+        // without a word.
+        resets = dir.join(format!("host-{}-resets.log", spec.name)).display(),
         kernel = spec.kernel.image.display(),
         initramfs = initramfs.display(),
         huge_pages = spec.huge_pages,
