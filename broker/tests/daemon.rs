@@ -7,7 +7,7 @@ mod soft;
 
 use apart::{Daemon, Rig, ask, bdf};
 use rustix::process::Signal;
-use soft::{descriptors, freeze, signal};
+use soft::{descriptors, signal, try_freeze};
 use std::{
     env,
     fs::{self, File},
@@ -300,7 +300,7 @@ fn life_alone(alone: &Alone, without: &str) -> Result<(), String> {
     let daemon = Daemon::by(command, &alone.file, &alone.control);
     let daemon = daemon.ok_or("it does not begin")?;
     told(&alone.control, Verb::Status)?;
-    freeze(daemon.pid());
+    try_freeze(daemon.pid())?;
     signal(daemon.pid(), Signal::CONT);
     // One that stays is not heard any more.
     let client = UnixStream::connect(&alone.control).map_err(|error| error.to_string())?;

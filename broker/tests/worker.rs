@@ -4,7 +4,7 @@
 mod soft;
 
 use rustix::process::{Signal, set_parent_process_death_signal};
-use soft::{Rig, Vmm, descriptors, freeze, lives, signal, status, until};
+use soft::{Rig, Vmm, descriptors, freeze, lives, signal, status, try_freeze, until};
 use std::{
     env, fs,
     io::{BufRead, BufReader},
@@ -424,12 +424,13 @@ fn exercised(without: &str) -> std::process::ExitStatus {
 /// A worker's whole life; an error where the worker does not live through it.
 fn life(rig: &Rig) -> Result<(), String> {
     rig.borrow().map_err(|error| error.to_string())?;
-    let pid = rig.worker().pid;
+    let worker = rig.borrowed().worker.ok_or("the worker has died")?;
+    let pid = worker.pid;
     let mut vmm = Vmm::start(rig)?;
     vmm.work()?;
-    freeze(pid);
-    until("a silent worker", || {
-        (rig.borrowed().state == "silent").then_some(())
+    try_freeze(pid)?;
+    until("a silent worker, or a dead one", || {
+        matches!(rig.borrowed().state.as_str(), "silent" | "lost").then_some(())
     });
     signal(pid, Signal::CONT);
     vmm.copy(3)?;

@@ -272,12 +272,23 @@ pub fn signal(pid: u32, signal: Signal) {
 /// Stops the process, and returns when all its threads stand still: until one of them has taken
 /// the signal, the others go on.
 pub fn freeze(pid: u32) {
-    signal(pid, Signal::STOP);
+    try_freeze(pid).unwrap();
+}
+
+/// The same of one that may have ended.
+pub fn try_freeze(pid: u32) -> Result<(), &'static str> {
+    const ENDED: &str = "the process has ended";
+    let of = Pid::from_raw(pid as i32).unwrap();
+    kill_process(of, Signal::STOP).map_err(|_| ENDED)?;
     until("a frozen process", || {
-        let mut tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
-        let frozen = tasks.all(|task| state(&task.unwrap().path().join("stat")) == Some('T'));
-        frozen.then_some(())
-    });
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+        let (true, Ok(mut tasks)) = (lives(pid), tasks) else {
+            return Some(Err(ENDED));
+        };
+        let stands = |task: fs::DirEntry| state(&task.path().join("stat")) == Some('T');
+        let frozen = tasks.all(|task| task.is_ok_and(stands));
+        frozen.then_some(Ok(()))
+    })
 }
 
 /// The state of a process or thread, as proc(5) tells it.
