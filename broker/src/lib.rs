@@ -13,4 +13,5 @@ pub mod line;
 pub mod names;
 pub mod pool;
 pub mod port;
+pub mod warden;
 pub mod worker;

@@ -14,7 +14,7 @@ mod process;
 #[path = "../../tests/soft/mod.rs"]
 mod soft;
 
-use apart::{Rig, bdf};
+use apart::{Rig, bdf, processes};
 use bench_report::{Child, Report, Role, Switches, percentile};
 use process::{Thread, anonymous_mib, descriptors, threads};
 use soft::{Vmm, until};
@@ -22,7 +22,6 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 use sublet::daemon::{host::Workers, vocabulary::*};
-use sublet::jail::Sandbox;
 
 /// How many functions are attached.
 const FUNCTIONS: usize = 16;
@@ -70,13 +69,6 @@ fn lend(rig: &Rig, functions: usize) {
     for at in 0..functions {
         rig.offer(at, PORT);
         rig.borrow(at).expect("it is lent");
-    }
-}
-
-fn processes() -> Workers {
-    Workers::Processes {
-        program: env!("CARGO_BIN_EXE_sublet").into(),
-        sandbox: Sandbox::On,
     }
 }
 

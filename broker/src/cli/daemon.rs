@@ -1,7 +1,7 @@
 //! `sublet daemon`: runs this host's daemon.
 
 use crate::{
-    daemon::{self, host::Workers, vocabulary::VerbError},
+    daemon::{self, vocabulary::VerbError},
     jail::Sandbox,
 };
 use std::{io, path::PathBuf};
@@ -45,24 +45,6 @@ impl Args {
             false => daemon::run(&self.config, self.sandbox, &daemon::ROLE),
         };
         done.map_err(|error| VerbError::from(&error))
-    }
-}
-
-/// How a port serves VMMs.
-#[derive(Debug, clap::Args)]
-pub(super) struct WorkerArgs {
-    /// Whether the workers, a process for each VMM, give up their rights.
-    #[arg(long, value_enum, value_name = "WHETHER", default_value_t)]
-    sandbox: Sandbox,
-}
-
-impl WorkerArgs {
-    pub(super) fn workers(&self) -> Workers {
-        Workers::Processes {
-            // Whatever lies at its path by then: a worker is of the same build.
-            program: PathBuf::from("/proc/self/exe"),
-            sandbox: self.sandbox,
-        }
     }
 }
 

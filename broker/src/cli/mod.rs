@@ -19,6 +19,7 @@ mod revoke;
 mod status;
 mod table;
 mod unavailable;
+mod warden;
 mod worker;
 
 use crate::daemon::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
@@ -69,6 +70,8 @@ enum Command {
     Quarantine(quarantine::Args),
     Status(status::Args),
     #[command(hide = true)]
+    Warden(warden::Args),
+    #[command(hide = true)]
     Worker(worker::Args),
     #[command(hide = true)]
     KeeperChecks(keeper::ChecksArgs),
@@ -78,6 +81,7 @@ enum Command {
 enum NoVerb<'a> {
     Daemon(&'a daemon::Args),
     Port(&'a port::Args),
+    Warden(&'a warden::Args),
     Worker(&'a worker::Args),
     Keeper(&'a keeper::Args),
     KeeperChecks(&'a keeper::ChecksArgs),
@@ -93,6 +97,7 @@ impl Command {
         Ok(match self {
             Self::Daemon(args) => return Err(NoVerb::Daemon(args)),
             Self::Port(args) => return Err(NoVerb::Port(args)),
+            Self::Warden(args) => return Err(NoVerb::Warden(args)),
             Self::Worker(args) => return Err(NoVerb::Worker(args)),
             Self::Keeper(args) => return Err(NoVerb::Keeper(args)),
             Self::KeeperChecks(args) => return Err(NoVerb::KeeperChecks(args)),
@@ -128,6 +133,7 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Ok(verb) => verb.and_then(|verb| client::request(&cli.control, &verb)),
         Err(NoVerb::Daemon(args)) => args.run().map(|()| Outcome::Done),
         Err(NoVerb::Port(args)) => args.run().map(|()| Outcome::Done),
+        Err(NoVerb::Warden(args)) => args.run().map(|()| Outcome::Done),
         Err(NoVerb::Worker(args)) => args.run().map(|()| Outcome::Done),
         Err(NoVerb::Keeper(args)) => args.run().map(|()| Outcome::Done),
         Err(NoVerb::KeeperChecks(args)) => args.run().map(|()| Outcome::Done),

@@ -5,6 +5,7 @@ use super::{
     message::{ToPort, ToWorker},
 };
 use rustix::{
+    event::{PollFd, PollFlags},
     io::Errno,
     net::{
         AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -17,6 +18,7 @@ use std::{
     mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
+    time::Duration,
 };
 use vfio_shim::model::{Idle, OsRuntime, Runtime, Wait};
 
@@ -184,6 +186,14 @@ impl Channel {
             return Ok(None);
         };
         Ok(Some(M::decode(&room[..bytes], fds)?))
+    }
+
+    /// Whether there is something to hear within so long, be it the end.
+    pub fn wait(&self, wait: Duration) -> Result<bool, ChannelError> {
+        let mut fds = [PollFd::from_borrowed_fd(self.as_fd(), PollFlags::IN)];
+        let until_ms = self.runtime.now_ms() + wait.as_millis() as u64;
+        let ready = self.runtime.poll_until(&mut fds, Some(until_ms));
+        ready.map_err(failed("wait for"))
     }
 
     /// Sends a message: `wait` only in a thread that serves this channel alone.

@@ -6,13 +6,11 @@ use crate::{
     ipc::{Channel, Check, PIECES_MAX, Sent},
 };
 use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
 };
 use std::{
     io,
-    os::fd::AsFd,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -122,18 +120,10 @@ fn ask(
 }
 
 fn hear(channel: &Channel, path: &Path, wait: Duration) -> Result<FromKeeper, VerbError> {
-    let timeout = Timespec {
-        tv_sec: wait.as_secs() as i64,
-        tv_nsec: wait.subsec_nanos().into(),
-    };
-    loop {
-        let mut fds = [PollFd::from_borrowed_fd(channel.as_fd(), PollFlags::IN)];
-        match poll(&mut fds, Some(&timeout)) {
-            Ok(0) => return Err(lost(path, format!("nothing within {wait:?}"))),
-            Ok(_) => break,
-            Err(Errno::INTR) => {}
-            Err(errno) => return Err(lost(path, errno)),
-        }
+    match channel.wait(wait) {
+        Ok(true) => {}
+        Ok(false) => return Err(lost(path, format!("nothing within {wait:?}"))),
+        Err(error) => return Err(failed(path, error)),
     }
     let heard = channel.hear().map_err(|error| failed(path, error))?;
     heard.ok_or_else(|| lost(path, "it has ended"))

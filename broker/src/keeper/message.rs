@@ -55,6 +55,18 @@ fn get_bdf(r: &mut Reader<'_>) -> Result<Bdf, MessageError> {
     Ok(Bdf::from_routing_id(r.u16()?, r.u16()?))
 }
 
+pub(crate) fn put_refusal(w: &mut Writer, refusal: &VerbError) -> Result<(), MessageError> {
+    put_text(w, refusal.code.word())?;
+    put_text(w, &refusal.text)
+}
+
+pub(crate) fn get_refusal(r: &mut Reader<'_>) -> Result<VerbError, MessageError> {
+    let (word, text) = (get_text(r)?, get_text(r)?);
+    let known = ErrorCode::ALL.iter().find(|code| code.word() == word);
+    let code = *known.ok_or_else(|| bad("code", word.len() as u64))?;
+    Ok(VerbError { code, text })
+}
+
 impl Datagram for ToKeeper {
     fn encode(&self) -> Result<Vec<u8>, MessageError> {
         let mut w = Writer::new();
@@ -101,8 +113,7 @@ impl Datagram for FromKeeper {
             Self::Done => w.u16(kind::DONE),
             Self::Refused(refusal) => {
                 w.u16(kind::REFUSED);
-                put_text(&mut w, refusal.code.word())?;
-                put_text(&mut w, &refusal.text)?;
+                put_refusal(&mut w, refusal)?;
             }
         }
         Ok(w.finish()?)
@@ -133,12 +144,7 @@ impl Datagram for FromKeeper {
                 check_fds(fds.len(), 0)?;
                 match kind {
                     kind::DONE => Self::Done,
-                    kind::REFUSED => {
-                        let (word, text) = (get_text(&mut r)?, get_text(&mut r)?);
-                        let known = ErrorCode::ALL.iter().find(|code| code.word() == word);
-                        let code = *known.ok_or_else(|| bad("code", word.len() as u64))?;
-                        Self::Refused(VerbError { code, text })
-                    }
+                    kind::REFUSED => Self::Refused(get_refusal(&mut r)?),
                     other => return Err(bad("kind", other)),
                 }
             }

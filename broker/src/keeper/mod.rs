@@ -27,6 +27,7 @@ pub use checks::run as run_checks;
 pub use client::Keeper;
 pub use holds::{Ground, Opener, Waits};
 pub use message::{FromKeeper, ToKeeper};
+pub(crate) use message::{get_refusal, put_refusal};
 pub use role::{CHECKS, ROLE};
 pub use serve::CONNECTIONS_MAX;
 pub use socket::SocketError;

@@ -20,7 +20,7 @@ use crate::daemon::control::{Deadlines, serve};
 use crate::daemon::host::{self, HostError, Workers};
 use crate::daemon::socket::ControlSocket;
 use crate::daemon::{DaemonError, Host, Signals};
-use crate::worker::holders;
+use crate::warden::{Programs, Warden, end_left_behind, holders_folder};
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -40,8 +40,11 @@ pub fn leases_socket(config: &Config, name: &str) -> PathBuf {
 }
 
 /// Runs a port until SIGTERM or SIGINT.
-pub fn run(config: &Path, name: &str, workers: Workers) -> Result<(), DaemonError> {
+pub fn run(config: &Path, name: &str, programs: &Programs<'_>) -> Result<(), DaemonError> {
     let config = Config::load(config)?;
+    let holders = holders_folder(&config.port_folder(name));
+    let warden = Warden::start(programs, Some(&holders)).map_err(kernel("start its warden"))?;
+    let workers = Workers::Processes(warden);
     let signals = Signals::register().map_err(kernel("take signals"))?;
     serve_until(&config, name, signals.stop.as_fd(), |config, at, leases| {
         host::start_own_port(config, at, workers, leases)
@@ -74,7 +77,7 @@ pub fn serve_until(
     let leases = PortLeases::start(config.node_id, name, line);
     let leases = leases.map_err(kernel("wait for a daemon"))?;
     // No other port serves this NTB now: who has its window has it from one that is no more.
-    let left = holders::end_left_behind(&holders::folder(&config.port_folder(name)));
+    let left = end_left_behind(&holders_folder(&config.port_folder(name)));
     left.map_err(HostError::from)?;
     let host = start(config, at, leases.clone())?;
     tracing::info!(node = config.node_id, port = name, "serving");

@@ -20,6 +20,7 @@ use sublet::{
     },
     jail::{Sandbox, keep_from_children},
     port::serve_until,
+    warden::{Programs, Warden},
 };
 use vfio_shim::{
     model::{Bdf, Fdid, Function, FunctionIds},
@@ -225,14 +226,21 @@ fn write_config(
     file
 }
 
+/// Workers as processes.
+pub fn processes() -> Workers {
+    let sublet = Path::new(env!("CARGO_BIN_EXE_sublet"));
+    let programs = Programs {
+        warden: sublet,
+        worker: sublet,
+        sandbox: Sandbox::On,
+    };
+    Workers::Processes(Warden::start(&programs, None).unwrap())
+}
+
 impl Rig {
     /// With workers as processes, three functions, and both daemons.
     pub fn new(names: &[&'static str]) -> Self {
-        let workers = Workers::Processes {
-            program: env!("CARGO_BIN_EXE_sublet").into(),
-            sandbox: Sandbox::On,
-        };
-        Self::beating(names, 3, workers, 50)
+        Self::beating(names, 3, processes(), 50)
     }
 
     pub fn with_functions(names: &[&'static str], functions: usize, workers: Workers) -> Self {

@@ -22,6 +22,7 @@ use sublet::{
         vocabulary::*,
     },
     jail::Sandbox,
+    warden::{Programs, Warden},
 };
 use vfio_shim::{
     model::{Aperture, Bdf, Fdid, Function, FunctionIds},
@@ -92,6 +93,8 @@ pub struct Rig {
     pub hosts: [Arc<dyn Host>; 2],
     pub link: SoftLink,
     pub function: Arc<SoftFunction>,
+    /// Beside each host.
+    pub wardens: [Arc<Warden>; 2],
     /// Not offered before [`Rig::offer`].
     pub second: Arc<SoftFunction>,
     pub dir: tempfile::TempDir,
@@ -146,19 +149,23 @@ impl Rig {
         let link = SoftLink::new([port; 2]).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let [function, second] = [(); 2].map(|()| Arc::new(SoftFunction::new(ids(), 4)));
-        let hosts = [4, 8].map(|node| {
+        let programs = Programs {
+            warden: Path::new(env!("CARGO_BIN_EXE_sublet")),
+            worker: program,
+            sandbox,
+        };
+        let wardens = [(); 2].map(|()| Warden::start(&programs, None).unwrap());
+        let hosts = [(4, 0), (8, 1)].map(|(node, at): (u16, usize)| {
             let machine = Machine {
                 ports: vec![link.port(usize::from(node == 8))],
                 functions: Arc::new(Two([Arc::clone(&function), Arc::clone(&second)])),
             };
-            let workers = Workers::Processes {
-                program: program.to_owned(),
-                sandbox,
-            };
+            let workers = Workers::Processes(Arc::clone(&wardens[at]));
             start_on(&config(node, dir.path(), limits), machine, workers).unwrap()
         });
         let rig = Self {
             hosts,
+            wardens,
             link,
             function,
             second,

@@ -17,11 +17,23 @@ pub struct KernelLog {
 }
 
 impl KernelLog {
-    /// Of this machine: `/dev/kmsg`.
+    /// Where this machine's is.
+    pub const PATH: &str = "/dev/kmsg";
+
+    /// From now on.
     pub fn open(path: &Path) -> io::Result<Self> {
+        Self::of(Self::open_file(path)?)
+    }
+
+    /// Opens it for [`KernelLog::of`], be that in another process.
+    pub fn open_file(path: &Path) -> io::Result<File> {
         let nonblock = rustix::fs::OFlags::NONBLOCK.bits() as i32;
         let mut options = OpenOptions::new();
-        let mut file = options.read(true).custom_flags(nonblock).open(path)?;
+        options.read(true).custom_flags(nonblock).open(path)
+    }
+
+    /// What is told by this file from now on.
+    pub fn of(mut file: File) -> io::Result<Self> {
         file.seek(SeekFrom::End(0))?;
         let last = String::new();
         Ok(Self { file, last })

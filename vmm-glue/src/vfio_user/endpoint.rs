@@ -20,6 +20,7 @@ use rustix::{
     },
 };
 use std::{
+    any::Any,
     fs,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -38,6 +39,8 @@ pub struct Endpoint {
     /// Device and inode of the socket's file: whatever else is there later is not ours. `None`
     /// where another process has made it.
     made: Option<(u64, u64)>,
+    /// Goes after the socket's file.
+    kept: Option<Box<dyn Any + Send + Sync>>,
 }
 
 fn identity(stat: &Stat) -> (u64, u64) {
@@ -96,6 +99,7 @@ impl Endpoint {
             listener,
             path: path.to_owned(),
             made: Some(made),
+            kept: None,
         })
     }
 
@@ -105,7 +109,14 @@ impl Endpoint {
             listener,
             path: path.to_owned(),
             made: None,
+            kept: None,
         }
+    }
+
+    /// Keeps something until nobody listens any more and the socket's file is gone.
+    pub fn keeping(mut self, kept: impl Any + Send + Sync) -> Self {
+        self.kept = Some(Box::new(kept));
+        self
     }
 
     /// The listening socket, to be handed to a process that serves on it.

@@ -1,7 +1,7 @@
 //! The borrower's verbs: a function of another host, served to one VMM by a worker.
 
 use super::claim::Named;
-use super::folder::LeaseFolder;
+use super::folder::own_socket;
 use super::lend::from_refusal;
 use super::port::OpenPort;
 use super::served::Server;
@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use vfio_shim::model::Fdid;
 use vfio_shim::path::{CallError, Engine, LeaseId, PoolEntry};
-use vmm_glue::vfio_user::{Endpoint, SessionState};
+use vmm_glue::vfio_user::SessionState;
 
 /// What the operator wishes.
 pub(super) struct Wish {
@@ -55,8 +55,6 @@ pub(super) struct Borrowed {
     pub(super) trust_domain: String,
     pub(super) lost: Option<String>,
     pub(super) worker: Option<Arc<Server>>,
-    /// Behind the worker, which removes its socket.
-    _folder: Option<LeaseFolder>,
     engine: Arc<Engine>,
 }
 
@@ -127,14 +125,12 @@ impl LocalHost {
             domain: domain.clone(),
         };
         let _wished = self.wished(fdid, trust, wish.trust_vmm)?;
-        let folder = match wish.socket.as_os_str().is_empty() {
-            true => Some(LeaseFolder::make(&self.config.sockets, fdid)?),
-            false => None,
+        let own_folder = wish.socket.as_os_str().is_empty();
+        let path = match own_folder {
+            true => own_socket(&self.config.sockets, fdid),
+            false => self.config.socket_path(&wish.socket),
         };
-        let named = || self.config.socket_path(&wish.socket);
-        let path = folder.as_ref().map_or_else(named, LeaseFolder::socket);
-        let endpoint = Endpoint::bind(&path)
-            .map_err(|error| refuse(ErrorCode::Socket, vfio_shim::path::words(&error)))?;
+        let endpoint = self.workers.listen(&path, own_folder)?;
         let wanted = (fdid.bdf, wish.ram);
         let (lease, entry, server) = self.serve(&port.engine, wanted, endpoint, bars)?;
         let held = Borrowed {
@@ -147,7 +143,6 @@ impl LocalHost {
             trust_domain: domain,
             lost: None,
             worker: Some(Arc::new(server)),
-            _folder: folder,
             engine: Arc::clone(&port.engine),
         };
         let told = told(fdid, &held, self.first + adapter);
@@ -342,7 +337,7 @@ mod tests {
         };
         let machine = Machine {
             ports: vec![SoftLink::new([config; 2]).unwrap().port(0)],
-            functions: Arc::new(KernelFunctions::new(Sysfs::new("/sys"), None)),
+            functions: Arc::new(KernelFunctions::new(Sysfs::new("/sys"), None, None)),
         };
         let text = "[node]\nid = 4\nname = \"a\"\n\n[[port]]\nname = \"soft\"\nbdf = \"01:00.0\"\n\
                     peers = \"cable\"\ntrust_domain = \"a\"\ntrust_vmm = true\n";

@@ -1,4 +1,4 @@
-//! The folder of one lease's socket, for a lease whose operator names no path: its owner's alone, and gone with the lease.
+//! The socket of one lease, where its operator names it or in a folder of its own: its owner's alone, and gone with the lease.
 
 use super::refuse;
 use crate::daemon::vocabulary::{ErrorCode, VerbError};
@@ -8,22 +8,37 @@ use std::{
     os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
 };
-use vfio_shim::model::Fdid;
+use vfio_shim::{model::Fdid, path::words};
+use vmm_glue::vfio_user::Endpoint;
 
 /// What the socket is called in there.
 const SOCKET: &str = "vfio-user.sock";
 /// Nobody but the owner reads it, or passes through.
 const MODE: u32 = 0o700;
 
+/// Where the socket of a lease lies that has a folder of its own.
+pub(super) fn own_socket(sockets: &Path, fdid: Fdid) -> PathBuf {
+    sockets.join(fdid.to_string()).join(SOCKET)
+}
+
+/// Listens at `path` for a VMM. What is made for that goes with it: the socket's file, and where it
+/// has a folder of its own that one, too.
+pub(crate) fn listen(path: &Path, own_folder: bool) -> Result<Endpoint, VerbError> {
+    let folder = path.parent().filter(|_| own_folder);
+    let folder = folder.map(LeaseFolder::make).transpose()?;
+    let endpoint = Endpoint::bind(path);
+    let endpoint = endpoint.map_err(|error| refuse(ErrorCode::Socket, words(&error)))?;
+    Ok(endpoint.keeping(folder))
+}
+
 /// A folder; removed on drop, after the socket in it.
-pub(super) struct LeaseFolder(PathBuf);
+struct LeaseFolder(PathBuf);
 
 impl LeaseFolder {
-    /// Makes the folder of this lease below `sockets`. One that a killed daemon has left is taken.
-    pub(super) fn make(sockets: &Path, fdid: Fdid) -> Result<Self, VerbError> {
-        let path = sockets.join(fdid.to_string());
-        match make(&path) {
-            Ok(()) => Ok(Self(path)),
+    /// Makes it. One that a killed process has left is taken.
+    fn make(path: &Path) -> Result<Self, VerbError> {
+        match make(path) {
+            Ok(()) => Ok(Self(path.to_owned())),
             Err(error) => {
                 let text = format!(
                     "{} cannot be made for the lease's socket: {error}; name another place with \
@@ -33,10 +48,6 @@ impl LeaseFolder {
                 Err(refuse(ErrorCode::Socket, text))
             }
         }
-    }
-
-    pub(super) fn socket(&self) -> PathBuf {
-        self.0.join(SOCKET)
     }
 }
 
@@ -73,26 +84,25 @@ mod tests {
     #[test]
     fn folder_is_its_owners_alone_and_goes_with_the_lease() {
         let dir = tempfile::tempdir().unwrap();
-        let fdid: Fdid = "44a01".parse().unwrap();
+        let socket = own_socket(dir.path(), "44a01".parse().unwrap());
         let path = dir.path().join("44a01");
-        let folder = LeaseFolder::make(dir.path(), fdid).unwrap();
-        assert_eq!(folder.socket(), path.join("vfio-user.sock"));
-        assert_eq!(mode(&path), 0o700);
-        drop(folder);
+        assert_eq!(socket, path.join("vfio-user.sock"));
+        let endpoint = listen(&socket, true).unwrap();
+        assert_eq!((mode(&path), mode(&socket)), (0o700, 0o600));
+        drop(endpoint);
         assert!(!path.exists());
     }
 
     #[test]
     fn folder_that_was_left_is_taken_and_closed_and_a_link_is_not() {
         let dir = tempfile::tempdir().unwrap();
-        let fdid: Fdid = "44a01".parse().unwrap();
         let path = dir.path().join("44a01");
         fs::create_dir(&path).unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o777)).unwrap();
-        drop(LeaseFolder::make(dir.path(), fdid).map(|_| assert_eq!(mode(&path), 0o700)));
+        drop(LeaseFolder::make(&path).map(|_| assert_eq!(mode(&path), 0o700)));
         assert!(!path.exists());
         std::os::unix::fs::symlink("/tmp", &path).unwrap();
-        let refused = LeaseFolder::make(dir.path(), fdid).map(drop).unwrap_err();
+        let refused = LeaseFolder::make(&path).map(drop).unwrap_err();
         assert_eq!(refused.code, ErrorCode::Socket);
         assert!(
             refused.text.contains("name another place with --socket"),

@@ -4,9 +4,10 @@ use super::refuse;
 use crate::daemon::refusals::{from_bind, from_lend, from_open, from_sysfs};
 use crate::daemon::vocabulary::{ErrorCode, VerbError};
 use crate::keeper::Keeper;
+use crate::warden::Warden;
 use std::any::Any;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use vfio_shim::model::{Bdf, ConfigView, Function, FunctionIds};
 use vfio_shim::path::{Keep, ResetFailed, ScrubPlan, StopFunction, words};
@@ -16,9 +17,9 @@ use vmm_glue::vfio_user::memory_check::MemoryMaps;
 
 /// Where the functions of a host come from.
 pub trait Functions: Send + Sync {
-    /// Who sees whether a VMM's memory is shared.
-    fn memory_maps(&self) -> Arc<dyn MemoryMaps> {
-        Arc::new(PathBuf::from("/proc"))
+    /// Who sees whether a VMM's memory is shared, where that comes with the functions.
+    fn memory_maps(&self) -> Option<Arc<dyn MemoryMaps>> {
+        None
     }
     /// Refused in words where there is no such function.
     fn check_exists(&self, bdf: Bdf) -> Result<(), VerbError>;
@@ -47,11 +48,17 @@ type Kept = Option<Box<dyn Any + Send>>;
 pub(super) struct KernelFunctions {
     sysfs: Sysfs,
     keeper: Option<Keeper>,
+    /// Whoever opens the kernel's log, where this process may not.
+    warden: Option<Arc<Warden>>,
 }
 
 impl KernelFunctions {
-    pub(super) fn new(sysfs: Sysfs, keeper: Option<Keeper>) -> Self {
-        Self { sysfs, keeper }
+    pub(super) fn new(sysfs: Sysfs, keeper: Option<Keeper>, warden: Option<Arc<Warden>>) -> Self {
+        Self {
+            sysfs,
+            keeper,
+            warden,
+        }
     }
 
     /// Bound and opened, and what undoes that.
@@ -80,6 +87,23 @@ impl KernelFunctions {
         }
     }
 
+    fn kernel_log(&self) -> io::Result<KernelLog> {
+        match &self.warden {
+            Some(warden) => KernelLog::of(warden.kernel_log().map_err(io::Error::other)?),
+            None => KernelLog::open(Path::new(KernelLog::PATH)),
+        }
+    }
+
+    /// The PF's driver tells in the kernel's log alone that it could not clear a VF.
+    fn reset_failed(&self, (pf, number): (Bdf, u32)) -> Option<ResetFailed> {
+        let log = self.kernel_log().inspect_err(|error| {
+            tracing::warn!(%error, "a reset of {pf}'s VFs that fails will not be told by the kernel's log");
+        });
+        let mut log = log.ok()?;
+        let (pf, vf) = (pf.to_string(), format!("VF{number} "));
+        Some(Box::new(move || log.find(&[&pf, &vf, "FLR failed"])))
+    }
+
     fn stop(&self, bdf: Bdf) -> Result<Option<StopFunction>, VerbError> {
         if self.keeper.is_some() {
             // The write takes root, and is none of a keeper's tasks.
@@ -104,23 +128,10 @@ fn scrub_plan(xe: Option<(Bdf, u32)>, waits: Option<&str>) -> ScrubPlan {
     }
 }
 
-/// The PF's driver tells in the kernel's log alone that it could not clear a VF.
-fn reset_failed((pf, number): (Bdf, u32)) -> Option<ResetFailed> {
-    let log = KernelLog::open(Path::new("/dev/kmsg"));
-    let log = log.inspect_err(|error| {
-        tracing::warn!(%error, "a reset of {pf}'s VFs that fails will not be told by the kernel's log");
-    });
-    let mut log = log.ok()?;
-    let (pf, vf) = (pf.to_string(), format!("VF{number} "));
-    Some(Box::new(move || log.find(&[&pf, &vf, "FLR failed"])))
-}
-
 impl Functions for KernelFunctions {
-    fn memory_maps(&self) -> Arc<dyn MemoryMaps> {
-        match &self.keeper {
-            Some(keeper) => Arc::new(keeper.clone()),
-            None => Arc::new(PathBuf::from("/proc")),
-        }
+    fn memory_maps(&self) -> Option<Arc<dyn MemoryMaps>> {
+        let keeper = self.keeper.clone()?;
+        Some(Arc::new(keeper))
     }
 
     fn check_exists(&self, bdf: Bdf) -> Result<(), VerbError> {
@@ -151,7 +162,7 @@ impl Functions for KernelFunctions {
             keep: Keep {
                 scrub: scrub_plan(xe, waits),
                 stop: self.stop(bdf)?,
-                reset_failed: xe.and_then(reset_failed),
+                reset_failed: xe.and_then(|xe| self.reset_failed(xe)),
                 kept,
             },
         })

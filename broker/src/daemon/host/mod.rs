@@ -11,7 +11,6 @@ mod lend;
 mod port;
 #[cfg(test)]
 mod ports_tests;
-mod process;
 mod report;
 mod served;
 #[cfg(test)]
@@ -22,7 +21,8 @@ use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
 use crate::config::{Config, PortConfig};
 use crate::keeper::Keeper;
 use crate::pool::{PoolService, RedbStore, StoreError};
-use crate::worker::holders::{self, HolderError, Holders};
+use crate::warden::holders_folder;
+use crate::worker::holders::{HolderError, Holders};
 use borrow::{Borrowed, Trust};
 use claim::Claims;
 use functions::KernelFunctions;
@@ -38,6 +38,7 @@ use vfio_shim::ntb::hw::IntelPort;
 use vfio_shim::path::{EngineError, LeasePool, PortStatus};
 use vfio_shim::sysfs::Sysfs;
 
+pub(crate) use folder::listen;
 pub use functions::{Functions, OpenFunction};
 pub(in crate::daemon) use lend::way_out;
 pub use served::Workers;
@@ -118,27 +119,31 @@ pub struct Machine {
 impl Machine {
     /// This machine as this process can have it: by its own rights where it is root, else by the
     /// keeper.
-    fn of(config: &Config, ports: &[PortConfig]) -> Result<Self, HostError> {
+    fn of(config: &Config, ports: &[PortConfig], workers: &Workers) -> Result<Self, HostError> {
         match rustix::process::geteuid().is_root() {
-            true => Self::of_the_kernel(ports),
-            false => Self::by_keeper(ports, &Keeper::at(&config.keeper.folder)),
+            true => Self::of_the_kernel(ports, workers),
+            false => Self::by_keeper(ports, &Keeper::at(&config.keeper.folder), workers),
         }
     }
 
     /// This machine, by sysfs and VFIO.
-    fn of_the_kernel(ports: &[PortConfig]) -> Result<Self, HostError> {
+    fn of_the_kernel(ports: &[PortConfig], workers: &Workers) -> Result<Self, HostError> {
         let sysfs = Sysfs::default();
         let open = |port: &PortConfig| {
             let opened = IntelPort::open(port.bdf, &sysfs);
             opened.map_err(|error| cannot_open(port, error))
         };
         let ports = open_all(ports, open)?;
-        let functions = Arc::new(KernelFunctions::new(sysfs, None));
+        let functions = Arc::new(KernelFunctions::new(sysfs, None, workers.warden()));
         Ok(Self { ports, functions })
     }
 
     /// The same, opened by a keeper: this process needs no right but to be heard there.
-    pub fn by_keeper(ports: &[PortConfig], keeper: &Keeper) -> Result<Self, HostError> {
+    fn by_keeper(
+        ports: &[PortConfig],
+        keeper: &Keeper,
+        workers: &Workers,
+    ) -> Result<Self, HostError> {
         raise_locked_memory();
         let sysfs = Sysfs::default();
         let open = |port: &PortConfig| {
@@ -147,7 +152,8 @@ impl Machine {
             opened.map_err(|error| cannot_open(port, error))
         };
         let ports = open_all(ports, open)?;
-        let functions = Arc::new(KernelFunctions::new(sysfs, Some(keeper.clone())));
+        let functions = KernelFunctions::new(sysfs, Some(keeper.clone()), workers.warden());
+        let functions = Arc::new(functions);
         Ok(Self { ports, functions })
     }
 }
@@ -192,7 +198,11 @@ fn raise_locked_memory() {
 
 /// Opens this machine's ports and starts their threads.
 pub fn start(config: &Config, workers: Workers) -> Result<Arc<dyn Host>, HostError> {
-    start_on(config, Machine::of(config, &config.ports)?, workers)
+    start_on(
+        config,
+        Machine::of(config, &config.ports, &workers)?,
+        workers,
+    )
 }
 
 /// The same on another machine, such as one of the soft fabric.
@@ -224,7 +234,7 @@ pub fn start_own_port(
     workers: Workers,
     leases: Arc<dyn LeasePool>,
 ) -> Result<Arc<dyn Host>, HostError> {
-    let machine = Machine::of(config, &config.ports[at..=at])?;
+    let machine = Machine::of(config, &config.ports[at..=at], &workers)?;
     start_port(config, at, machine, workers, leases)
 }
 
@@ -282,11 +292,12 @@ impl LocalHost {
     ) -> Self {
         // A port of its own is survived by its VMMs, and so by their records.
         let own = pool.is_none().then(|| config.port_folder(&ports[0].name));
+        let vmms = workers.vmms(own.map(|own| holders_folder(&own)));
         Self {
             config: config.clone(),
             functions,
             workers,
-            holders: Arc::new(Holders::new(own.map(|own| holders::folder(&own)))),
+            holders: Arc::new(Holders::of(vmms)),
             started: Instant::now(),
             state: Mutex::default(),
             unclaimed: Condvar::new(),

@@ -1,22 +1,23 @@
 //! Who serves a borrowed function to its VMM: a thread of this process, or a worker's own.
 
-use super::process::Program;
+use super::folder::listen;
 use super::{LocalHost, refuse};
 use crate::daemon::host::borrow::from_call;
 use crate::daemon::vocabulary::{BarMode, ErrorCode, VerbError, WorkerStatus};
 use crate::ipc::Start;
-use crate::jail::Sandbox;
-use crate::worker::holders::Holders;
+use crate::warden::{OwnVmms, Starter, Warden};
+use crate::worker::holders::{Holders, Vmms};
 use crate::worker::server::{self, Settings, StartError, WorkerServer};
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use vfio_shim::model::{Bdf, Function};
 use vfio_shim::path::{BorrowedFunction, CallError, Engine, LeaseId, PoolEntry};
 use vmm_glue::vfio_user::{
     self, Endpoint, MemoryCheck, Options, Peers, SessionShared, SessionState, Vmm,
+    memory_check::MemoryMaps,
 };
 
 /// How borrowed functions are served.
@@ -25,13 +26,40 @@ pub enum Workers {
     /// By threads of this process: for tests, and where no VMM is hostile.
     #[default]
     Threads,
-    /// Each by a process of its own.
-    Processes {
-        /// The `sublet` program.
-        program: PathBuf,
-        /// Whether they give up their rights.
-        sandbox: Sandbox,
-    },
+    /// Each by a process of its own, which this one starts.
+    Processes(Arc<Warden>),
+}
+
+impl Workers {
+    /// Listens for a VMM.
+    pub(super) fn listen(&self, path: &Path, own_folder: bool) -> Result<Endpoint, VerbError> {
+        match self {
+            Self::Threads => listen(path, own_folder),
+            Self::Processes(warden) => warden.listen(path, own_folder),
+        }
+    }
+
+    /// Whoever may do something to the processes of VMMs, and sees whether their memory is shared.
+    pub(super) fn vmms(&self, holders: Option<PathBuf>) -> Arc<dyn Vmms> {
+        match self {
+            Self::Threads => Arc::new(OwnVmms::new(holders)),
+            Self::Processes(warden) => warden.clone(),
+        }
+    }
+
+    pub(super) fn warden(&self) -> Option<Arc<Warden>> {
+        match self {
+            Self::Threads => None,
+            Self::Processes(warden) => Some(warden.clone()),
+        }
+    }
+
+    fn memory_maps(&self) -> Arc<dyn MemoryMaps> {
+        match self {
+            Self::Threads => Arc::new(PathBuf::from("/proc")),
+            Self::Processes(warden) => warden.clone(),
+        }
+    }
 }
 
 /// How a guest session stands.
@@ -169,6 +197,11 @@ impl Server {
 }
 
 impl LocalHost {
+    fn memory_maps(&self) -> Arc<dyn MemoryMaps> {
+        let by_keeper = self.functions.memory_maps();
+        by_keeper.unwrap_or_else(|| self.workers.memory_maps())
+    }
+
     /// Borrows a function through `engine` and serves it on `endpoint`.
     pub(super) fn serve(
         &self,
@@ -187,7 +220,7 @@ impl LocalHost {
                 })?;
                 Ok((lease, entry, Server::Thread(thread)))
             }
-            Workers::Processes { program, sandbox } => {
+            Workers::Processes(warden) => {
                 let start = Start {
                     lease: 0,
                     path: endpoint.path().display().to_string(),
@@ -199,16 +232,12 @@ impl LocalHost {
                     bytes_max: self.config.limits.guest_mapped_bytes.unwrap_or(u64::MAX),
                     window: None,
                 };
-                let program = Program {
-                    path: program.clone(),
-                    sandbox: *sandbox,
-                };
                 let settings = Settings {
                     messages_per_second: self.config.limits.worker_messages_per_second,
-                    memory_maps: self.functions.memory_maps(),
+                    memory_maps: self.memory_maps(),
                     holders: Arc::clone(&self.holders),
                 };
-                let by = (Box::new(program) as _, &settings);
+                let by = (Box::new(Starter(warden.clone())) as _, &settings);
                 let worker = server::start(engine, (bdf, ram), endpoint, start, by);
                 let worker = worker.map_err(|error| from_start(&error))?;
                 let (lease, entry) = (worker.lease(), *worker.path().entry());
@@ -239,7 +268,7 @@ impl LocalHost {
             },
             maps_max: self.config.limits.guest_maps,
             bytes_max: self.config.limits.guest_mapped_bytes.unwrap_or(u64::MAX),
-            memory_maps: self.functions.memory_maps(),
+            memory_maps: self.memory_maps(),
             holders: Some(Arc::new(OfLease {
                 holders: Arc::clone(&self.holders),
                 lease: function.lease(),

@@ -87,7 +87,7 @@ fn config(node: u16, dir: &Path, state: &Path) -> Config {
 fn host(config: &Config, port: Arc<SoftPort>, sysfs: &Path) -> LocalHost {
     let machine = Machine {
         ports: vec![port],
-        functions: Arc::new(KernelFunctions::new(Sysfs::new(sysfs), None)),
+        functions: Arc::new(KernelFunctions::new(Sysfs::new(sysfs), None, None)),
     };
     LocalHost::new(config, machine, Workers::Threads).unwrap()
 }

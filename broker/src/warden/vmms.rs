@@ -1,0 +1,189 @@
+//! VMMs with a port's window, as a process of their own user sees them: written down, looked at, ended.
+//!
+//! They are on disk, in the port's folder, for the port that comes after a killed one: a file named
+//! by the process, with the time at which that started.
+
+use crate::worker::holders::{HolderError, Vmms};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, test_kill_process},
+};
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+/// How the kernel names a VFIO device in `/proc/PID/maps`, and its descriptors.
+const DEVICES: [&str; 2] = [MAPPED_DEVICE, "/dev/vfio/devices/"];
+const MAPPED_DEVICE: &str = "[vfio-device]";
+/// How long a killed process may take to be gone before a port says that it does not start.
+const END_WAIT: Timespec = Timespec {
+    tv_sec: 20,
+    tv_nsec: 0,
+};
+
+/// Where a port writes them down.
+pub fn holders_folder(port: &Path) -> PathBuf {
+    port.join("holders")
+}
+
+/// By this process's own rights.
+#[derive(Debug)]
+pub struct OwnVmms {
+    /// Where they are written down; none where the port is a thread and ends with its VMMs' leases.
+    pub(crate) folder: Option<PathBuf>,
+    /// Whether a process has a device's memory; a test has another.
+    pub(crate) holds: fn(i32) -> bool,
+}
+
+impl OwnVmms {
+    /// With this folder for their records.
+    pub fn new(folder: Option<PathBuf>) -> Self {
+        let holds = holds_a_device;
+        Self { folder, holds }
+    }
+}
+
+impl Vmms for OwnVmms {
+    fn begin(&self, pid: i32) -> Result<(), HolderError> {
+        let named = Pid::from_raw(pid).ok_or(HolderError::Unseen)?;
+        if test_kill_process(named) == Err(Errno::PERM) {
+            return Err(HolderError::NotOurs(pid));
+        }
+        let Some(folder) = &self.folder else {
+            return Ok(());
+        };
+        record(folder, pid).map_err(|source| HolderError::Record {
+            pid,
+            folder: folder.clone(),
+            source,
+        })
+    }
+
+    fn end(&self, pid: i32, process: &OwnedFd) -> bool {
+        let holds = (self.holds)(pid);
+        if holds && !is_over(process, Some(&Timespec::default())) {
+            tracing::warn!(
+                "process {pid}, a VMM, has the NTB's window, and its lease is over: it is ended"
+            );
+            let _ = pidfd_send_signal(process, Signal::KILL);
+        }
+        holds
+    }
+
+    fn forget(&self, pid: i32) {
+        if let Some(folder) = &self.folder {
+            let _ = fs::remove_file(folder.join(pid.to_string()));
+            // Refused while others are in it.
+            let _ = fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Ends the VMMs of a port that was killed, before its successor opens the NTB.
+pub fn end_left_behind(folder: &Path) -> Result<(), HolderError> {
+    let Ok(records) = fs::read_dir(folder) else {
+        return Ok(());
+    };
+    for path in records.flatten().map(|record| record.path()) {
+        let pid = path
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok());
+        if let Some(pid) = pid {
+            end_one(pid, &fs::read_to_string(&path).unwrap_or_default())?;
+        }
+        let _ = fs::remove_file(&path);
+    }
+    let _ = fs::remove_dir(folder);
+    Ok(())
+}
+
+/// Ends process `pid` if it is the one that started at that time.
+fn end_one(pid: i32, began: &str) -> Result<(), HolderError> {
+    let still = |why: String| HolderError::StillThere { pid, why };
+    let Some(named) = Pid::from_raw(pid) else {
+        return Ok(());
+    };
+    let process = match pidfd_open(named, PidfdFlags::empty()) {
+        Err(Errno::SRCH) => return Ok(()),
+        other => other.map_err(|errno| still(errno.to_string()))?,
+    };
+    // The number could be another's by now; with the descriptor in hand it cannot become one's.
+    if start_of(pid).is_ok_and(|start| start != began) {
+        return Ok(());
+    }
+    tracing::warn!("process {pid}, a VMM, has the window of a port that is no more: it is ended");
+    match pidfd_send_signal(&process, Signal::KILL) {
+        Ok(()) | Err(Errno::SRCH) => {}
+        Err(errno) => return Err(still(errno.to_string())),
+    }
+    match is_over(&process, Some(&END_WAIT)) {
+        true => Ok(()),
+        false => Err(still("it was killed, and is not gone".into())),
+    }
+}
+
+/// Whole, or not there: the record is on disk before the window is handed over.
+fn record(folder: &Path, pid: i32) -> io::Result<()> {
+    match fs::create_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        other => other?,
+    }
+    let new = folder.join(format!("{pid}.new"));
+    fs::write(&new, start_of(pid)?)?;
+    fs::rename(&new, folder.join(pid.to_string()))
+}
+
+/// When a process started, as the kernel counts (field 22 of `/proc/PID/stat`).
+fn start_of(pid: i32) -> io::Result<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field, a name in brackets, can hold anything.
+    let behind = stat.rsplit(')').next().unwrap_or_default();
+    let start = behind.split_ascii_whitespace().nth(19);
+    start
+        .map(str::to_owned)
+        .ok_or(io::ErrorKind::InvalidData.into())
+}
+
+/// Whether a process has a VFIO device open or mapped; one that cannot be looked at may have.
+fn holds_a_device(pid: i32) -> bool {
+    let is_device = |text: &str| DEVICES.iter().any(|device| text.contains(device));
+    let own = Path::new("/proc").join(pid.to_string());
+    let (Ok(maps), Ok(fds)) = (
+        fs::read_to_string(own.join("maps")),
+        fs::read_dir(own.join("fd")),
+    ) else {
+        return true;
+    };
+    let links = fds.flatten().map(|fd| fs::read_link(fd.path()));
+    is_device(&maps)
+        || links
+            .flatten()
+            .any(|target| is_device(&target.to_string_lossy()))
+}
+
+/// Whether a process has a device mapped; one that cannot be looked at may have, unless it is gone.
+pub(super) fn maps_a_device(pid: i32) -> bool {
+    let maps = Path::new("/proc").join(pid.to_string()).join("maps");
+    match fs::read_to_string(maps) {
+        Ok(maps) => maps.contains(MAPPED_DEVICE),
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
+}
+
+/// Whether a process has ended, in so long; without end it is waited for.
+pub(crate) fn is_over(process: &OwnedFd, wait: Option<&Timespec>) -> bool {
+    loop {
+        match poll(&mut [PollFd::new(process, PollFlags::IN)], wait) {
+            Ok(0) => return false,
+            Ok(_) => return true,
+            Err(Errno::INTR) => {}
+            Err(error) => {
+                tracing::error!(%error, "cannot wait for a VMM");
+                return false;
+            }
+        }
+    }
+}
