@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 pub(super) struct Args {
     /// The port, as the configuration names it.
     name: String,
-    /// Whether the workers, a process for each VMM, give up their rights.
+    /// Whether it and the processes beside it, its warden and a worker for each VMM, give up their
+    /// rights.
     #[arg(long, value_enum, value_name = "WHETHER", default_value_t)]
     sandbox: Sandbox,
     /// The configuration.
@@ -28,7 +29,7 @@ impl Args {
             worker: own,
             sandbox: self.sandbox,
         };
-        let ended = port::run(&self.config, &self.name, &programs);
+        let ended = port::run(&self.config, &self.name, &programs, &port::ROLE);
         ended.map_err(|error| VerbError::from(&error))
     }
 }

@@ -56,8 +56,8 @@ fn attention(status: &HostStatus) -> Vec<String> {
     let node = &status.node;
     if node.sandbox.as_ref().is_some_and(|left| !left.is_closed()) {
         findings.push(format!(
-            "the daemon (process {}) runs without a sandbox, as --sandbox=off says: what takes it \
-             over has all that its user has",
+            "process {} runs without a sandbox, as --sandbox=off says: what takes it over has all \
+             that its user has",
             node.pid
         ));
     }
@@ -80,6 +80,7 @@ fn attention(status: &HostStatus) -> Vec<String> {
         findings.extend(held_back(&port.quarantine).map(|held| {
             format!("port {name}: {held} wait until the other host confirms that nothing maps them")
         }));
+        findings.extend(unshut(port));
         findings.extend(port.last_error.iter().map(|e| format!("port {name}: {e}")));
     }
     for lent in &status.lent {
@@ -119,6 +120,20 @@ fn attention(status: &HostStatus) -> Vec<String> {
     let held = status.quarantine.functions.iter();
     findings.extend(held.map(|f| format!("{}: in quarantine: {}", f.fdid, f.reason)));
     findings
+}
+
+/// That a port's process has kept its rights, in words.
+fn unshut(port: &PortStatus) -> Option<String> {
+    let process = port.process.as_ref()?;
+    let open = process.sandbox.as_ref().filter(|left| !left.is_closed());
+    open.map(|_| {
+        format!(
+            "port {}: its process ({}) runs without a sandbox, as --sandbox=off says: what takes \
+             it over has all that its user has",
+            port.name,
+            process.pid.unwrap_or_default()
+        )
+    })
 }
 
 /// What is wrong with a worker process, in words.

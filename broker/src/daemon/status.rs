@@ -47,7 +47,7 @@ pub struct NodeStatus {
     pub pid: u32,
     /// How long it has been running.
     pub uptime_ms: u64,
-    /// What the daemon's process has been left with; `None` = everything, as it is its ports, too.
+    /// What this process has been left with; `None` = everything, as it is daemon and ports at once.
     #[serde(default)]
     pub sandbox: Option<Report>,
 }
@@ -89,6 +89,9 @@ pub struct PortProcess {
     pub version: Option<String>,
     /// Whether it is there and has answered.
     pub answers: bool,
+    /// What it has been left with, as far as known.
+    #[serde(default)]
+    pub sandbox: Option<Report>,
 }
 
 /// The NTB's link state, nothing else.

@@ -79,7 +79,8 @@ pub enum Reach {
 }
 
 impl Reach {
-    fn path(&self) -> &Path {
+    /// Which.
+    pub fn path(&self) -> &Path {
         match self {
             Self::Read(path)
             | Self::Write(path)

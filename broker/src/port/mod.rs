@@ -1,7 +1,8 @@
 //! The port as a process: one NTB with its engine, its functions and its workers, which outlives the daemon.
 //!
 //! ```text
-//! configuration --its own [[port]]--> both sockets claimed --NTB opened--> serving --SIGTERM--> gone
+//! configuration --its own [[port]]--> both sockets claimed --warden started--> confined and sealed
+//!               --NTB opened--> serving --SIGTERM--> gone
 //! ```
 //! It faces its daemon, and only that, on two sockets in a folder of its own, which its user alone
 //! may enter: verbs as they come over the control socket, and the line of leases (`line`). What a
@@ -11,19 +12,22 @@
 
 mod leases;
 mod ledger;
+mod role;
 
 pub use leases::PortLeases;
 pub use ledger::{ENDED_MAX, Ledger};
+pub use role::{ROLE, kept};
 
 use crate::config::Config;
 use crate::daemon::control::{Deadlines, serve};
 use crate::daemon::host::{self, HostError, Workers};
 use crate::daemon::socket::ControlSocket;
 use crate::daemon::{DaemonError, Host, Signals};
+use crate::jail::{Kept, Role, confine_but};
 use crate::warden::{Programs, Warden, end_left_behind, holders_folder};
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,15 +43,32 @@ pub fn leases_socket(config: &Config, name: &str) -> PathBuf {
     config.port_folder(name).join("leases.sock")
 }
 
-/// Runs a port until SIGTERM or SIGINT.
-pub fn run(config: &Path, name: &str, programs: &Programs<'_>) -> Result<(), DaemonError> {
+/// Runs a port until SIGTERM or SIGINT, with no rights but those of its role. For the only thread
+/// of a process.
+pub fn run(
+    config: &Path,
+    name: &str,
+    programs: &Programs<'_>,
+    role: &'static Role,
+) -> Result<(), DaemonError> {
     let config = Config::load(config)?;
+    let signals = Signals::register().map_err(kernel("take signals"))?;
+    let claimed = Claimed::by(&config, name)?;
     let holders = holders_folder(&config.port_folder(name));
     let warden = Warden::start(programs, Some(&holders)).map_err(kernel("start its warden"))?;
+    // Before the right to do that goes.
+    host::raise_locked_memory();
+    let own = claimed.descriptors().into_iter().chain([0, 1, 2]);
+    let own = own
+        .chain(signals.descriptors())
+        .chain([warden.descriptor()]);
+    let own: Vec<RawFd> = own.collect();
+    let confined = confine_but(role, programs.sandbox, &own, &claimed.kept())?;
+    let sandbox = confined.seal_before_threads()?;
+    tracing::info!(?sandbox, "shut in");
     let workers = Workers::Processes(warden);
-    let signals = Signals::register().map_err(kernel("take signals"))?;
-    serve_until(&config, name, signals.stop.as_fd(), |config, at, leases| {
-        host::start_own_port(config, at, workers, leases)
+    claimed.serve(signals.stop.as_fd(), |config, at, leases| {
+        host::start_own_port(config, at, (workers, Some(sandbox)), leases)
     })
 }
 
@@ -55,35 +76,69 @@ fn kernel(act: &'static str) -> impl Fn(io::Error) -> DaemonError {
     move |source| DaemonError::Kernel { act, source }
 }
 
-/// Runs a port until `stop` is readable, with whatever `start` gives for the host of the
-/// configuration's port of that index.
-pub fn serve_until(
-    config: &Config,
-    name: &str,
-    stop: BorrowedFd<'_>,
-    start: impl FnOnce(&Config, usize, Arc<dyn LeasePool>) -> Result<Arc<dyn Host>, HostError>,
-) -> Result<(), DaemonError> {
-    let known = || config.ports.iter().map(|port| port.name.clone());
-    let at = known().position(|known| known == name);
-    let at = at.ok_or_else(|| DaemonError::UnknownPort {
-        name: name.to_owned(),
-        known: known().collect(),
-    })?;
-    // The sockets first: a second process is refused before it touches the NTB, and where nobody
-    // listens no lease is in force.
-    let _folder = Folder::make(&config.port_folder(name)).map_err(kernel("make its folder"))?;
-    let verbs = ControlSocket::claim(&verbs_socket(config, name))?;
-    let line = ControlSocket::claim_packets(&leases_socket(config, name))?;
-    let leases = PortLeases::start(config.node_id, name, line);
-    let leases = leases.map_err(kernel("wait for a daemon"))?;
-    // No other port serves this NTB now: who has its window has it from one that is no more.
-    let left = end_left_behind(&holders_folder(&config.port_folder(name)));
-    left.map_err(HostError::from)?;
-    let host = start(config, at, leases.clone())?;
-    tracing::info!(node = config.node_id, port = name, "serving");
-    let served = serve(&verbs, &host, stop, Deadlines::default());
-    tracing::info!("stopped");
-    served.map_err(kernel("serve the daemon"))
+/// What a port has before it opens its NTB.
+pub struct Claimed<'a> {
+    config: &'a Config,
+    /// Which of the configuration's ports it is.
+    at: usize,
+    verbs: ControlSocket,
+    line: ControlSocket,
+    /// Behind the sockets in it.
+    folder: Folder,
+}
+
+impl<'a> Claimed<'a> {
+    /// The port of this name has its sockets, and nobody else has its NTB's window.
+    pub fn by(config: &'a Config, name: &str) -> Result<Self, DaemonError> {
+        let known = || config.ports.iter().map(|port| port.name.clone());
+        let at = known().position(|known| known == name);
+        let at = at.ok_or_else(|| DaemonError::UnknownPort {
+            name: name.to_owned(),
+            known: known().collect(),
+        })?;
+        // The sockets first: a second process is refused before it touches the NTB, and where
+        // nobody listens no lease is in force.
+        let folder = Folder::make(&config.port_folder(name)).map_err(kernel("make its folder"))?;
+        let claimed = Self {
+            config,
+            at,
+            verbs: ControlSocket::claim(&verbs_socket(config, name))?,
+            line: ControlSocket::claim_packets(&leases_socket(config, name))?,
+            folder,
+        };
+        // No other port serves this NTB now: who has its window has it from one that is no more.
+        let left = end_left_behind(&holders_folder(&config.port_folder(name)));
+        left.map_err(HostError::from)?;
+        Ok(claimed)
+    }
+
+    /// All that it holds.
+    pub fn descriptors(&self) -> [RawFd; 2] {
+        [&self.verbs, &self.line].map(|socket| socket.listener().as_raw_fd())
+    }
+
+    /// What it needs of the file system.
+    pub fn kept(&self) -> Kept {
+        let folder = self.config.port_folder(&self.config.ports[self.at].name);
+        role::kept(&folder, &self.folder.made, !host::opens_by_itself())
+    }
+
+    /// Serves until `stop` is readable, with whatever `start` gives for the host of the
+    /// configuration's port of that index.
+    pub fn serve(
+        self,
+        stop: BorrowedFd<'_>,
+        start: impl FnOnce(&Config, usize, Arc<dyn LeasePool>) -> Result<Arc<dyn Host>, HostError>,
+    ) -> Result<(), DaemonError> {
+        let (node, name) = (self.config.node_id, &self.config.ports[self.at].name);
+        let leases = PortLeases::start(node, name, self.line);
+        let leases = leases.map_err(kernel("wait for a daemon"))?;
+        let host = start(self.config, self.at, leases.clone())?;
+        tracing::info!(node, port = name, "serving");
+        let served = serve(&self.verbs, &host, stop, Deadlines::default());
+        tracing::info!("stopped");
+        served.map_err(kernel("serve the daemon"))
+    }
 }
 
 /// The folder of a port's sockets, for its user alone; what was made for it goes with it, if

@@ -19,7 +19,7 @@ use sublet::{
         vocabulary::*,
     },
     jail::{Sandbox, keep_from_children},
-    port::serve_until,
+    port::Claimed,
     warden::{Programs, Warden},
 };
 use vfio_shim::{
@@ -157,13 +157,12 @@ impl Port {
         let config = Config::load(file).unwrap();
         let (stop, stopped) = UnixStream::pair().unwrap();
         let serve = move || {
-            serve_until(
-                &config,
-                name,
-                std::os::fd::AsFd::as_fd(&stopped),
-                |config, at, leases| start_port(config, at, machine, workers, leases),
-            )
-            .unwrap();
+            let claimed = Claimed::by(&config, name).unwrap();
+            let stop = std::os::fd::AsFd::as_fd(&stopped);
+            let served = claimed.serve(stop, |config, at, leases| {
+                start_port(config, at, machine, (workers, None), leases)
+            });
+            served.unwrap();
         };
         Self {
             stop: Some(stop),
@@ -226,6 +225,28 @@ fn write_config(
     file
 }
 
+/// The end of a link that is this node's, and the lender's functions.
+pub fn machine(
+    link: &SoftLink,
+    node: u16,
+    functions: &BTreeMap<Bdf, Arc<SoftFunction>>,
+) -> Machine {
+    Machine {
+        ports: vec![link.port(usize::from(node == 8))],
+        functions: Arc::new(Soft(functions.clone())),
+    }
+}
+
+/// A link, and so many functions.
+pub fn fabric(functions: usize) -> (SoftLink, BTreeMap<Bdf, Arc<SoftFunction>>) {
+    let port = SoftPortConfig {
+        window_bytes: [WINDOW_BYTES; 2],
+    };
+    let function = |at| (bdf(at).0, Arc::new(SoftFunction::new(ids(), 4)));
+    let link = SoftLink::new([port; 2]).unwrap();
+    (link, (0..functions).map(function).collect())
+}
+
 /// Workers as processes.
 pub fn processes() -> Workers {
     let sublet = Path::new(env!("CARGO_BIN_EXE_sublet"));
@@ -254,28 +275,7 @@ impl Rig {
         workers: Workers,
         heartbeat_ms: u64,
     ) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let port = SoftPortConfig {
-            window_bytes: [WINDOW_BYTES; 2],
-        };
-        let links = names
-            .iter()
-            .map(|name| (*name, SoftLink::new([port; 2]).unwrap()));
-        let function = |at| (bdf(at).0, Arc::new(SoftFunction::new(ids(), 4)));
-        let files =
-            [4, 8].map(|node| write_config(dir.path(), node, (names, heartbeat_ms), "control"));
-        let [lender, borrower] = [(4, 0), (8, 1)]
-            .map(|(node, at): (u16, usize)| Daemon::start(&files[at], &control(dir.path(), node)));
-        let mut rig = Self {
-            lender,
-            borrower,
-            ports: BTreeMap::new(),
-            links: links.collect(),
-            functions: (0..functions).map(function).collect(),
-            workers,
-            heartbeat_ms,
-            dir,
-        };
+        let mut rig = Self::without_ports(names, functions, workers, heartbeat_ms);
         for name in names {
             rig.start_port(4, name);
             rig.start_port(8, name);
@@ -284,11 +284,38 @@ impl Rig {
         rig
     }
 
+    /// Daemons alone.
+    pub fn without_ports(
+        names: &[&'static str],
+        functions: usize,
+        workers: Workers,
+        heartbeat_ms: u64,
+    ) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let links = names.iter().map(|name| (*name, fabric(0).0));
+        let files =
+            [4, 8].map(|node| write_config(dir.path(), node, (names, heartbeat_ms), "control"));
+        let [lender, borrower] = [(4, 0), (8, 1)]
+            .map(|(node, at): (u16, usize)| Daemon::start(&files[at], &control(dir.path(), node)));
+        Self {
+            lender,
+            borrower,
+            ports: BTreeMap::new(),
+            links: links.collect(),
+            functions: fabric(functions).1,
+            workers,
+            heartbeat_ms,
+            dir,
+        }
+    }
+
+    /// Where everything lies, each host's in a folder of its own.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
     pub fn start_port(&mut self, node: u16, name: &'static str) {
-        let machine = Machine {
-            ports: vec![self.links[name].port(usize::from(node == 8))],
-            functions: Arc::new(Soft(self.functions.clone())),
-        };
+        let machine = machine(&self.links[name], node, &self.functions);
         let file = folder(self.dir.path(), node).join("control.toml");
         let port = Port::start(&file, name, machine, self.workers.clone());
         self.ports.insert((node, name), port);

@@ -1,9 +1,10 @@
-//! Any bytes between a keeper and whoever asks it are a message, which can be sent again and is the same then, or refused; descriptors come with an opened group alone.
+//! Any bytes between a keeper or a warden and whoever asks it are a message, which can be sent again and is the same then, or refused; as many descriptors come as each says.
 
 use rustix::event::{EventfdFlags, eventfd};
 use std::os::fd::OwnedFd;
 use sublet::ipc::Datagram;
 use sublet::keeper::{FromKeeper, ToKeeper};
+use sublet::warden::{Answer, Asked};
 
 /// One more than any message brings.
 const FDS: usize = 3;
@@ -39,5 +40,7 @@ pub(super) fn target(bytes: &[u8]) {
             Some(_) => assert_eq!(fds, 0, "words bring nothing"),
             None => {}
         }
+        heard::<Asked>(bytes, fds);
+        heard::<Answer>(bytes, fds);
     }
 }

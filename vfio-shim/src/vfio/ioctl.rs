@@ -30,6 +30,26 @@ ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE.into(), VFIO_BASE + 12);
 ioctl_io_nr!(VFIO_IOMMU_MAP_DMA, VFIO_TYPE.into(), VFIO_BASE + 13);
 ioctl_io_nr!(VFIO_IOMMU_UNMAP_DMA, VFIO_TYPE.into(), VFIO_BASE + 14);
 
+/// All that is asked of VFIO, by name: what a process may be held to.
+pub fn requests() -> [(&'static str, u64); 14] {
+    [
+        ("VFIO_GET_API_VERSION", VFIO_GET_API_VERSION()),
+        ("VFIO_CHECK_EXTENSION", VFIO_CHECK_EXTENSION()),
+        ("VFIO_SET_IOMMU", VFIO_SET_IOMMU()),
+        ("VFIO_GROUP_GET_STATUS", VFIO_GROUP_GET_STATUS()),
+        ("VFIO_GROUP_SET_CONTAINER", VFIO_GROUP_SET_CONTAINER()),
+        ("VFIO_GROUP_GET_DEVICE_FD", VFIO_GROUP_GET_DEVICE_FD()),
+        ("VFIO_DEVICE_GET_INFO", VFIO_DEVICE_GET_INFO()),
+        ("VFIO_DEVICE_GET_REGION_INFO", VFIO_DEVICE_GET_REGION_INFO()),
+        ("VFIO_DEVICE_GET_IRQ_INFO", VFIO_DEVICE_GET_IRQ_INFO()),
+        ("VFIO_DEVICE_SET_IRQS", VFIO_DEVICE_SET_IRQS()),
+        ("VFIO_DEVICE_RESET", VFIO_DEVICE_RESET()),
+        ("VFIO_IOMMU_GET_INFO", VFIO_IOMMU_GET_INFO()),
+        ("VFIO_IOMMU_MAP_DMA", VFIO_IOMMU_MAP_DMA()),
+        ("VFIO_IOMMU_UNMAP_DMA", VFIO_IOMMU_UNMAP_DMA()),
+    ]
+}
+
 /// The longest info structure with capabilities that is accepted; the kernel's are under 1 KiB.
 pub(super) const INFO_BYTES_MAX: usize = 64 << 10;
 

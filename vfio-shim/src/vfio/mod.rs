@@ -18,5 +18,6 @@ pub use door::{Door, OpenGroup};
 pub use error::OpenError;
 pub use function::VfioFunction;
 pub use group::Group;
+pub use ioctl::requests;
 pub use mapping::{BAR_ALIGN, FdMapping};
 pub use mmio::MappedAperture;

@@ -19,6 +19,7 @@ mod tests;
 use super::Host;
 use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
 use crate::config::{Config, PortConfig};
+use crate::jail::Report;
 use crate::keeper::Keeper;
 use crate::pool::{PoolService, RedbStore, StoreError};
 use crate::warden::holders_folder;
@@ -103,7 +104,12 @@ struct LocalHost {
     /// After the ports: it writes down how their leases ended. None in a port's own process, whose
     /// daemon has it.
     pool: Option<PoolService>,
+    /// What a port's own process has been left with.
+    sandbox: Option<Report>,
 }
+
+/// How a port's process serves VMMs, and what it has been left with; `None` = everything.
+pub type Process = (Workers, Option<Report>);
 
 /// How long `stop` lets verbs under way end by themselves.
 const STOP_WAIT: Duration = Duration::from_secs(2);
@@ -120,7 +126,7 @@ impl Machine {
     /// This machine as this process can have it: by its own rights where it is root, else by the
     /// keeper.
     fn of(config: &Config, ports: &[PortConfig], workers: &Workers) -> Result<Self, HostError> {
-        match rustix::process::geteuid().is_root() {
+        match opens_by_itself() {
             true => Self::of_the_kernel(ports, workers),
             false => Self::by_keeper(ports, &Keeper::at(&config.keeper.folder), workers),
         }
@@ -144,7 +150,6 @@ impl Machine {
         keeper: &Keeper,
         workers: &Workers,
     ) -> Result<Self, HostError> {
-        raise_locked_memory();
         let sysfs = Sysfs::default();
         let open = |port: &PortConfig| {
             let opened = keeper.open(port.bdf).map_err(|e| cannot_open(port, e))?;
@@ -156,6 +161,11 @@ impl Machine {
         let functions = Arc::new(functions);
         Ok(Self { ports, functions })
     }
+}
+
+/// Whether this process opens functions by its own rights.
+pub(crate) fn opens_by_itself() -> bool {
+    rustix::process::geteuid().is_root()
 }
 
 fn open_all(
@@ -177,18 +187,18 @@ fn cannot_open(
     }
 }
 
-/// Guests' memory is pinned on behalf of this process. Without root's rights it is counted, and
-/// whoever starts this process sets how much there may be.
-fn raise_locked_memory() {
-    let limit = getrlimit(Resource::Memlock);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
+/// Guests' memory is pinned on behalf of this process, and counted. Root takes what it needs, and
+/// for any other whoever starts this process sets how much there may be.
+pub(crate) fn raise_locked_memory() {
+    let raise = |maximum| {
+        let (resource, current) = (Resource::Memlock, maximum);
+        setrlimit(resource, Rlimit { current, maximum })
     };
-    if let Err(error) = setrlimit(Resource::Memlock, raised) {
+    let allowed = getrlimit(Resource::Memlock).maximum;
+    if let Err(error) = raise(None).or_else(|_| raise(allowed)) {
         tracing::warn!(%error, "the limit of locked memory cannot be raised");
     }
-    if let Some(bytes) = limit.maximum {
+    if let Some(bytes) = getrlimit(Resource::Memlock).maximum {
         tracing::warn!(
             "this process may lock {bytes} bytes of memory, and no guests with more can borrow \
              through it: start it with LimitMEMLOCK=infinity, or `ulimit -l unlimited`"
@@ -198,6 +208,7 @@ fn raise_locked_memory() {
 
 /// Opens this machine's ports and starts their threads.
 pub fn start(config: &Config, workers: Workers) -> Result<Arc<dyn Host>, HostError> {
+    raise_locked_memory();
     start_on(
         config,
         Machine::of(config, &config.ports, &workers)?,
@@ -220,10 +231,10 @@ pub fn start_port(
     config: &Config,
     at: usize,
     machine: Machine,
-    workers: Workers,
+    process: Process,
     leases: Arc<dyn LeasePool>,
 ) -> Result<Arc<dyn Host>, HostError> {
-    let host = LocalHost::of_one_port(config, at, machine, workers, leases)?;
+    let host = LocalHost::of_one_port(config, at, machine, process, leases)?;
     Ok(Arc::new(host))
 }
 
@@ -231,11 +242,11 @@ pub fn start_port(
 pub fn start_own_port(
     config: &Config,
     at: usize,
-    workers: Workers,
+    process: Process,
     leases: Arc<dyn LeasePool>,
 ) -> Result<Arc<dyn Host>, HostError> {
-    let machine = Machine::of(config, &config.ports[at..=at], &workers)?;
-    start_port(config, at, machine, workers, leases)
+    let machine = Machine::of(config, &config.ports[at..=at], &process.0)?;
+    start_port(config, at, machine, process, leases)
 }
 
 fn refuse(code: ErrorCode, text: impl Into<String>) -> VerbError {
@@ -270,7 +281,7 @@ impl LocalHost {
         config: &Config,
         at: usize,
         machine: Machine,
-        workers: Workers,
+        (workers, sandbox): Process,
         leases: Arc<dyn LeasePool>,
     ) -> Result<Self, HostError> {
         assert_eq!(machine.ports.len(), 1, "its own NTB alone");
@@ -279,7 +290,8 @@ impl LocalHost {
         let ports = machine.ports.into_iter().map(start);
         let ports = ports.collect::<Result<_, HostError>>()?;
         let functions = machine.functions;
-        Ok(Self::made_of(config, functions, workers, ports, at, None))
+        let host = Self::made_of(config, functions, workers, ports, at, None);
+        Ok(Self { sandbox, ..host })
     }
 
     fn made_of(
@@ -304,6 +316,7 @@ impl LocalHost {
             ports,
             first,
             pool,
+            sandbox: None,
         }
     }
 

@@ -107,7 +107,7 @@ impl LocalHost {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 pid: std::process::id(),
                 uptime_ms: self.started.elapsed().as_millis() as u64,
-                sandbox: None,
+                sandbox: self.sandbox.clone(),
             },
             quarantine: QuarantineStatus {
                 functions: self.quarantine(&ports),

@@ -114,6 +114,7 @@ fn add(report: &mut HostStatus, mut told: HostStatus, line: Line, pool: &PoolSta
             pid: Some(told.node.pid),
             version: Some(told.node.version.clone()),
             answers: true,
+            sandbox: told.node.sandbox.clone(),
         });
         if let Some(why) = &apart {
             let text = format!("its leases cannot be written down, so nothing is lent: {why}");
@@ -173,6 +174,7 @@ fn away(config: &PortConfig, line: Line, error: VerbError, pool: &PoolStatus) ->
             pid,
             version,
             answers: false,
+            sandbox: None,
         }),
         last_error: Some(text),
     }

@@ -170,15 +170,20 @@ impl Daemon {
         Ok(link.trim().to_owned())
     }
 
-    /// That it is in its sandbox: what it says, and what the kernel says.
+    /// That it and its port are in their sandboxes: what they say, and what the kernel says.
     pub fn ensure_shut_in(&self) -> Result<()> {
-        let sandbox = &self.status()?["node"]["sandbox"];
-        for part in ["landlock", "seccomp"] {
-            ensure!(sandbox[part] == true, "host {}: {sandbox}", self.name);
-        }
-        let own = self.agent.text(&format!("/proc/{}/status", self.pid))?;
-        for line in ["CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"] {
-            ensure!(own.contains(line), "{line} is not in {own}");
+        let status = self.status()?;
+        let port = self.port;
+        let port = port.map(|pid| (pid, &status["ports"][0]["process"]["sandbox"]));
+        let own = (self.pid, &status["node"]["sandbox"]);
+        for (pid, sandbox) in [own].into_iter().chain(port) {
+            for part in ["landlock", "seccomp"] {
+                ensure!(sandbox[part] == true, "host {}: {sandbox}", self.name);
+            }
+            let told = self.agent.text(&format!("/proc/{pid}/status"))?;
+            for line in ["CapEff:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"] {
+                ensure!(told.contains(line), "{line} is not in {told}");
+            }
         }
         let page = self.verb(&["status"])?;
         ensure!(page.contains(", in its sandbox"), "{page}");

@@ -143,7 +143,7 @@ fn rights(attached: &Attached) -> Result<String> {
         let port = daemon.port_pid().context("no port")?;
         ensure_shut_in(&ensure_process(agent, daemon.pid(), USER, NO_CAPABILITY)?)?;
         daemon.ensure_shut_in()?;
-        ensure_process(agent, port, USER, NO_CAPABILITY)?;
+        ensure_shut_in(&ensure_process(agent, port, USER, NO_CAPABILITY)?)?;
         let descriptors = |pid: u32| agent.sh(&format!("ls -l /proc/{pid}/fd"));
         let held = descriptors(port)?;
         ensure!(held.contains("/dev/vfio/"), "the port holds {held}");

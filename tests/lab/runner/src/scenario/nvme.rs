@@ -126,7 +126,7 @@ fn run_as(
         };
         checks.check(what, || worker_holds_no_door(&attached, trapped));
         checks.check(
-            "the daemons, started as root, are in their sandboxes",
+            "daemons and ports, started as root, are in their sandboxes",
             || {
                 attached.lending.a.ensure_shut_in()?;
                 attached.lending.b.ensure_shut_in()?;
