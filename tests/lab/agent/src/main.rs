@@ -2,8 +2,11 @@
 
 mod devmem;
 mod dio;
+mod fuse;
+mod hostile;
 mod interrupts;
 mod nvme;
+mod nvme_remote;
 mod nvme_user;
 mod process;
 mod relay;
@@ -11,6 +14,7 @@ mod serve;
 mod snapshot;
 mod user;
 mod vfio_user;
+mod witness;
 
 use anyhow::{Context, Result, bail};
 use nvme_user::Direction;
@@ -30,6 +34,9 @@ const USAGE: &str = "usage: lab-agent COMMAND
   vfio-user SOCKET CASE             a client without a VMM; cases: good, version, early, oversized,
                                     private, became-private, file, short, read-only, reserved, window
   vfio-user SOCKET tenant FIFO      memory full of a pattern, looked at when the FIFO is written
+  witness SOCKET STOP LOG           a tenant at work until the file STOP is there; a line for each piece
+  hostile SOCKET CASE LOG           a VMM that means harm, and what it costs the witness of this log;
+                                    cases: flood, far, unread, storm, maps, fuse, truncated, punched
   as UID PROGRAM ARG...             run it as this user, who may lock any amount of memory
   snapshot                          what a scenario may not leave behind, as JSON";
 
@@ -82,6 +89,8 @@ fn run(words: &[&str]) -> Result<()> {
         ["interrupts", bdf] => interrupts::print(bdf),
         ["vfio-user", socket, "tenant", gate] => vfio_user::tenant(socket, gate),
         ["vfio-user", socket, case] => vfio_user::run(socket, case),
+        ["witness", socket, stop, log] => witness::run(socket, stop, log),
+        ["hostile", socket, case, log] => hostile::run(socket, case, log),
         ["snapshot"] => snapshot::print(),
         _ => bail!("{USAGE}"),
     }

@@ -20,23 +20,24 @@ use std::time::Duration;
 
 /// vfio-user specification 0.9.1: commands.
 const VERSION: u16 = 1;
-const DMA_MAP: u16 = 2;
+pub(crate) const DMA_MAP: u16 = 2;
 const DEVICE_GET_INFO: u16 = 4;
-const REGION_READ: u16 = 9;
-const REGION_WRITE: u16 = 10;
+pub(crate) const SET_IRQS: u16 = 8;
+pub(crate) const REGION_READ: u16 = 9;
+pub(crate) const REGION_WRITE: u16 = 10;
 const HEADER_BYTES: usize = 16;
 /// Above the largest message that any server takes.
 const OVERSIZED: u32 = 1 << 30;
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
 const READ_WRITE: u32 = 3;
-const BAR0: u32 = 0;
+pub(crate) const BAR0: u32 = 0;
 const CONFIG: u32 = 7;
 /// PCI 3.0, 6.2.2: memory space and bus mastering.
 const COMMAND_OFFSET: u64 = 4;
 const COMMAND_ENABLE: u16 = 6;
 /// NVMe Base Specification 2.0, 3.1.3: the version's property.
 const VS_OFFSET: u64 = 8;
-const RAM_BYTES: u64 = 2 << 20;
+pub(crate) const RAM_BYTES: u64 = 2 << 20;
 /// What a tenant's memory is full of.
 const PATTERN: u32 = 0x5ca1_ab1e;
 /// More than the lab's windows hold; none of it is ever touched.
@@ -56,14 +57,15 @@ const BEYOND: [(u32, u64); 6] = [
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Memory as a VMM has it: a memfd, mapped.
-struct Memory {
-    fd: OwnedFd,
+pub(crate) struct Memory {
+    /// The memfd.
+    pub(crate) fd: OwnedFd,
     base: *mut c_void,
     bytes: u64,
 }
 
 impl Memory {
-    fn new(bytes: u64, sharing: MapFlags) -> Result<Self> {
+    pub(crate) fn new(bytes: u64, sharing: MapFlags) -> Result<Self> {
         let fd = memfd_create("ram", MemfdFlags::CLOEXEC)?;
         ftruncate(&fd, bytes)?;
         let base = map(&fd, bytes, sharing)?;
@@ -79,7 +81,7 @@ impl Memory {
     }
 }
 
-fn map(fd: &OwnedFd, bytes: u64, sharing: MapFlags) -> Result<*mut c_void> {
+pub(crate) fn map(fd: &OwnedFd, bytes: u64, sharing: MapFlags) -> Result<*mut c_void> {
     let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, sharing);
     // SAFETY: the kernel chooses the address; the memory is never accessed.
     let base = unsafe {
@@ -95,13 +97,13 @@ fn map(fd: &OwnedFd, bytes: u64, sharing: MapFlags) -> Result<*mut c_void> {
     base.context("cannot map a memfd")
 }
 
-struct Client {
+pub(crate) struct Client {
     stream: UnixStream,
     id: u16,
 }
 
 impl Client {
-    fn connect(socket: &str) -> Result<Self> {
+    pub(crate) fn connect(socket: &str) -> Result<Self> {
         let stream = UnixStream::connect(socket);
         let stream = stream.with_context(|| format!("cannot connect to {socket}"))?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -116,7 +118,7 @@ impl Client {
         body: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<()> {
-        self.id += 1;
+        self.id = self.id.wrapping_add(1);
         let mut message = Vec::with_capacity(HEADER_BYTES + body.len());
         message.extend(self.id.to_le_bytes());
         message.extend(command.to_le_bytes());
@@ -137,13 +139,23 @@ impl Client {
         Ok(())
     }
 
-    fn send(&mut self, command: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
+    pub(crate) fn send(&mut self, command: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         self.send_sized(command, (HEADER_BYTES + body.len()) as u32, body, fds)
     }
 
     /// The body of a reply that must be there and tell no error.
-    fn ask(&mut self, command: u16, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Vec<u8>> {
+    pub(crate) fn ask(
+        &mut self,
+        command: u16,
+        body: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Vec<u8>> {
         self.send(command, body, fds)?;
+        self.answer(command)
+    }
+
+    /// The same of a reply to what was sent before.
+    pub(crate) fn answer(&mut self, command: u16) -> Result<Vec<u8>> {
         let mut header = [0; HEADER_BYTES];
         self.stream
             .read_exact(&mut header)
@@ -164,13 +176,13 @@ impl Client {
         Ok(body)
     }
 
-    fn agree(&mut self) -> Result<()> {
+    pub(crate) fn agree(&mut self) -> Result<()> {
         let mut body = [0; 4].to_vec();
         body.extend(b"{\"capabilities\":{\"max_msg_fds\":8}}\0");
         self.ask(VERSION, &body, &[]).map(drop)
     }
 
-    fn enable(&mut self, ask: bool) -> Result<()> {
+    pub(crate) fn enable(&mut self, ask: bool) -> Result<()> {
         let body = access(
             CONFIG,
             COMMAND_OFFSET,
@@ -183,8 +195,13 @@ impl Client {
         }
     }
 
+    /// What the server does not take within this time, it does not take.
+    pub(crate) fn send_within(&self, patience: Duration) -> Result<()> {
+        Ok(self.stream.set_write_timeout(Some(patience))?)
+    }
+
     /// The server must end the session, whatever it answers before.
-    fn wait_end(&mut self) -> Result<()> {
+    pub(crate) fn wait_end(&mut self) -> Result<()> {
         let mut answer = Vec::new();
         match (&self.stream)
             .take(MESSAGE_BYTES_MAX as u64)
@@ -201,18 +218,27 @@ fn device_info() -> Vec<u8> {
     [16, 0, 0, 0].map(u32::to_le_bytes).concat()
 }
 
-fn dma_map(address: u64, bytes: u64) -> Vec<u8> {
+pub(crate) fn dma_map(address: u64, bytes: u64) -> Vec<u8> {
     let mut body = Vec::new();
     body.extend([32, READ_WRITE].map(u32::to_le_bytes).concat());
     body.extend([0, address, bytes].map(u64::to_le_bytes).concat());
     body
 }
 
-fn access(region: u32, offset: u64, count: u32, data: Option<&[u8]>) -> Vec<u8> {
+pub(crate) fn access(region: u32, offset: u64, count: u32, data: Option<&[u8]>) -> Vec<u8> {
     let mut body = offset.to_le_bytes().to_vec();
     body.extend([region, count].map(u32::to_le_bytes).concat());
     body.extend(data.unwrap_or_default());
     body
+}
+
+/// One eventfd as the trigger of the first MSI-X vector.
+pub(crate) fn trigger() -> Vec<u8> {
+    const EVENTFD_TRIGGER: u32 = 1 << 2 | 1 << 5;
+    const MSIX: u32 = 2;
+    [20, EVENTFD_TRIGGER, MSIX, 0, 1]
+        .map(u32::to_le_bytes)
+        .concat()
 }
 
 /// A tenant beside the one under test: its memory is full of a pattern and mapped for its function

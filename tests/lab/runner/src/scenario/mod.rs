@@ -5,6 +5,7 @@ mod contracts;
 mod daemon_replaced;
 mod flap;
 mod heartbeat;
+mod hostile_vmm;
 mod hosts;
 mod isolation;
 mod keeper;
@@ -79,6 +80,7 @@ pub const ALL: &[Scenario] = &[
     keeper::SCENARIO,
     isolation::SCENARIO,
     two_tenants::SCENARIO,
+    hostile_vmm::SCENARIO,
     reboot::SCENARIO,
     flap::SCENARIO,
     heartbeat::SCENARIO,

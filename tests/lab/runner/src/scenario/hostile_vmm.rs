@@ -1,0 +1,350 @@
+//! Scenario `hostile-vmm`: two tenants of one port; whatever the first one's VMM does, the second's I/O goes on, and the port's heart beats.
+
+use super::steps::SOCKET;
+use super::{Scenario, When};
+use crate::agent::Agent;
+use crate::check::Checks;
+use crate::host::HostSpec;
+use crate::lab::{Lab, Pair};
+use crate::pci;
+use crate::snapshot::Snapshot;
+use crate::sublet::{Lending, Workers};
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::Value;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::scope;
+use std::time::Duration;
+
+/// The VMMs are the agent's own clients: a guest would only make the hosts slower.
+pub const SCENARIO: Scenario = Scenario {
+    name: "hostile-vmm",
+    checks: 3 + ATTACKS.len() + 6,
+    when: When::Full,
+    own_model: None,
+    deadline: Duration::from_secs(900),
+    run,
+};
+
+/// What the hostile VMM does (a case of `lab-agent hostile`), and what tells that it bites.
+struct Attack {
+    what: &'static str,
+    case: &'static str,
+    /// Of a status of the lender and of the hostile lease, while it goes on.
+    bites: fn(&Value, &Value) -> bool,
+    /// What the borrower says of the last session afterwards; empty: nothing.
+    words: &'static str,
+}
+
+const ATTACKS: [Attack; 8] = [
+    Attack {
+        what: "a flood of messages",
+        case: "flood",
+        bites: |_, lease| lease["counters"]["messages"].as_u64() > Some(1000),
+        words: "",
+    },
+    Attack {
+        what: "a flood that the worker hands on to its port",
+        case: "far",
+        bites: |_, lease| lease["worker"]["slowed"].as_u64() > Some(0),
+        words: "",
+    },
+    Attack {
+        what: "answers that nobody reads",
+        case: "unread",
+        bites: |_, lease| lease["state"] == "connected",
+        words: "",
+    },
+    Attack {
+        what: "a storm into an eventfd at its limit",
+        case: "storm",
+        bites: |lender, _| limits(lender, 0) > 0 && limits(lender, 1) == 0,
+        words: "",
+    },
+    Attack {
+        what: "memory of a file system that answers no read",
+        case: "fuse",
+        bites: |_, lease| told(lease).contains("no memfd or hugetlbfs file"),
+        words: "no memfd or hugetlbfs file",
+    },
+    Attack {
+        what: "memory that is truncated under DMA, and before it is pinned",
+        case: "truncated",
+        bites: |_, lease| lease["counters"]["dma_maps"] == 2,
+        words: "pinning guest memory failed",
+    },
+    Attack {
+        what: "a hole punched under DMA",
+        case: "punched",
+        bites: |_, lease| lease["counters"]["dma_maps"] == 2,
+        words: "",
+    },
+    Attack {
+        what: "maps without end, and one more than there can be",
+        case: "maps",
+        bites: |_, lease| lease["counters"]["dma_maps"].as_u64() > Some(1000),
+        words: "the guest has 65535 DMA maps already, the most it may have",
+    },
+];
+
+/// The witness's function: the VF after the hostile tenant's.
+const SECOND_BDF: &str = "0000:01:00.2";
+const SECOND_CONTROLLER: u32 = 2;
+const SECOND_SOCKET: &str = "/run/sublet/second.sock";
+const LOG: &str = "/run/witness.log";
+const OUTPUT: &str = "/run/witness.out";
+const STOP: &str = "/run/witness.stop";
+const REPORT: &str = "/run/hostile.log";
+/// What the limits are here: an emulated host is slow, and they are to be reached. `memory_check`
+/// is off, as a look at the VMM's memory map for each of 65,536 maps would take most of the time.
+const EDITS: [(&str, &str); 4] = [
+    ("worker_messages_per_second = ", "20"),
+    ("interrupts_per_second = ", "100"),
+    ("memory_check = ", "\"off\""),
+    ("lost_after_ms = ", "1500"),
+];
+/// How much the witness's pieces may take beside an attack, of what they take without.
+const RATIO_MAX: f64 = 2.0;
+const ATTACK_TIMEOUT: Duration = Duration::from_secs(120);
+const TOLD_TIMEOUT: Duration = Duration::from_secs(30);
+const LOOK: Duration = Duration::from_millis(500);
+/// What a kernel says when something of it is broken.
+const KERNEL_FAULTS: &str = "BUG:|WARNING:|Oops|Call Trace|protection fault|blocked for more than|soft lockup|bad page|Bad page";
+
+fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
+    let mut pair = None;
+    checks.must("both hosts boot, the borrower with FUSE", || {
+        pair = Some(boot(lab)?);
+        Ok("")
+    })?;
+    let pair = pair.context("no hosts")?;
+    pci::wait_namespace(&pair.a.agent)?;
+    let before = pair.snapshot()?;
+    let mut lending = None;
+    checks.must("both daemons agree on a session", || {
+        let daemons = (1, Workers::Processes);
+        let started = Lending::start_with(lab, &pair, (2, 1), daemons, edit)?;
+        let session = started.wait_link()?;
+        lending = Some(started);
+        Ok(session)
+    })?;
+    let lending = lending.context("no daemons")?;
+    let mut tenants = None;
+    checks.must("two tenants have a VF each, one of them is at work", || {
+        let moved_in = Tenants::move_in(&pair, &lending)?;
+        let both = moved_in.fdids.join(" and ");
+        tenants = Some(moved_in);
+        Ok(both)
+    })?;
+    let tenants = tenants.context("no tenants")?;
+    let faults = tenants.kernel_faults()?;
+    let beats = tenants.while_it_beats(|| {
+        for attack in &ATTACKS {
+            let name = format!("{} costs its own tenant alone", attack.what);
+            checks.check(&name, || tenants.suffer(attack));
+        }
+    });
+    checks.check("the port's heart has beaten all the time", || beats);
+    checks.check("neither kernel has complained", || {
+        let now = tenants.kernel_faults()?;
+        ensure!(now == faults, "the kernels' logs say {now:?}");
+        Ok("")
+    });
+    checks.check("the next VMM of the hostile tenant's is served", || {
+        let served = ["lab-agent", "vfio-user", SOCKET, "good"];
+        tenants.b.run(&served)
+    });
+    checks.check("nothing of the hostile sessions is left", || {
+        tenants.wait_idle()?;
+        pair.ensure_unchanged(&tenants.quiet)
+    });
+    checks.check("every byte of the witness was right", || tenants.move_out());
+    checks.check("both hosts are as before", || {
+        lending.end(&pair)?;
+        pair.ensure_unchanged(&before)
+    });
+    Ok(())
+}
+
+fn boot(lab: &Lab) -> Result<Pair> {
+    let ntb = lab.ntb(&[])?;
+    let a = HostSpec::stock("a", &lab.cache)?
+        .lender()
+        .ntb(&ntb.socket_a);
+    let mut b = HostSpec::stock("b", &lab.cache)?.ntb(&ntb.socket_b);
+    b.modules.push("fuse".to_owned());
+    lab.boot(&a, &b, Some(ntb))
+}
+
+/// A sample configuration with this scenario's limits.
+fn edit(config: &str) -> String {
+    let line = |line: &str| {
+        let edited = EDITS.iter().find(|(key, _)| line.starts_with(key));
+        edited.map_or_else(
+            || format!("{line}\n"),
+            |(key, value)| format!("{key}{value}\n"),
+        )
+    };
+    config.lines().map(line).collect()
+}
+
+/// How often the vector of the n-th lent function was over its rate.
+fn limits(lender: &Value, function: usize) -> u64 {
+    let limits = &lender["lent"][function]["vectors"][0]["rate_limits"];
+    limits.as_u64().unwrap_or(0)
+}
+
+/// Why a lease's last session ended.
+fn told(lease: &Value) -> &str {
+    lease["last_error"].as_str().unwrap_or_default()
+}
+
+/// Both have borrowed, the hostile one first; the witness is at work.
+struct Tenants<'a> {
+    a: &'a Agent,
+    b: &'a Agent,
+    lending: &'a Lending,
+    fdids: [String; 2],
+    witness: u32,
+    quiet: (Snapshot, Snapshot),
+}
+
+impl<'a> Tenants<'a> {
+    fn move_in(pair: &'a Pair, lending: &'a Lending) -> Result<Self> {
+        let (a, b) = (&pair.a.agent, &pair.b.agent);
+        let hostile = lending.offer()?;
+        lending.borrow(&hostile, SOCKET, &[])?;
+        pci::nvme_online(a, SECOND_CONTROLLER, 2, 1)?;
+        pci::bind(a, SECOND_BDF, "vfio-pci")?;
+        let second = lending.offer_function(SECOND_BDF)?;
+        lending.borrow(&second, SECOND_SOCKET, &[])?;
+        let argv = ["lab-agent", "witness", SECOND_SOCKET, STOP, LOG];
+        let witness = b.spawn(&argv, OUTPUT)?;
+        b.wait_until(&format!("test $(wc -l < {LOG}) -ge 10"), TOLD_TIMEOUT)
+            .with_context(|| b.text(OUTPUT).unwrap_or_default())?;
+        let quiet = pair.snapshot()?;
+        Ok(Tenants {
+            a,
+            b,
+            lending,
+            fdids: [hostile, second],
+            witness,
+            quiet,
+        })
+    }
+
+    /// One attack, seen to bite, and what it costs the witness.
+    fn suffer(&self, attack: &Attack) -> Result<String> {
+        let argv = ["lab-agent", "hostile", SOCKET, attack.case, LOG];
+        let pid = self.b.spawn(&argv, REPORT)?;
+        let bitten = self.wait_bite(attack);
+        let code = self.b.wait(pid, ATTACK_TIMEOUT)?;
+        let report = self.b.text(REPORT)?;
+        self.b.sh(&format!("rm {REPORT}"))?;
+        ensure!(code == Some(0), "it ended with {code:?}: {report}");
+        bitten?;
+        let lease = self.wait_idle()?;
+        let words = told(&lease);
+        ensure!(
+            words.contains(attack.words),
+            "{words:?} does not say {:?}",
+            attack.words
+        );
+        let other = self.lease(1)?;
+        ensure!(
+            told(&other).is_empty(),
+            "the witness is told {}",
+            told(&other)
+        );
+        let figures: Value = serde_json::from_str(&report)?;
+        ensure!(
+            figures["ratio"]
+                .as_f64()
+                .is_some_and(|ratio| ratio < RATIO_MAX),
+            "the witness's latency: {report}"
+        );
+        ensure!(
+            figures["did"].as_u64() > Some(0),
+            "it did nothing: {report}"
+        );
+        Ok(format!("{report} {words}"))
+    }
+
+    fn wait_bite(&self, attack: &Attack) -> Result<()> {
+        let bites = |lender: &Value| {
+            self.lease(0)
+                .is_ok_and(|lease| (attack.bites)(lender, &lease))
+        };
+        let waited = self.lending.a.wait_status("bite", TOLD_TIMEOUT, bites);
+        waited.map(drop)
+    }
+
+    /// What host B tells of a tenant.
+    fn lease(&self, tenant: usize) -> Result<Value> {
+        let status = self.lending.b.status()?;
+        let leases = status["borrowed"].as_array().context("no leases")?;
+        let lease = leases
+            .iter()
+            .find(|lease| lease["fdid"] == self.fdids[tenant].as_str());
+        lease.cloned().context("the lease is gone")
+    }
+
+    /// The hostile session is over and undone.
+    fn wait_idle(&self) -> Result<Value> {
+        let idle = |_: &Value| self.lease(0).is_ok_and(|lease| lease["state"] == "waiting");
+        self.lending
+            .b
+            .wait_status("idle endpoint", TOLD_TIMEOUT, idle)?;
+        self.lease(0)
+    }
+
+    /// Looks at both ports while something is done. The session that they had is the one that
+    /// they have: no beat was later than the configuration allows.
+    fn while_it_beats(&self, act: impl FnOnce()) -> Result<String> {
+        let (stop, since) = (AtomicBool::new(false), self.sessions()?);
+        let oldest_ms = scope(|scope| {
+            let looking = scope.spawn(|| {
+                let mut oldest_ms = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    let age = self.lending.a.status()?["ports"][0]["mailbox"]["heartbeat_age_ms"]
+                        .as_u64();
+                    oldest_ms = age.context("no heartbeat")?.max(oldest_ms);
+                    std::thread::sleep(LOOK);
+                }
+                Ok::<_, anyhow::Error>(oldest_ms)
+            });
+            act();
+            stop.store(true, Ordering::Relaxed);
+            looking.join().map_err(|_| anyhow!("panicked"))?
+        })?;
+        let now = self.sessions()?;
+        ensure!(now == since, "the sessions were {since:?}, are {now:?}");
+        Ok(format!("the oldest that was seen: {oldest_ms} ms"))
+    }
+
+    fn sessions(&self) -> Result<[Value; 2]> {
+        let id = |status: Value| status["ports"][0]["session"]["id"].clone();
+        Ok([id(self.lending.a.status()?), id(self.lending.b.status()?)])
+    }
+
+    fn kernel_faults(&self) -> Result<[String; 2]> {
+        let say = format!("dmesg | grep -E '{KERNEL_FAULTS}' || :");
+        Ok([self.a.sh(&say)?, self.b.sh(&say)?])
+    }
+
+    /// The witness ends, all is returned, and only the hostile tenant's VF is left to the lender.
+    fn move_out(&self) -> Result<String> {
+        self.b.sh(&format!("touch {STOP}"))?;
+        let code = self.b.wait(self.witness, TOLD_TIMEOUT)?;
+        let said = self.b.text(OUTPUT)?;
+        ensure!(code == Some(0), "the witness ended with {code:?}: {said}");
+        self.b.sh(&format!("rm {STOP} {LOG} {OUTPUT}"))?;
+        for fdid in &self.fdids {
+            self.lending.b.verb(&["return", fdid])?;
+        }
+        self.lending.a.verb(&["unavailable", SECOND_BDF])?;
+        self.lending.a.verb(&["remove", SECOND_BDF])?;
+        pci::unbind(self.a, SECOND_BDF)?;
+        pci::nvme_offline(self.a, SECOND_CONTROLLER)?;
+        Ok(said)
+    }
+}
