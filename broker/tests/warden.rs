@@ -5,11 +5,12 @@ mod soft;
 
 use rustix::process::{Signal, geteuid};
 use soft::{Rig, Vmm, descriptors, lives, signal, until};
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command, time::Duration};
 use sublet::{
     daemon::vocabulary::ErrorCode,
+    ipc::Channel,
     jail::Sandbox,
-    warden::{Programs, Warden},
+    warden::{Answer, Asked, Programs, Question, Warden},
 };
 
 fn status(pid: u32) -> String {
@@ -82,6 +83,42 @@ fn warden_passes_over_signals_to_all_and_ends_with_its_port() {
     assert_eq!(nowhere.unwrap_err().code, ErrorCode::Socket);
     drop(warden);
     assert!(!lives(pid));
+}
+
+#[test]
+fn what_nobody_waits_for_any_more_is_undone() {
+    let (channel, theirs) = Channel::pair().unwrap();
+    sublet::jail::keep_from_children();
+    let dir = tempfile::tempdir().unwrap();
+    let worker = dir.path().join("worker.sh");
+    fs::write(&worker, "#!/bin/sh\nexec sleep 600\n").unwrap();
+    fs::set_permissions(&worker, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sublet"));
+    command.args(["warden", "--worker"]).arg(worker);
+    let mut child = command.stdin(theirs.into_fd()).spawn().unwrap();
+    drop(command);
+    let path = dir.path().join("vf.sock");
+    let (ours, theirs) = Channel::pair().unwrap();
+    let listen = || Question::Listen(path.clone(), false);
+    for question in [listen(), Question::Start(theirs.into_fd())] {
+        // Its answer has nowhere to go.
+        let reply = Channel::pair().unwrap().0.into_fd();
+        channel.say(&Asked { reply, question }, true).unwrap();
+    }
+    let gone = ours.wait(Duration::from_secs(60)).unwrap();
+    assert!(
+        gone && ours.hear::<Answer>().unwrap().is_none(),
+        "the worker lives"
+    );
+    let again = until("the socket is nobody's", || {
+        let (answered, reply) = Channel::pair().unwrap();
+        let (reply, question) = (reply.into_fd(), listen());
+        channel.say(&Asked { reply, question }, true).unwrap();
+        let answer = answered.hear::<Answer>().unwrap().unwrap();
+        matches!(answer, Answer::Opened(_)).then_some(answer)
+    });
+    drop((again, channel));
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

@@ -26,7 +26,7 @@ use crate::{
         host,
         vocabulary::{ErrorCode, VerbError},
     },
-    ipc::{Channel, ChannelError, Check},
+    ipc::{Channel, ChannelError, Check, Sent},
     jail::{JailError, Kept, Sandbox, confine_but, keep_from_children},
     worker::{ALLOCATOR, holders::Vmms},
 };
@@ -56,7 +56,10 @@ use vmm_glue::vfio_user::{
 };
 
 /// The most questions that have a thread of their own at once.
-pub const LOOKS_MAX: usize = 64;
+const LOOKS_MAX: usize = 64;
+/// The most of these that are about guests' memory: a VMM can make such a look stand still, and
+/// must not hold up what is done for others.
+const CHECKS_MAX: usize = 48;
 /// A look's stack.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -118,25 +121,29 @@ pub fn run(worker: &Path, holders: Option<PathBuf>, sandbox: Sandbox) -> Result<
     let looks = Arc::new(Looks {
         vmms: OwnVmms::new(holders),
         sockets: Mutex::default(),
-        under_way: AtomicUsize::new(0),
+        under_way: Arc::default(),
     });
     while let Some(Asked { reply, question }) = channel.hear()? {
         let reply = Channel::of(reply);
         match question {
-            Question::Hello => say(&reply, &Answer::Done),
-            Question::Start(theirs) => say(&reply, &workers.start(theirs)),
-            Question::Kill(pid) => say(&reply, &workers.kill(pid)),
-            Question::Ended(pid) => say(&reply, &workers.ended(pid)),
+            Question::Hello => drop(say(&reply, &Answer::Done)),
+            Question::Start(theirs) => workers.start(&reply, theirs),
+            Question::Kill(pid) => drop(say(&reply, &workers.kill(pid))),
+            Question::Ended(pid) => drop(say(&reply, &workers.ended(pid))),
             other => looks.have_one(reply, other),
         }
     }
     Ok(())
 }
 
-fn say(reply: &Channel, answer: &Answer) {
-    // Whoever asked may have stopped waiting.
-    if let Err(error) = reply.say(answer, false) {
-        tracing::error!("an answer: {}", words(&error));
+/// Whether it is told: whoever asked may have stopped waiting.
+fn say(reply: &Channel, answer: &Answer) -> bool {
+    match reply.say(answer, false) {
+        Ok(sent) => sent == Sent::Sent,
+        Err(error) => {
+            tracing::error!("an answer: {}", words(&error));
+            false
+        }
     }
 }
 
@@ -148,14 +155,22 @@ struct Workers {
 }
 
 impl Workers {
-    fn start(&mut self, theirs: OwnedFd) -> Answer {
+    fn start(&mut self, reply: &Channel, theirs: OwnedFd) {
         match self.spawn(theirs) {
-            Ok((child, process)) => {
+            Ok((mut child, process)) => {
                 let pid = child.id() as i32;
-                self.running.insert(pid, child);
-                Answer::Started(pid, process)
+                if say(reply, &Answer::Started(pid, process)) {
+                    self.running.insert(pid, child);
+                } else {
+                    // Nobody would ask for its end.
+                    let _ = child.kill();
+                    let _ = child.wait();
+                }
             }
-            Err(error) => refuse(ErrorCode::Kernel, format!("a worker: {error}")),
+            Err(error) => {
+                let words = format!("a worker cannot be started: {error}");
+                say(reply, &refuse(ErrorCode::Kernel, words));
+            }
         }
     }
 
@@ -212,25 +227,57 @@ struct Looks {
     vmms: OwnVmms,
     /// Sockets of VMMs, which go when their leases do.
     sockets: Mutex<BTreeMap<PathBuf, Endpoint>>,
-    under_way: AtomicUsize,
+    under_way: Arc<AtomicUsize>,
+}
+
+/// One question's room among those that are under way; free again when dropped.
+struct Room(Arc<AtomicUsize>);
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Room {
+    /// By the first thread alone.
+    fn take(under_way: &Arc<AtomicUsize>, question: &Question) -> Option<Self> {
+        let most = match question {
+            Question::CheckShared(_) => CHECKS_MAX,
+            _ => LOOKS_MAX,
+        };
+        let room = under_way.load(Ordering::SeqCst) < most;
+        room.then(|| {
+            under_way.fetch_add(1, Ordering::SeqCst);
+            Self(Arc::clone(under_way))
+        })
+    }
 }
 
 impl Looks {
     fn have_one(self: &Arc<Self>, reply: Channel, question: Question) {
-        if self.under_way.fetch_add(1, Ordering::SeqCst) >= LOOKS_MAX {
-            self.under_way.fetch_sub(1, Ordering::SeqCst);
-            let text = format!("the warden does {LOOKS_MAX} things at once already: try again");
-            return say(&reply, &refuse(ErrorCode::Busy, text));
-        }
+        let Some(room) = Room::take(&self.under_way, &question) else {
+            let text = "the warden has as much to do as it takes at once: try again";
+            say(&reply, &refuse(ErrorCode::Busy, text));
+            return;
+        };
         let looks = Arc::clone(self);
         let thread = std::thread::Builder::new().name("look".into());
         let spawned = thread.stack_size(STACK_BYTES).spawn(move || {
+            let made = match &question {
+                Question::Listen(path, _) => Some(path.clone()),
+                _ => None,
+            };
             let answer = looks.answer(question);
-            looks.under_way.fetch_sub(1, Ordering::SeqCst);
-            say(&reply, &answer);
+            drop(room);
+            let opened = matches!(answer, Answer::Opened(_));
+            if !say(&reply, &answer) && opened {
+                // Nobody would ask for its removal.
+                let endpoint = made.and_then(|path| looks.sockets().remove(&path));
+                drop(endpoint);
+            }
         });
         if let Err(error) = spawned {
-            self.under_way.fetch_sub(1, Ordering::SeqCst);
             tracing::error!(%error, "no thread for a question");
         }
     }
@@ -290,5 +337,29 @@ fn shared(check: Check) -> Answer {
     match PathBuf::from("/proc").check_shared(check.pid, &ranges) {
         Ok(()) => Answer::Done,
         Err(error) => refuse(ErrorCode::NotAllowed, words(&error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn looks_at_memory_leave_room_for_all_else_and_both_have_an_end() {
+        let under_way = Arc::default();
+        let check = Question::CheckShared(Check {
+            pid: 1,
+            ranges: Vec::new(),
+        });
+        let rooms = |question: &Question| {
+            let take = || Room::take(&under_way, question);
+            std::iter::from_fn(take).collect::<Vec<_>>()
+        };
+        let checks = rooms(&check);
+        assert_eq!(checks.len(), CHECKS_MAX);
+        let others = rooms(&Question::KernelLog);
+        assert_eq!(others.len(), LOOKS_MAX - CHECKS_MAX);
+        drop((checks, others));
+        assert_eq!(rooms(&Question::KernelLog).len(), LOOKS_MAX);
     }
 }
