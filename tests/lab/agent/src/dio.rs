@@ -42,7 +42,7 @@ fn open(dev: &str, access: OFlags, offset: u64, bytes: u64) -> Result<File> {
 }
 
 /// Marsaglia's xorshift64: equal seeds give equal bytes on every machine.
-fn fill(state: &mut u64, into: &mut [u8]) {
+pub fn fill(state: &mut u64, into: &mut [u8]) {
     for word in into.chunks_exact_mut(8) {
         *state ^= *state << 13;
         *state ^= *state >> 7;

@@ -21,11 +21,11 @@ use std::time::Duration;
 /// vfio-user specification 0.9.1: commands.
 const VERSION: u16 = 1;
 pub(crate) const DMA_MAP: u16 = 2;
-const DEVICE_GET_INFO: u16 = 4;
+pub(crate) const DEVICE_GET_INFO: u16 = 4;
 pub(crate) const SET_IRQS: u16 = 8;
 pub(crate) const REGION_READ: u16 = 9;
 pub(crate) const REGION_WRITE: u16 = 10;
-const HEADER_BYTES: usize = 16;
+pub(crate) const HEADER_BYTES: usize = 16;
 /// Above the largest message that any server takes.
 const OVERSIZED: u32 = 1 << 30;
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
@@ -97,6 +97,7 @@ pub(crate) fn map(fd: &OwnedFd, bytes: u64, sharing: MapFlags) -> Result<*mut c_
     base.context("cannot map a memfd")
 }
 
+/// A connection to a server.
 pub(crate) struct Client {
     stream: UnixStream,
     id: u16,
@@ -214,7 +215,7 @@ impl Client {
     }
 }
 
-fn device_info() -> Vec<u8> {
+pub(crate) fn device_info() -> Vec<u8> {
     [16, 0, 0, 0].map(u32::to_le_bytes).concat()
 }
 

@@ -60,6 +60,8 @@ pub struct Daemon {
     pid: u32,
     /// The port's process, where it is another.
     port: Option<u32>,
+    /// Whether one was killed, and has left its folder behind.
+    port_killed: bool,
     kept: bool,
     program: String,
     config: String,
@@ -86,6 +88,7 @@ impl Daemon {
             agent: host.agent.clone(),
             pid: 0,
             port: None,
+            port_killed: false,
             kept,
             program: program.to_owned(),
             config: config.to_owned(),
@@ -123,8 +126,9 @@ impl Daemon {
     }
 
     /// Kills its port, as `kill -9` does.
-    pub fn kill_port(&self) -> Result<()> {
+    pub fn kill_port(&mut self) -> Result<()> {
         let port = self.port.context("its port is no process of its own")?;
+        self.port_killed = true;
         self.agent.kill(port, SIGKILL)?;
         self.agent.wait(port, END_TIMEOUT).map(drop)
     }
@@ -264,7 +268,13 @@ impl Daemon {
     /// Ends it as an operator does, and its port.
     pub fn stop(self) -> Result<()> {
         self.end(self.pid)?;
-        self.port.map_or(Ok(()), |port| self.end(port))
+        self.port.map_or(Ok(()), |port| self.end(port))?;
+        if self.port_killed {
+            // Empty, or it stays and is seen.
+            self.agent
+                .sh("rmdir /run/sublet/ports/* /run/sublet/ports 2>/dev/null || :")?;
+        }
+        Ok(())
     }
 
     fn end(&self, pid: u32) -> Result<()> {

@@ -111,6 +111,6 @@ mod tests {
             Some(scenario.name)
         });
         let refused: Vec<_> = refused.collect();
-        assert_eq!(refused, ["flap", "windows", "nvme-0db4"]);
+        assert_eq!(refused, ["flap", "kill-matrix", "windows", "nvme-0db4"]);
     }
 }

@@ -1,0 +1,106 @@
+//! A tenant without a guest on host B: started, told what to do, and asked what came of it.
+
+use crate::agent::Agent;
+use anyhow::{Context, Result, ensure};
+use std::time::{Duration, Instant};
+
+/// Longer than the client itself waits for an answer.
+const ORDER_TIMEOUT: Duration = Duration::from_secs(30);
+const SIGKILL: i32 = 9;
+
+/// The vfio-user client of `lab-agent`.
+pub struct Client {
+    agent: Agent,
+    /// Its process.
+    pub pid: u32,
+    orders: String,
+    log: String,
+}
+
+impl Client {
+    /// Starts it for a socket; it does nothing yet.
+    pub fn start(agent: &Agent, name: &str, socket: &str, lba: u64) -> Result<Self> {
+        let (orders, log) = (format!("/run/{name}.orders"), format!("/run/{name}.log"));
+        agent.sh(&format!("mkfifo {orders}"))?;
+        let lba = lba.to_string();
+        let argv = ["lab-agent", "vfio-user", socket, "vmm", &orders, &lba];
+        let pid = agent.spawn(&argv, &log)?;
+        Ok(Client {
+            agent: agent.clone(),
+            pid,
+            orders,
+            log,
+        })
+    }
+
+    /// Tells it to begin something.
+    pub fn tell(&self, order: &str) -> Result<()> {
+        let Client { pid, orders, .. } = self;
+        // A FIFO without a reader would hold whoever writes to it.
+        let line = format!("kill -0 {pid}; echo {order} > {orders}");
+        self.agent.sh(&line).map(drop)
+    }
+
+    /// Waits until it has done so, failed, or is gone; its own words.
+    pub fn ended(&self, order: &str) -> Result<String> {
+        let Client { pid, log, .. } = self;
+        let until = format!(
+            "grep -qE '^done {order}|^failed' {log} || ! grep -q '^State:.[^Z]' /proc/{pid}/status"
+        );
+        self.agent
+            .wait_until(&until, ORDER_TIMEOUT)
+            .with_context(|| format!("`{order}` hangs"))?;
+        let said = self.agent.text(log)?;
+        let last = said
+            .lines()
+            .rev()
+            .find(|line| line.starts_with("failed") || line.starts_with(&format!("done {order}")));
+        Ok(last.unwrap_or("gone").to_owned())
+    }
+
+    /// The same of what must be done; how long it took by its own clock.
+    pub fn done(&self, order: &str) -> Result<Duration> {
+        let said = self.ended(order)?;
+        let ms = said.strip_prefix(&format!("done {order} "));
+        let ms = ms.and_then(|ms| ms.parse().ok());
+        Ok(Duration::from_millis(ms.with_context(|| said)?))
+    }
+
+    /// Both.
+    pub fn order(&self, order: &str) -> Result<Duration> {
+        self.tell(order)?;
+        self.done(order)
+    }
+
+    /// How many pieces came back right; none may have come back wrong.
+    pub fn pieces(&self) -> Result<u64> {
+        let said = self.agent.text(&self.log)?;
+        ensure!(!said.contains("failed"), "{said}");
+        Ok(said.lines().filter(|line| *line == "right").count() as u64)
+    }
+
+    /// As many more come back right from now on.
+    pub fn goes_on(&self, more: u64) -> Result<()> {
+        let (most, since) = (self.pieces()? + more, Instant::now());
+        while self.pieces()? < most {
+            ensure!(since.elapsed() < ORDER_TIMEOUT, "its I/O stands still");
+        }
+        Ok(())
+    }
+
+    /// It ends as a VMM that is done, and leaves its function running.
+    pub fn end(self) -> Result<()> {
+        self.tell("end")?;
+        let code = self.agent.wait(self.pid, ORDER_TIMEOUT)?;
+        ensure!(code == Some(0), "the client ended with {code:?}");
+        self.clear_away()
+    }
+
+    /// Whatever is left of it goes; a dead one is no error.
+    pub fn clear_away(self) -> Result<()> {
+        let _ = self.agent.kill(self.pid, SIGKILL);
+        self.agent.wait(self.pid, ORDER_TIMEOUT)?;
+        let Client { orders, log, .. } = &self;
+        self.agent.sh(&format!("rm {orders} {log}")).map(drop)
+    }
+}
