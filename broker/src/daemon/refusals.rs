@@ -19,6 +19,7 @@ pub(crate) fn from_lend(error: &LendError) -> VerbError {
         LendError::Sysfs(..) => ErrorCode::Kernel,
         LendError::SriovOn { .. } => ErrorCode::SriovOn,
         LendError::Driven { .. } => ErrorCode::DriverBound,
+        LendError::Orphan { .. } => ErrorCode::WrongState,
         LendError::GroupInUse { .. } => ErrorCode::GroupInUse,
         LendError::NoReset(_) => ErrorCode::NoReset,
     };

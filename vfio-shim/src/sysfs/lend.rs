@@ -33,6 +33,16 @@ pub enum LendError {
         /// Its driver.
         driver: String,
     },
+    /// Nobody tends it.
+    #[error(
+        "{vf} is a VF of {pf}, which has no driver, so that nobody tends it: echo {pf} > /sys/bus/pci/drivers_probe"
+    )]
+    Orphan {
+        /// The function.
+        vf: Bdf,
+        /// Its physical function.
+        pf: Bdf,
+    },
     /// Others share its IOMMU group.
     #[error(
         "{bdf} shares IOMMU group {group} with devices that this host uses ({others}): the IOMMU cannot tell them apart. Unbind those, or put the device into a slot with ACS"
@@ -69,6 +79,11 @@ impl Sysfs {
         let driver = self.driver(bdf).map_err(failed)?;
         if let Some(driver) = driver.filter(|driver| !is_vfio_driver(driver) && !unbind) {
             return Err(LendError::Driven { bdf, driver });
+        }
+        if let Some((pf, _)) = self.pf_of(bdf).map_err(failed)?
+            && self.driver(pf).map_err(failed)?.is_none()
+        {
+            return Err(LendError::Orphan { vf: bdf, pf });
         }
         let group = self.iommu_group(bdf).map_err(failed)?;
         let in_use = |driver: &str| !is_vfio_driver(driver) && !HARMLESS_DRIVERS.contains(&driver);

@@ -235,6 +235,12 @@ fn a_virtual_function_knows_its_parent_and_index() {
         matches!(refused, LendError::SriovOn { count: 2, .. }),
         "{refused}"
     );
+    // A driver that was unbound from its PF has left it behind.
+    let refused = sysfs.check_lendable(bdf(vf), false).unwrap_err();
+    assert!(matches!(refused, LendError::Orphan { .. }), "{refused}");
+    relink(&tree.driver("nvme"), &tree.file(pf, "driver"));
+    let refused = sysfs.check_lendable(bdf(vf), false);
+    assert!(!matches!(refused, Err(LendError::Orphan { .. })));
 }
 
 #[test]

@@ -10,8 +10,8 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use vfio_shim::model::{Bdf, ConfigView, Function, FunctionIds};
-use vfio_shim::path::{Keep, ResetFailed, ScrubPlan, StopFunction, words};
-use vfio_shim::sysfs::{BindGuard, KernelLog, Sysfs, XE_CLEARED_MS};
+use vfio_shim::path::{Keep, Orphaned, ResetFailed, ScrubPlan, StopFunction, words};
+use vfio_shim::sysfs::{BindGuard, KernelLog, Sysfs, SysfsError, XE_CLEARED_MS};
 use vfio_shim::vfio::VfioFunction;
 use vmm_glue::vfio_user::memory_check::MemoryMaps;
 
@@ -104,6 +104,15 @@ impl KernelFunctions {
         Some(Box::new(move || log.find(&[&pf, &vf, "FLR failed"])))
     }
 
+    /// Nothing to look at where it is no VF, or its PF has no driver anyway.
+    fn orphaned(&self, bdf: Bdf) -> Result<Option<Orphaned>, VerbError> {
+        let pf = self.sysfs.pf_of(bdf).map_err(|error| from_sysfs(&error))?;
+        let Some((pf, _)) = pf else { return Ok(None) };
+        let driver = self.sysfs.driver(pf).map_err(|error| from_sysfs(&error))?;
+        let sysfs = self.sysfs.clone();
+        Ok(driver.map(|driver| Box::new(move || orphaned(&sysfs, pf, &driver)) as Orphaned))
+    }
+
     fn stop(&self, bdf: Bdf) -> Result<Option<StopFunction>, VerbError> {
         if self.keeper.is_some() {
             // The write takes root, and is none of a keeper's tasks.
@@ -117,6 +126,23 @@ impl KernelFunctions {
             Box::new(stop) as StopFunction
         }))
     }
+}
+
+/// A driver that is unbound from a PF may leave its VFs where they are, as nvme does. Nobody tends
+/// them then; what they do, their hardware decides.
+fn orphaned(sysfs: &Sysfs, pf: Bdf, driver: &str) -> Option<String> {
+    let found = match sysfs.driver(pf) {
+        Ok(Some(now)) if now == driver => return None,
+        Ok(Some(now)) => format!("it has {now} now"),
+        Ok(None) => "it has none now".to_owned(),
+        Err(SysfsError::NoFunction(_)) => "it is gone".to_owned(),
+        // It could not be looked at, which says nothing.
+        Err(_) => return None,
+    };
+    Some(format!(
+        "the lender's PF {pf} has lost its driver {driver}, and {found}: bind it again, then offer \
+         the function again"
+    ))
 }
 
 /// How a function's own memory is cleared of a tenant.
@@ -163,6 +189,7 @@ impl Functions for KernelFunctions {
                 scrub: scrub_plan(xe, waits),
                 stop: self.stop(bdf)?,
                 reset_failed: xe.and_then(|xe| self.reset_failed(xe)),
+                orphaned: self.orphaned(bdf)?,
                 kept,
             },
         })
@@ -172,6 +199,32 @@ impl Functions for KernelFunctions {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn vf_whose_pf_loses_its_driver_is_an_orphan_and_what_cannot_be_looked_at_is_none() {
+        use std::{fs, os::unix::fs::symlink};
+        let tree = tempfile::tempdir().unwrap();
+        let at = |name: &str| tree.path().join("bus/pci").join(name);
+        let device = at("devices/0000:01:00.0");
+        for folder in [&device, &at("drivers/nvme"), &at("drivers/other")] {
+            fs::create_dir_all(folder).unwrap();
+        }
+        let sysfs = Sysfs::new(tree.path());
+        let pf = "0000:01:00.0".parse().unwrap();
+        let told = || orphaned(&sysfs, pf, "nvme");
+        let says = |words: &str| told().is_some_and(|told| told.contains(words));
+        symlink(at("drivers/nvme"), device.join("driver")).unwrap();
+        assert_eq!(told(), None);
+        fs::remove_file(device.join("driver")).unwrap();
+        assert!(says("lost its driver nvme, and it has none now"));
+        symlink(at("drivers/other"), device.join("driver")).unwrap();
+        assert!(says("it has other now"));
+        fs::remove_file(device.join("driver")).unwrap();
+        fs::create_dir(device.join("driver")).unwrap();
+        assert_eq!(told(), None);
+        fs::remove_dir_all(&device).unwrap();
+        assert!(says("it is gone"));
+    }
 
     #[test]
     fn vf_of_xe_is_waited_for_by_its_driver_or_by_the_clock_and_others_are_not() {

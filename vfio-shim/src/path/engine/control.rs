@@ -2,7 +2,7 @@
 
 use super::executor::{Executor, ExecutorShared};
 use super::irq::{IrqCommand, IrqHandle, IrqThread, VectorCounters, word_offset};
-use super::keep::Keep;
+use super::keep::{Keep, Orphaned};
 use super::mapper::{Mapper, MapperJob};
 use super::requests::Wish;
 use super::taking::{Take, TakeReply};
@@ -30,7 +30,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 
 /// A refusal to take a function, and the function: whoever offered it closes it.
-pub(crate) type NotTaken = (Refusal, (Arc<dyn Function>, Keep));
+pub(crate) type NotTaken = Box<(Refusal, (Arc<dyn Function>, Keep))>;
 
 /// What reaches the control thread.
 pub(crate) enum Input {
@@ -162,6 +162,8 @@ pub(super) struct Control {
     mapper: Option<mpsc::Sender<MapperJob>>,
     mapper_join: Option<Task>,
     pub(super) workers: BTreeMap<Bdf, Worker>,
+    /// Who looks whether a function's maker is still there.
+    pub(super) makers: BTreeMap<Bdf, Orphaned>,
     /// Executors that end by themselves.
     pub(super) leaving: BTreeMap<Bdf, Task>,
     /// Who waits for a function to be at rest.
@@ -242,6 +244,7 @@ impl Control {
             mapper: None,
             mapper_join: None,
             workers: BTreeMap::new(),
+            makers: BTreeMap::new(),
             leaving: BTreeMap::new(),
             takes: Vec::new(),
             pool,
@@ -325,6 +328,7 @@ impl Control {
         let event = match input {
             Input::Beat => {
                 self.look_for_raises();
+                self.look_for_orphans();
                 if self.stopping {
                     return;
                 }
@@ -553,15 +557,16 @@ impl Control {
         &mut self,
         entry: PoolEntry,
         function: Arc<dyn Function>,
-        keep: Keep,
+        mut keep: Keep,
     ) -> Result<(), NotTaken> {
         let bdf = entry.bdf;
         if let Err(refusal) = self.core.lender.offer(entry, function.info().clone()) {
-            return Err((refusal, (function, keep)));
+            return Err(Box::new((refusal, (function, keep))));
         }
         if keep.stop.is_some() {
             self.core.lender.stops(bdf);
         }
+        let orphaned = keep.orphaned.take();
         let (jobs, work) = mpsc::channel();
         let (hurry, hurried) = mpsc::channel();
         let back = Arc::clone(&function);
@@ -585,6 +590,7 @@ impl Control {
         let run = move || executor.run(&work);
         match spawn(&*self.shared.runtime, name, "executor thread", run) {
             Ok(handle) => {
+                self.makers.extend(orphaned.map(|orphaned| (bdf, orphaned)));
                 self.workers.insert(
                     bdf,
                     Worker {
@@ -599,7 +605,7 @@ impl Control {
             Err(error) => {
                 let _ = self.core.lender.withdraw(bdf);
                 // Its guard went with the thread that could not be.
-                Err((Refusal::kernel(&error), (back, Keep::default())))
+                Err(Box::new((Refusal::kernel(&error), (back, Keep::default()))))
             }
         }
     }

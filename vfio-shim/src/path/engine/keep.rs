@@ -24,6 +24,10 @@ pub type StopFunction = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 /// Whether the kernel has told of a reset of it that failed, since this was last called.
 pub type ResetFailed = Box<dyn FnMut() -> Option<String> + Send>;
 
+/// Told why, when whoever made the function has let go of it without a word to the kernel: what a
+/// virtual function does then, nobody knows. Looked at with each heartbeat.
+pub type Orphaned = Box<dyn Fn() -> Option<String> + Send>;
+
 /// What comes with a lent function.
 #[derive(Default)]
 pub struct Keep {
@@ -33,6 +37,8 @@ pub struct Keep {
     pub stop: Option<StopFunction>,
     /// Where a failed reset is told that the reset itself does not tell.
     pub reset_failed: Option<ResetFailed>,
+    /// Whether whoever made it is gone.
+    pub orphaned: Option<Orphaned>,
     /// Kept as long as the function is open, and dropped after it.
     pub kept: Option<Box<dyn Any + Send>>,
 }

@@ -41,7 +41,7 @@ mod undo_tests;
 
 pub use borrowed::BorrowedFunction;
 pub use control::{BellStatus, LentStatus, PortStatus, SessionStatus, VectorStatus};
-pub use keep::{Keep, ResetFailed, ScrubPlan, StopFunction};
+pub use keep::{Keep, Orphaned, ResetFailed, ScrubPlan, StopFunction};
 pub use path_port::{BorrowedPath, PathPort, Tell};
 pub use signals::Signals;
 
@@ -253,7 +253,7 @@ impl Engine {
         let offered = |reply| Input::Offer(Box::new(entry), (function, keep), reply);
         let taken = self.wait_for(offered)?;
         // What was not taken is closed here, and not by the control thread.
-        taken.map_err(|(refusal, _function)| refusal)
+        taken.map_err(|not_taken| not_taken.0)
     }
 
     /// Takes a function out of the pool; refused while somebody has it. It is closed when this

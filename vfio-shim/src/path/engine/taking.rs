@@ -68,8 +68,22 @@ impl Control {
         self.perform(actions);
     }
 
+    /// The kernel wants nothing back of a function whose maker has let go of it: it is found.
+    pub(super) fn look_for_orphans(&mut self) {
+        let makers = self.makers.iter();
+        let orphans = makers.filter_map(|(bdf, orphaned)| Some((*bdf, orphaned()?)));
+        let orphans: Vec<_> = orphans.collect();
+        for (bdf, why) in orphans {
+            tracing::warn!(port = self.config.name, %bdf, "{why}");
+            self.makers.remove(&bdf);
+            let actions = self.core.taken_away(bdf, &why, self.shared.now_ms());
+            self.perform(actions);
+        }
+    }
+
     /// Its executor closes it by itself; nobody waits for that here.
     pub(super) fn gone(&mut self, bdf: Bdf) {
+        self.makers.remove(&bdf);
         if let Some(worker) = self.workers.remove(&bdf) {
             drop((worker.jobs, worker.hurry));
             self.leaving.insert(bdf, worker.handle);

@@ -36,6 +36,21 @@ fn fired(fd: &OwnedFd) -> bool {
     poll(&mut fds, Some(&now)).unwrap() == 1
 }
 
+/// The same function, with what comes with it.
+fn offer_again(rig: &Rig, keep: Keep) {
+    rig.engines[0].withdraw(bdf()).unwrap();
+    let entry = PoolEntry {
+        bdf: bdf(),
+        ids: FunctionIds::default(),
+        state: PoolState::Available,
+        irq_count: 4,
+        bar_bytes: 0,
+        serial: 0,
+    };
+    let offered: Arc<dyn Function> = rig.function.clone();
+    rig.engines[0].offer_with(entry, offered, keep).unwrap();
+}
+
 fn reset_fails() -> FaultPlan {
     FaultPlan::default().nth(Fault::ResetFails, 1)
 }
@@ -223,17 +238,7 @@ fn what_a_function_does_is_stopped_before_it_is_taken_from_its_guest_and_not_whe
         })),
         ..Keep::default()
     };
-    rig.engines[0].withdraw(bdf()).unwrap();
-    let entry = PoolEntry {
-        bdf: bdf(),
-        ids: FunctionIds::default(),
-        state: PoolState::Available,
-        irq_count: 4,
-        bar_bytes: 0,
-        serial: 0,
-    };
-    let offered: Arc<dyn Function> = rig.function.clone();
-    rig.engines[0].offer_with(entry, offered, keep).unwrap();
+    offer_again(&rig, keep);
     let (lease, ..) = rig.engines[1].borrow(bdf(), None).unwrap();
     rig.engines[1].give_back(lease).unwrap();
     assert_eq!(stopped.load(Ordering::SeqCst), u64::MAX);
@@ -243,4 +248,34 @@ fn what_a_function_does_is_stopped_before_it_is_taken_from_its_guest_and_not_whe
     revoked.unwrap();
     assert_eq!(stopped.load(Ordering::SeqCst), before);
     assert_eq!(rig.function.resets(), before + 1);
+}
+
+#[test]
+fn function_whose_maker_lets_go_of_it_without_a_word_ends_its_lease_and_leaves_the_pool() {
+    let rig = rig();
+    let gone = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&gone);
+    let why = "the PF has lost its driver";
+    let orphaned = move || told.load(Ordering::SeqCst).then(|| why.to_owned());
+    let keep = || Keep {
+        orphaned: Some(Box::new(orphaned.clone())),
+        ..Keep::default()
+    };
+    offer_again(&rig, keep());
+    let (_, _, held) = rig.engines[1].borrow(bdf(), None).unwrap();
+    let resets = rig.function.resets();
+    gone.store(true, Ordering::SeqCst);
+    assert_eq!(until("the borrower is told", || held.lost()), why);
+    until("it has left, reset", || {
+        let left = matches!(state(&rig), OfferState::Gone(told) if told == why);
+        (left && rig.function.resets() > resets).then_some(())
+    });
+    // While it is so, an offer does not last; when its maker is back, it does.
+    offer_again(&rig, keep());
+    until("it leaves again", || {
+        matches!(state(&rig), OfferState::Gone(_)).then_some(())
+    });
+    gone.store(false, Ordering::SeqCst);
+    offer_again(&rig, keep());
+    rig.engines[1].borrow(bdf(), None).unwrap();
 }

@@ -29,9 +29,6 @@ const LOST_TIMEOUT: Duration = Duration::from_secs(20);
 const IO_TIMEOUT: &str = "nvme_core multipath=0 io_timeout=8 admin_timeout=8";
 /// The driver's own time, its reset, and a busy machine.
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(60);
-const IO_LOG: &str = "/tmp/io";
-/// Writes until a write fails.
-const IO: &str = "while lab-agent dio write /dev/nvme0n1 1048576 65536 7; do :; done";
 
 fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     let mut spec = GuestSpec::stock("g", &lab.vmm()?);
@@ -85,9 +82,8 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
 fn lose(checks: &mut Checks, guest: &Guest, lending: &Lending, pair: &Pair) {
     let mut io = None;
     checks.check("the guest is at work", || {
-        io = Some(guest.agent.spawn(&["sh", "-c", IO], IO_LOG)?);
-        let worked = format!("test -s {IO_LOG}");
-        guest.agent.wait_until(&worked, GIVE_UP_TIMEOUT)
+        io = Some(steps::at_work(&guest.agent)?);
+        Ok("")
     });
     checks.check("the lease is lost on host b", || {
         pair.ntb.as_ref().context("no NTB")?.flap(DOWN_MS)?;

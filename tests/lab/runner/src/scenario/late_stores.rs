@@ -234,13 +234,11 @@ impl Rig<'_> {
     fn kill_port_of_mapped(&mut self) -> Result<String> {
         self.at_work()?;
         let (pid, b) = self.process(Victim::Vmm)?;
+        let (worker, _) = self.process(Victim::Worker)?;
         self.attached.lending.b.kill_port()?;
-        let (worker_gone, lives) = (
-            "! pgrep -f 'sublet worker' >/dev/null",
-            format!("grep -q '^State:.[^ZX]' /proc/{pid}/status"),
-        );
-        b.wait_until(worker_gone, WAIT)?;
-        b.sh(&lives)
+        let lives = |pid| format!("grep -q '^State:.[^ZX]' /proc/{pid}/status");
+        b.wait_until(&format!("! {}", lives(worker)), WAIT)?;
+        b.sh(&lives(pid))
             .context("the VMM ended by itself: nothing is shown")?;
         self.attached.lending.b.start_port()?;
         let code = b.wait(pid, WAIT)?;

@@ -24,6 +24,7 @@ pub const ENDLESS_IO: &str = "while lab-agent dio write /dev/nvme0n1 1048576 655
 pub const FOLDERS_GO: &str =
     "rmdir /run/sublet/ports/* /run/sublet/ports /run/sublet 2>/dev/null || :";
 
+const IO_LOG: &str = "/tmp/io";
 const DEVICE: &str = "/dev/nvme0n1";
 /// Somewhere behind the first blocks, which a kernel reads for partitions.
 const OFFSET: u64 = 1 << 20;
@@ -167,4 +168,15 @@ pub fn boot(lab: &Lab, pair: &Pair, spec: GuestSpec) -> Result<Guest> {
     let guest = lab.boot_guest(&spec.device(SOCKET), &pair.b)?;
     wait_namespace(&guest.agent)?;
     Ok(guest)
+}
+
+/// Writes in the background until a write fails; returns after the first. Without flushes: Linux
+/// 7.3.4 stands still for ever where the request that times out is one. Its `blk_mq_timeout_work`
+/// holds a reference on the flush and calls `nvme_timeout`, and that waits (in
+/// `blk_mq_tagset_wait_completed_request`) for the flush to be over, which takes its last reference.
+pub fn at_work(guest: &Agent) -> Result<u32> {
+    guest.sh("echo 'write through' > /sys/block/nvme0n1/queue/write_cache")?;
+    let io = guest.spawn(&["sh", "-c", ENDLESS_IO], IO_LOG)?;
+    guest.wait_until(&format!("test -s {IO_LOG}"), APPEAR_TIMEOUT)?;
+    Ok(io)
 }
