@@ -55,11 +55,11 @@ pub fn run(socket: &str, case: &str, log: &str) -> Result<()> {
         "fuse" => fuse(socket, &mut eyes)?,
         "stuck" => return stuck(socket),
         "truncated" => {
-            let report = beside(&mut eyes, 1, &|stop| taken(socket, truncate, stop))?;
+            let report = taken_away(socket, &mut eyes, truncate)?;
             early(socket, truncate)?;
             report
         }
-        "punched" => beside(&mut eyes, 1, &|stop| taken(socket, punch, stop))?,
+        "punched" => taken_away(socket, &mut eyes, punch)?,
         "maps" => {
             let report = beside(&mut eyes, 2, &|stop| {
                 maps(socket, MAPS_MAX, stop).map(|(n, _)| n)
@@ -73,16 +73,27 @@ pub fn run(socket: &str, case: &str, log: &str) -> Result<()> {
     Ok(())
 }
 
-/// What the witness's pieces take beside an attack, in terms of what they take without.
+/// What the witness's pieces take beside an attack, in terms of what they take beside threads that
+/// only take processors.
 fn beside(eyes: &mut Eyes, busy: usize, attack: &Attack<'_>) -> Result<Value> {
+    let burn = |stop: &AtomicBool| {
+        while !stop.load(Ordering::Relaxed) {
+            std::hint::spin_loop();
+        }
+        Ok(0)
+    };
+    compare(eyes, (busy, &burn), attack)
+}
+
+/// The same, in terms of what they take beside anything else.
+fn compare(
+    eyes: &mut Eyes,
+    (threads, baseline): (usize, &Attack<'_>),
+    attack: &Attack<'_>,
+) -> Result<Value> {
     let (mut pairs, mut did) = (Vec::new(), 0);
     for _ in 0..PAIRS {
-        let without = under(eyes, busy, &|stop| {
-            while !stop.load(Ordering::Relaxed) {
-                std::hint::spin_loop();
-            }
-            Ok(0)
-        })?;
+        let without = under(eyes, threads, baseline)?;
         let with = under(eyes, 1, attack)?;
         did += with.1;
         pairs.push((without.0, with.0));
@@ -206,9 +217,16 @@ fn punch(memory: &File) -> Result<()> {
     Ok(fallocate(memory, flags, 0, RAM_BYTES)?)
 }
 
+/// Beside DMA of the same function into memory that stays: two tenants share a cable and a device,
+/// and an emulated one is busy with either.
+fn taken_away(socket: &str, eyes: &mut Eyes, take: fn(&File) -> Result<()>) -> Result<Value> {
+    let stays: &Attack<'_> = &|stop| dma(socket, None, stop);
+    compare(eyes, (1, stays), &|stop| dma(socket, Some(take), stop))
+}
+
 /// DMA into memory that was taken out of its file: it goes where it went before, and what the file
 /// has there now stays as it is.
-fn taken(socket: &str, take: fn(&File) -> Result<()>, stop: &AtomicBool) -> Result<u64> {
+fn dma(socket: &str, take: Option<fn(&File) -> Result<()>>, stop: &AtomicBool) -> Result<u64> {
     let event = eventfd(0, EventfdFlags::CLOEXEC)?;
     let mut controller = Controller::start(socket, event.as_fd())?;
     let memory = Memory::new(RAM_BYTES, MapFlags::SHARED)?;
@@ -226,13 +244,18 @@ fn taken(socket: &str, take: fn(&File) -> Result<()>, stop: &AtomicBool) -> Resu
         word == [0xa5; 8],
         "no DMA has reached the memory: {word:x?}"
     );
-    take(&file)?;
+    if let Some(take) = take {
+        take(&file)?;
+    }
     let mut did = 0;
     while !stop.load(Ordering::Relaxed) {
         controller.read(BLOCK, VICTIM, within(PATIENCE))?;
         // What was there is still there for the function.
         controller.write(BLOCK, VICTIM, within(PATIENCE))?;
         did += 1;
+    }
+    if take.is_none() {
+        return Ok(did);
     }
     ftruncate(&file, RAM_BYTES)?;
     file.read_exact_at(&mut word, 0)?;
