@@ -3,6 +3,8 @@
 #[allow(dead_code, reason = "each test program uses a part of it")]
 mod apart;
 #[allow(dead_code, reason = "each test program uses a part of it")]
+mod shut;
+#[allow(dead_code, reason = "each test program uses a part of it")]
 mod soft;
 
 use apart::{Daemon, Rig, ask, bdf};
@@ -11,26 +13,20 @@ use soft::{descriptors, signal, try_freeze};
 use std::{
     env,
     fs::{self, File},
-    os::unix::{
-        net::UnixStream,
-        process::{CommandExt, ExitStatusExt},
-    },
-    panic::catch_unwind,
+    os::unix::{net::UnixStream, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio, exit},
-    sync::mpsc,
     time::Duration,
 };
 use sublet::{
     config::Config,
     daemon::{self, ROLE, host::Workers, vocabulary::*},
-    jail::{Call, Report, Role, Sandbox, confine_but, keep_from_children},
+    jail::{Report, Sandbox, confine_but, keep_from_children},
 };
 
 /// What a child of this program is to be, and of which configuration.
 const PART: &str = "SUBLET_DAEMON_TEST_PART";
 const FILE: &str = "SUBLET_DAEMON_TEST_FILE";
-const SIGSYS: i32 = 31;
 const SUBLET: &str = env!("CARGO_BIN_EXE_sublet");
 
 /// What the tests below start as a process of its own; not a test by itself.
@@ -41,15 +37,21 @@ fn the_process_of_the_other_tests() {
     let file = PathBuf::from(env::var_os(FILE).unwrap());
     match part {
         "daemon" => {
-            let ended = daemon::run(&file, Sandbox::On, role(without));
+            let ended = daemon::run(&file, Sandbox::On, shut::without(&ROLE, without));
             exit(i32::from(ended.is_err()));
         }
         "exercise" => {
             let config = Config::load(&file).unwrap();
             let kept = daemon::kept(&config, None);
-            let confined = confine_but(role(without), Sandbox::On, &[0, 1, 2], &kept).unwrap();
+            let confined = confine_but(
+                shut::without(&ROLE, without),
+                Sandbox::On,
+                &[0, 1, 2],
+                &kept,
+            )
+            .unwrap();
             confined.seal_before_threads().unwrap();
-            exercise();
+            shut::threads();
             exit(0);
         }
         "confined" => {
@@ -60,43 +62,19 @@ fn the_process_of_the_other_tests() {
             exit(0);
         }
         "old-kernel" => {
-            let none = (libc::SYS_landlock_create_ruleset, vec![]);
-            let filter = seccompiler::SeccompFilter::new(
-                [none].into(),
-                seccompiler::SeccompAction::Allow,
-                seccompiler::SeccompAction::Errno(libc::EOPNOTSUPP as u32),
-                env::consts::ARCH.try_into().unwrap(),
-            );
-            let program: seccompiler::BpfProgram = filter.unwrap().try_into().unwrap();
-            seccompiler::apply_filter(&program).unwrap();
             let mut command = Command::new(SUBLET);
-            panic!("{}", command.args(["daemon", "--config"]).arg(file).exec());
+            command.args(["daemon", "--config"]).arg(file);
+            shut::on_an_old_kernel(command);
         }
         other => panic!("{other}"),
     }
 }
 
-/// The daemon's role but for this entry.
-fn role(without: &str) -> &'static Role {
-    let calls = ROLE
-        .calls
-        .iter()
-        .copied()
-        .filter(|call| call.name != without);
-    let calls: Vec<Call> = calls.collect();
-    Box::leak(Box::new(Role {
-        name: ROLE.name,
-        limits: ROLE.limits,
-        calls: Box::leak(calls.into_boxed_slice()),
-    }))
-}
-
 /// This program in a part.
 fn part(part: &str, file: &Path) -> Command {
-    let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["--exact", "the_process_of_the_other_tests", "--nocapture"]);
+    let mut command = shut::this_program();
     command.env(PART, part).env(FILE, file);
-    command.env("RUST_BACKTRACE", "1").stdout(Stdio::null());
+    command.env("RUST_BACKTRACE", "1");
     command
 }
 
@@ -156,14 +134,7 @@ fn daemon_serves_from_a_sandbox_and_holds_nothing_but_its_own() {
     let told = daemon.status().node.sandbox.expect("a process of its own");
     assert!(told.is_closed(), "{told:?}");
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-    for line in [
-        "CapEff:\t0000000000000000",
-        "CapPrm:\t0000000000000000",
-        "NoNewPrivs:\t1",
-        "Seccomp:\t2",
-    ] {
-        assert!(status.contains(line), "{line} is not in {status}");
-    }
+    shut::assert_shut_in(&status);
     let mut held = descriptors(daemon.pid());
     held.retain(|target| !target.starts_with("socket:") && !target.starts_with("pipe:"));
     held.retain(|target| !target.starts_with("anon_inode:[eventfd]"));
@@ -223,51 +194,14 @@ fn reaches_its_own_alone(config: &Config) {
 }
 
 /// Runs a part that ends by itself, for a daemon whose folders are there already.
-fn run(mut command: Command, alone: &Alone) -> ExitStatus {
+fn run(command: Command, alone: &Alone) -> ExitStatus {
     alone.clear();
     let run = alone.control.parent().unwrap();
     for folder in [run, &alone.dir.path().join("state")] {
         fs::create_dir_all(folder).unwrap();
     }
     File::create(&alone.control).unwrap();
-    keep_from_children();
-    // One arena for all threads: the first thread's, which is the program's own.
-    command.env("GLIBC_TUNABLES", "glibc.malloc.arena_max=1");
-    let child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn();
-    let mut child = child.unwrap();
-    soft::until("its end", || {
-        // Frozen in whatever it waits for.
-        signal(child.id(), Signal::STOP);
-        signal(child.id(), Signal::CONT);
-        child.try_wait().unwrap()
-    })
-}
-
-/// What a daemon's libraries do at times that no test can bring about from outside: the allocator
-/// under load, in several threads; a lock that others hold; a clock that only the kernel can read;
-/// a panic that is caught and tells where it was.
-fn exercise() {
-    let fill = || {
-        let small: Vec<Vec<u8>> = (0..20_000).map(|_| vec![1; 200]).collect();
-        let mut large = vec![1u8; 1 << 20];
-        for _ in 0..4 {
-            large.reserve_exact(large.capacity() + (1 << 20));
-        }
-        drop((small, large));
-    };
-    fill();
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(fill);
-        }
-    });
-    let (_alive, never) = mpsc::channel::<()>();
-    let _ = never.recv_timeout(Duration::from_millis(100));
-    std::thread::yield_now();
-    let _ = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    // Asked where a port is not root's.
-    let _ = rustix::process::geteuid();
-    let _ = catch_unwind(|| panic!("on purpose"));
+    shut::ended(command)
 }
 
 #[test]
@@ -283,7 +217,9 @@ fn each_system_call_of_the_daemon_is_needed() {
     let mut idle = Vec::new();
     for (at, call) in ROLE.calls.iter().enumerate() {
         let part = part(&format!("exercise {}", call.name), &alone.file);
-        if run(part, &alone).signal() == Some(SIGSYS) || life_alone(&alone, call.name).is_err() {
+        if run(part, &alone).signal() == Some(shut::SIGSYS)
+            || life_alone(&alone, call.name).is_err()
+        {
             continue;
         }
         if life(&mut rig, 1 + at, call.name).is_ok() {

@@ -3,6 +3,8 @@
 #[allow(dead_code, reason = "each test program uses a part of it")]
 mod apart;
 #[allow(dead_code, reason = "each test program uses a part of it")]
+mod shut;
+#[allow(dead_code, reason = "each test program uses a part of it")]
 mod soft;
 
 use apart::{Rig, bdf, fabric, machine};
@@ -17,15 +19,10 @@ use std::{
     fs::{self, File},
     os::{
         fd::AsFd,
-        unix::{
-            net::UnixStream,
-            process::{CommandExt, ExitStatusExt},
-        },
+        unix::{net::UnixStream, process::ExitStatusExt},
     },
-    panic::catch_unwind,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio, exit},
-    sync::mpsc,
     time::Duration,
 };
 use sublet::{
@@ -34,7 +31,7 @@ use sublet::{
         host::{Workers, start_port},
         vocabulary::*,
     },
-    jail::{Call, Reach, Report, Role, Sandbox, confine_but, keep_from_children},
+    jail::{Reach, Report, Role, Sandbox, confine_but, keep_from_children},
     port::{Claimed, ROLE, kept},
     warden::{Programs, Warden},
 };
@@ -44,7 +41,6 @@ use vfio_shim::sysfs::KernelLog;
 const PART: &str = "SUBLET_PORT_TEST_PART";
 const DIR: &str = "SUBLET_PORT_TEST_DIR";
 const PORT: &str = "ntb0";
-const SIGSYS: i32 = 31;
 const SUBLET: &str = env!("CARGO_BIN_EXE_sublet");
 
 /// What the tests below start as a process of its own; not a test by itself.
@@ -54,45 +50,21 @@ fn the_process_of_the_other_tests() {
     let (part, without) = part.split_once(' ').unwrap_or((&part, ""));
     let dir = PathBuf::from(env::var_os(DIR).unwrap());
     match part {
-        "ports" => ports(&dir, role(without), Sandbox::On),
+        "ports" => ports(&dir, shut::without(&ROLE, without), Sandbox::On),
         "open-ports" => ports(&dir, &ROLE, Sandbox::Off),
-        "exercise" => exercise(&dir, role(without)),
-        "old-kernel" => {
-            let none = (libc::SYS_landlock_create_ruleset, vec![]);
-            let filter = seccompiler::SeccompFilter::new(
-                [none].into(),
-                seccompiler::SeccompAction::Allow,
-                seccompiler::SeccompAction::Errno(libc::EOPNOTSUPP as u32),
-                env::consts::ARCH.try_into().unwrap(),
-            );
-            let program: seccompiler::BpfProgram = filter.unwrap().try_into().unwrap();
-            seccompiler::apply_filter(&program).unwrap();
-            panic!("{}", port(&dir, "on").exec());
-        }
+        "exercise" => exercise(&dir, shut::without(&ROLE, without)),
+        "old-kernel" => shut::on_an_old_kernel(port(&dir, "on")),
         other => panic!("{other}"),
     }
     exit(0);
 }
 
-/// The port's role but for this entry.
-fn role(without: &str) -> &'static Role {
-    let calls = ROLE.calls.iter().copied();
-    let calls: Vec<Call> = calls.filter(|call| call.name != without).collect();
-    Box::leak(Box::new(Role {
-        name: ROLE.name,
-        limits: ROLE.limits,
-        calls: Box::leak(calls.into_boxed_slice()),
-    }))
-}
-
 /// This program in a part.
 fn part(part: &str, dir: &Path) -> Command {
-    let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["--exact", "the_process_of_the_other_tests", "--nocapture"]);
+    let mut command = shut::this_program();
     command.env(PART, part).env(DIR, dir);
-    // One arena for all threads: the first thread's, which is the program's own.
-    command.env("GLIBC_TUNABLES", "glibc.malloc.arena_max=1");
-    command.env("RUST_BACKTRACE", "1").stdout(Stdio::null());
+    command.env(shut::ALLOCATOR.0, shut::ALLOCATOR.1);
+    command.env("RUST_BACKTRACE", "1");
     command
 }
 
@@ -159,35 +131,15 @@ fn sysfs(dir: &Path) -> PathBuf {
 }
 
 /// What a port does where there are real devices, and what its libraries do at times that no test
-/// can bring about from outside: the allocator under load, in several threads; a lock that others
-/// hold; a clock that only the kernel can read; a panic that is caught and tells where it was.
+/// can bring about from outside.
 fn exercise(dir: &Path, role: &'static Role) {
     let sysfs = dir.join("sysfs");
     let mut may = kept(dir, &[], true);
     may.reach.push(Reach::Read(sysfs.clone()));
     let confined = confine_but(role, Sandbox::On, &[0, 1, 2], &may).unwrap();
     confined.seal_before_threads().unwrap();
-    let fill = || {
-        let small: Vec<Vec<u8>> = (0..20_000).map(|_| vec![1; 200]).collect();
-        let mut large = vec![1u8; 1 << 20];
-        for _ in 0..4 {
-            large.reserve_exact(large.capacity() + (1 << 20));
-        }
-        drop((small, large));
-    };
-    fill();
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(fill);
-        }
-    });
-    let (_alive, never) = mpsc::channel::<()>();
-    let _ = never.recv_timeout(Duration::from_millis(100));
-    std::thread::yield_now();
+    shut::threads();
     std::thread::sleep(Duration::from_millis(1));
-    let _ = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    let _ = rustix::process::geteuid();
-    let _ = catch_unwind(|| panic!("on purpose"));
     // sysfs, and the kernel's log.
     assert_eq!(fs::read(sysfs.join("vendor")).unwrap(), b"0x8086");
     assert_eq!(fs::read_dir(&sysfs).unwrap().count(), 2);
@@ -215,26 +167,13 @@ fn exercise(dir: &Path, role: &'static Role) {
 fn confined_port_reads_sysfs_and_reaches_no_other_file() {
     let rig = alone();
     sysfs(rig.dir());
-    let status = run(part("exercise none of them", rig.dir()));
+    let status = shut::ended(part("exercise none of them", rig.dir()));
     assert!(status.success(), "{status}");
 }
 
 /// Both hosts' daemons.
 fn alone() -> Rig {
     Rig::without_ports(&[PORT], 0, Workers::Threads, 50)
-}
-
-/// Runs a part that ends by itself.
-fn run(mut command: Command) -> ExitStatus {
-    keep_from_children();
-    let child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn();
-    let mut child = child.unwrap();
-    until("its end", || {
-        // Frozen in whatever it waits for.
-        signal(child.id(), Signal::STOP);
-        signal(child.id(), Signal::CONT);
-        child.try_wait().unwrap()
-    })
 }
 
 /// The process of both ports; killed when it goes.
@@ -287,13 +226,6 @@ impl Ports {
     }
 }
 
-/// None, for good, and held to a list.
-const RIGHTS: [&str; 4] = [
-    "CapEff:\t0000000000000000",
-    "CapPrm:\t0000000000000000",
-    "NoNewPrivs:\t1",
-    "Seccomp:\t2",
-];
 const NONE: &str = "none of them";
 
 fn words(refusal: VerbError) -> String {
@@ -349,9 +281,7 @@ fn port_serves_a_tenant_from_a_sandbox_and_holds_nothing_but_its_own() {
         .iter()
         .filter(|status| status.starts_with("Name:\tleases\n"));
     assert_eq!(of_ports.clone().count(), 2);
-    for (status, line) in of_ports.flat_map(|status| RIGHTS.map(|line| (status, line))) {
-        assert!(status.contains(line), "{line} is not in {status}");
-    }
+    of_ports.for_each(|status| shut::assert_shut_in(status));
     let worker = rig.borrower.status().borrowed[0].worker.clone().unwrap();
     assert!(worker.landlock && worker.seccomp);
     // The process beside them is the workers' parent, and goes with them.
@@ -370,7 +300,7 @@ fn port_serves_a_tenant_from_a_sandbox_and_holds_nothing_but_its_own() {
 fn each_system_call_of_the_port_is_needed() {
     let rig = alone();
     sysfs(rig.dir());
-    let whole = run(part(&format!("exercise {NONE}"), rig.dir()));
+    let whole = shut::ended(part(&format!("exercise {NONE}"), rig.dir()));
     assert_eq!(whole.code(), Some(0), "{whole}");
     life(&rig, NONE).expect("the whole list is enough");
     let mut idle = Vec::new();
@@ -378,7 +308,7 @@ fn each_system_call_of_the_port_is_needed() {
     let calls = ROLE.calls.iter().map(|call| call.name);
     for name in calls.filter(|name| !name.starts_with("ioctl(VFIO")) {
         let part = part(&format!("exercise {name}"), rig.dir());
-        if run(part).signal() != Some(SIGSYS) && life(&rig, name).is_ok() {
+        if shut::ended(part).signal() != Some(shut::SIGSYS) && life(&rig, name).is_ok() {
             idle.push(name);
         }
     }

@@ -1,6 +1,8 @@
 //! The worker as a process: what it holds, what it may do, and what its life and death do to a lease.
 
 #[allow(dead_code, reason = "each test program uses a part of it")]
+mod shut;
+#[allow(dead_code, reason = "each test program uses a part of it")]
 mod soft;
 
 use rustix::process::{Signal, set_parent_process_death_signal};
@@ -15,13 +17,12 @@ use std::{
 use sublet::{
     daemon::vocabulary::ErrorCode,
     ipc::{Channel, ToPort, Token},
-    jail::{Call, Role, Sandbox, confine},
+    jail::{Sandbox, confine},
     worker::{self, ROLE},
 };
 
 /// What a child of this program is to be.
 const PART: &str = "SUBLET_WORKER_TEST_PART";
-const SIGSYS: i32 = 31;
 
 /// What the tests below start as a process of its own; not a test by itself.
 #[test]
@@ -34,15 +35,17 @@ fn the_process_of_the_other_tests() {
     match part {
         "worker-without" => {
             let parent = argument.split_once(' ').expect("a parent and a name");
-            let role = without(parent.1);
+            let role = shut::without(&ROLE, parent.1);
             let ended = worker::run(parent.0.parse().unwrap(), Sandbox::On, role);
             exit(i32::from(ended.is_err()));
         }
         "exercise-without" => {
-            let confined = confine(without(argument), Sandbox::On, &[0, 1, 2]).unwrap();
+            let confined =
+                confine(shut::without(&ROLE, argument), Sandbox::On, &[0, 1, 2]).unwrap();
             worker::look_up();
             confined.seal().unwrap();
-            exercise();
+            // What its libraries do at times that no test can bring about from outside.
+            shut::one_thread();
             exit(0);
         }
         "hostile" => hostile(argument),
@@ -60,16 +63,6 @@ fn harness_waits() -> bool {
         let stat = fs::read_to_string(task.path().join("stat")).unwrap();
         task.file_name() == *me || stat.contains(") S ")
     })
-}
-
-fn without(name: &str) -> &'static Role {
-    let calls = ROLE.calls.iter().copied().filter(|call| call.name != name);
-    let calls: Vec<Call> = calls.collect();
-    Box::leak(Box::new(Role {
-        name: "worker",
-        limits: ROLE.limits,
-        calls: Box::leak(calls.into_boxed_slice()),
-    }))
 }
 
 /// A program that is this one in a part; `$PARENT` in it is the process that starts it.
@@ -112,14 +105,8 @@ fn worker_serves_a_vmm_from_a_sandbox_and_holds_nothing_but_its_own() {
         "{held:?}"
     );
     let status = fs::read_to_string(format!("/proc/{}/status", worker.pid)).unwrap();
-    for line in [
-        "CapEff:\t0000000000000000",
-        "NoNewPrivs:\t1",
-        "Seccomp:\t2",
-        "Threads:\t2",
-    ] {
-        assert!(status.contains(line), "{line} is not in {status}");
-    }
+    shut::assert_shut_in(&status);
+    assert!(status.contains("Threads:\t2"), "{status}");
 
     let mut vmm = Vmm::start(&rig).unwrap();
     vmm.work().unwrap();
@@ -370,22 +357,6 @@ fn sandbox_that_is_off_is_told() {
     rig.end();
 }
 
-/// What a worker's libraries do at times that no test can bring about from outside: the allocator
-/// of both threads under load, a lock that others hold, a clock that only the kernel can read.
-fn exercise() {
-    let fill = || {
-        let small: Vec<Vec<u8>> = (0..20_000).map(|_| vec![1; 200]).collect();
-        let mut large = vec![1u8; 1 << 20];
-        for _ in 0..4 {
-            large.reserve_exact(large.capacity() + (1 << 20));
-        }
-        drop((small, large));
-    };
-    fill();
-    std::thread::yield_now();
-    let _ = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-}
-
 #[test]
 fn each_system_call_of_a_worker_is_needed() {
     let dir = tempfile::tempdir().unwrap();
@@ -399,7 +370,7 @@ fn each_system_call_of_a_worker_is_needed() {
     life(&rig).expect("the whole list is enough");
     rig.end();
     for call in ROLE.calls {
-        if exercised(call.name).signal() == Some(SIGSYS) {
+        if exercised(call.name).signal() == Some(shut::SIGSYS) {
             continue;
         }
         let part = format!("worker-without $PARENT {}", call.name);
@@ -413,12 +384,9 @@ fn each_system_call_of_a_worker_is_needed() {
 }
 
 fn exercised(without: &str) -> std::process::ExitStatus {
-    let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["--exact", "the_process_of_the_other_tests", "--nocapture"]);
+    let mut command = shut::this_program();
     command.env(PART, format!("exercise-without {without}"));
-    command.env(worker::ALLOCATOR.0, worker::ALLOCATOR.1);
-    sublet::jail::keep_from_children();
-    command.stdout(Stdio::null()).status().unwrap()
+    shut::ended(command)
 }
 
 /// A worker's whole life; an error where the worker does not live through it.

@@ -2,8 +2,7 @@
 
 use super::control::CLIENTS_MAX;
 use crate::config::{Config, PORTS_MAX};
-use crate::jail::{Call, Kept, Limit, Only, Reach, Role, any, when};
-use rustix::process::Resource;
+use crate::jail::{Call, Kept, Limits, Only, Reach, Role, any, when};
 use std::path::Path;
 
 /// Each client's connection twice, and one to each port for its verb; the lines to the ports; the
@@ -18,24 +17,11 @@ const UNIX: u64 = libc::AF_UNIX as u64;
 /// The daemon whose ports are processes of their own.
 pub static ROLE: Role = Role {
     name: "daemon",
-    limits: &[
-        Limit {
-            resource: Resource::Nofile,
-            max: DESCRIPTORS_MAX,
-        },
-        Limit {
-            resource: Resource::Data,
-            max: DATA_BYTES_MAX,
-        },
-        Limit {
-            resource: Resource::Core,
-            max: 0,
-        },
-        Limit {
-            resource: Resource::Memlock,
-            max: 0,
-        },
-    ],
+    limits: Limits {
+        descriptors: DESCRIPTORS_MAX,
+        data_bytes: DATA_BYTES_MAX,
+        locks_memory: false,
+    },
     calls: CALLS,
 };
 

@@ -19,7 +19,7 @@ mod tests;
 
 pub use calls::{Call, Only, any, when};
 pub use descriptors::{check as check_descriptors, keep_from_children};
-pub use limits::Limit;
+pub use limits::Limits;
 
 use rustix::process::{chdir, chroot};
 use rustix::thread::CapabilitySet;
@@ -56,7 +56,7 @@ pub struct Role {
     /// Its name, for errors and `status`.
     pub name: &'static str,
     /// Its limits.
-    pub limits: &'static [Limit],
+    pub limits: Limits,
     /// The system calls that it makes once it is sealed; each is needed.
     pub calls: &'static [Call],
 }
@@ -224,7 +224,7 @@ pub fn confine_but(
             found: found.join(", "),
         });
     }
-    limits::set(role.limits).map_err(failed("limit itself"))?;
+    limits::set(&role.limits).map_err(failed("limit itself"))?;
     let mut report = Report::default();
     if sandbox == Sandbox::On {
         report.namespaces = namespaces::leave();

@@ -55,10 +55,11 @@ const fn any(name: &'static str, number: i64) -> Call {
 /// What a child needs to say how it went.
 static LITTLE: Role = Role {
     name: "a test",
-    limits: &[Limit {
-        resource: Resource::Nofile,
-        max: 16,
-    }],
+    limits: Limits {
+        descriptors: 16,
+        data_bytes: u64::MAX,
+        locks_memory: true,
+    },
     calls: &[
         any("write", libc::SYS_write),
         any("exit_group", libc::SYS_exit_group),

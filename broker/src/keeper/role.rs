@@ -1,28 +1,18 @@
 //! What the keeper's two processes are left with: limits, and the system calls that they make once they are sealed.
 
 use super::serve::CONNECTIONS_MAX;
-use crate::jail::{Call, Limit, Only, Role, any, when};
-use rustix::process::Resource;
+use crate::jail::{Call, Limits, Only, Role, any, when};
 
 /// A connection's own descriptor, a function's two on their way, and a file of sysfs or `/proc`.
 const DESCRIPTORS_MAX: u64 = 4 * CONNECTIONS_MAX as u64 + 64;
 /// Private memory, stacks of a thread for each connection included.
 const DATA_BYTES_MAX: u64 = 512 << 20;
 
-const LIMITS: &[Limit] = &[
-    Limit {
-        resource: Resource::Nofile,
-        max: DESCRIPTORS_MAX,
-    },
-    Limit {
-        resource: Resource::Data,
-        max: DATA_BYTES_MAX,
-    },
-    Limit {
-        resource: Resource::Core,
-        max: 0,
-    },
-];
+const LIMITS: Limits = Limits {
+    descriptors: DESCRIPTORS_MAX,
+    data_bytes: DATA_BYTES_MAX,
+    locks_memory: false,
+};
 
 /// The keeper: opens, binds, hands over.
 pub static ROLE: Role = Role {

@@ -1,7 +1,6 @@
 //! What a port is left with: its limits, its files, and the system calls that it makes once it is sealed.
 
-use crate::jail::{Call, Kept, Limit, Only, Reach, Role, any, when};
-use rustix::process::Resource;
+use crate::jail::{Call, Kept, Limits, Only, Reach, Role, any, when};
 use std::path::{Path, PathBuf};
 
 /// Triggers of all vectors of all functions, groups, containers, memory files of guests, channels.
@@ -16,20 +15,11 @@ const UNIX: u64 = libc::AF_UNIX as u64;
 /// behalf.
 pub static ROLE: Role = Role {
     name: "port",
-    limits: &[
-        Limit {
-            resource: Resource::Nofile,
-            max: DESCRIPTORS_MAX,
-        },
-        Limit {
-            resource: Resource::Data,
-            max: DATA_BYTES_MAX,
-        },
-        Limit {
-            resource: Resource::Core,
-            max: 0,
-        },
-    ],
+    limits: Limits {
+        descriptors: DESCRIPTORS_MAX,
+        data_bytes: DATA_BYTES_MAX,
+        locks_memory: true,
+    },
     calls: CALLS,
 };
 

@@ -1,7 +1,7 @@
 //! What a warden is left with: limits, and where it is root's, three of root's rights.
 
-use crate::jail::{Limit, Role};
-use rustix::{process::Resource, thread::CapabilitySet};
+use crate::jail::{Limits, Role};
+use rustix::thread::CapabilitySet;
 
 /// What workers may have, who are started with what is left here.
 const DESCRIPTORS_MAX: u64 = 8192;
@@ -17,23 +17,10 @@ pub(super) const CAPABILITIES: CapabilitySet = CapabilitySet::SYS_PTRACE
 /// A warden. It has no list of system calls: the workers that it starts would be held to it.
 pub static ROLE: Role = Role {
     name: "warden",
-    limits: &[
-        Limit {
-            resource: Resource::Nofile,
-            max: DESCRIPTORS_MAX,
-        },
-        Limit {
-            resource: Resource::Data,
-            max: DATA_BYTES_MAX,
-        },
-        Limit {
-            resource: Resource::Core,
-            max: 0,
-        },
-        Limit {
-            resource: Resource::Memlock,
-            max: 0,
-        },
-    ],
+    limits: Limits {
+        descriptors: DESCRIPTORS_MAX,
+        data_bytes: DATA_BYTES_MAX,
+        locks_memory: false,
+    },
     calls: &[],
 };

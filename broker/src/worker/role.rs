@@ -1,7 +1,6 @@
 //! What a worker is left with: its limits, and the system calls that it makes once it is sealed.
 
-use crate::jail::{Call, Limit, Only, Role, any, when};
-use rustix::process::Resource;
+use crate::jail::{Call, Limits, Only, Role, any, when};
 
 /// As many descriptors as a VMM may make it hold: eventfds of all vectors, memory files, and its own.
 const DESCRIPTORS_MAX: u64 = 4096 + 512;
@@ -13,24 +12,11 @@ const PROT_EXEC: u64 = libc::PROT_EXEC as u64;
 /// A worker.
 pub static ROLE: Role = Role {
     name: "worker",
-    limits: &[
-        Limit {
-            resource: Resource::Nofile,
-            max: DESCRIPTORS_MAX,
-        },
-        Limit {
-            resource: Resource::Data,
-            max: DATA_BYTES_MAX,
-        },
-        Limit {
-            resource: Resource::Core,
-            max: 0,
-        },
-        Limit {
-            resource: Resource::Memlock,
-            max: 0,
-        },
-    ],
+    limits: Limits {
+        descriptors: DESCRIPTORS_MAX,
+        data_bytes: DATA_BYTES_MAX,
+        locks_memory: false,
+    },
     calls: CALLS,
 };
 

@@ -37,7 +37,7 @@ const MAPS_MAX: u64 = 65_535;
 /// Where the memory that is taken away lies for the function.
 const VICTIM: u64 = RAM_BYTES;
 /// A block that the witness does not use.
-const BLOCK: u64 = 4096;
+const BLOCK: (u64, u32) = (4096, 1);
 const FUSE_DIR: &str = "/run/hostile";
 
 /// One attack; how often it did what it does until `stop`.

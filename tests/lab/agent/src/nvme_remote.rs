@@ -17,11 +17,13 @@ pub const BLOCK_BYTES: usize = 512;
 pub const BUFFERS: u64 = 0x10000;
 
 /// NVMe Base Specification 2.0, 3.1.3: controller properties.
-const CC: u64 = 0x14;
-const CSTS: u64 = 0x1c;
-const AQA: u64 = 0x24;
-const ASQ: u64 = 0x28;
-const ACQ: u64 = 0x30;
+pub const VS: u64 = 0x08;
+pub const INTMS: u64 = 0x0c;
+pub const CC: u64 = 0x14;
+pub const CSTS: u64 = 0x1c;
+pub const AQA: u64 = 0x24;
+pub const ASQ: u64 = 0x28;
+pub const ACQ: u64 = 0x30;
 const DOORBELLS: u64 = 0x1000;
 /// CC: 64-byte submission and 16-byte completion entries, enabled.
 const CC_ENABLE: u32 = 6 << 16 | 4 << 20 | 1;
@@ -81,23 +83,36 @@ pub struct Controller {
 impl Controller {
     /// Attaches to the function and starts the controller.
     pub fn start(socket: &str, interrupts: BorrowedFd<'_>) -> Result<Self> {
+        let mut controller = Self::connect(socket)?;
+        controller.map()?;
+        let client = &mut controller.client;
+        client.ask(SET_IRQS, &trigger(), &[interrupts])?;
+        controller.begin(true)?;
+        Ok(controller)
+    }
+
+    /// Agrees on the protocol, and no more.
+    pub fn connect(socket: &str) -> Result<Self> {
         let mut client = Client::connect(socket)?;
         client.agree()?;
         let ram = Memory::new(RAM_BYTES, MapFlags::SHARED)?;
-        client.ask(DMA_MAP, &dma_map(0, RAM_BYTES), &[ram.fd.as_fd()])?;
-        client.ask(SET_IRQS, &trigger(), &[interrupts])?;
-        client.enable(true)?;
-        let mut controller = Controller {
+        Ok(Controller {
             client,
             ram: File::from(ram.fd.try_clone()?),
             queues: [Queue::at(0, 0x1000), Queue::at(0x2000, 0x3000)],
             _ram: ram,
-        };
-        controller.begin()?;
-        Ok(controller)
+        })
     }
 
-    fn begin(&mut self) -> Result<()> {
+    /// Gives the function its memory, and lets it do DMA.
+    pub fn map(&mut self) -> Result<()> {
+        let body = dma_map(0, RAM_BYTES);
+        self.client.ask(DMA_MAP, &body, &[self.ram.as_fd()])?;
+        self.client.enable(true)
+    }
+
+    /// Starts it; its I/O queue has interrupts, or is looked at by whoever waits.
+    pub fn begin(&mut self, interrupts: bool) -> Result<()> {
         self.set(CC, 0)?;
         self.wait_ready(0)?;
         self.set(AQA, (ENTRIES - 1) << 16 | (ENTRIES - 1))?;
@@ -116,7 +131,7 @@ impl Controller {
             (
                 OPCODE_CREATE_COMPLETION,
                 completions,
-                CONTIGUOUS | WITH_INTERRUPTS,
+                CONTIGUOUS | (u32::from(interrupts) * WITH_INTERRUPTS),
             ),
             (OPCODE_CREATE_SUBMISSION, submissions, CONTIGUOUS | 1 << 16),
         ] {
@@ -128,7 +143,8 @@ impl Controller {
         Ok(())
     }
 
-    fn get(&mut self, offset: u64) -> Result<u32> {
+    /// A register of BAR 0.
+    pub fn get(&mut self, offset: u64) -> Result<u32> {
         let answer = self
             .client
             .ask(REGION_READ, &access(BAR0, offset, 4, None), &[])?;
@@ -136,7 +152,8 @@ impl Controller {
         Ok(u32::from_le_bytes(*value))
     }
 
-    fn set(&mut self, offset: u64, value: u32) -> Result<()> {
+    /// Stores into one.
+    pub fn set(&mut self, offset: u64, value: u32) -> Result<()> {
         let body = access(BAR0, offset, 4, Some(&value.to_le_bytes()));
         self.client.ask(REGION_WRITE, &body, &[]).map(drop)
     }
@@ -196,24 +213,24 @@ impl Controller {
         Ok(Some(word >> 17))
     }
 
-    /// A block out of memory at `address` to the namespace.
+    /// Blocks out of memory at `address`, within a page, to the namespace.
     pub fn write(
         &mut self,
-        block: u64,
+        blocks: (u64, u32),
         address: u64,
         wait: impl FnMut() -> Result<()>,
     ) -> Result<()> {
-        self.run(1, transfer(OPCODE_WRITE, block, address), wait)
+        self.run(1, transfer(OPCODE_WRITE, blocks, address), wait)
     }
 
-    /// A block of the namespace into memory at `address`.
+    /// Blocks of the namespace into memory at `address`.
     pub fn read(
         &mut self,
-        block: u64,
+        blocks: (u64, u32),
         address: u64,
         wait: impl FnMut() -> Result<()>,
     ) -> Result<()> {
-        self.run(1, transfer(OPCODE_READ, block, address), wait)
+        self.run(1, transfer(OPCODE_READ, blocks, address), wait)
     }
 
     /// A command without data: an interrupt, and little else.
@@ -232,11 +249,12 @@ fn command(opcode: u32, address: u64) -> Command {
     command
 }
 
-fn transfer(opcode: u32, block: u64, address: u64) -> Command {
+fn transfer(opcode: u32, (block, count): (u64, u32), address: u64) -> Command {
     let mut command = command(opcode, address);
     command[1] = NAMESPACE;
     command[10] = block as u32;
     command[11] = (block >> 32) as u32;
+    command[12] = count - 1;
     command
 }
 

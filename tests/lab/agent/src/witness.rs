@@ -54,8 +54,8 @@ fn piece(controller: &mut Controller, event: &OwnedFd, count: u64) -> Result<()>
         .collect();
     controller.ram.write_all_at(&data, FROM)?;
     controller.ram.write_all_at(&[0xee; BLOCK_BYTES], TO)?;
-    controller.write(block, FROM, || interrupt(event))?;
-    controller.read(block, TO, || interrupt(event))?;
+    controller.write((block, 1), FROM, || interrupt(event))?;
+    controller.read((block, 1), TO, || interrupt(event))?;
     let mut back = [0; BLOCK_BYTES];
     controller.ram.read_exact_at(&mut back, TO)?;
     ensure!(
