@@ -10,8 +10,9 @@ use rustix::process::Signal;
 use soft::{Vmm, freeze, signal, until};
 use std::time::{Duration, Instant};
 use sublet::daemon::{socket::ControlSocket, vocabulary::*};
-use sublet::pool::{Cause, LeaseStore, Move, RedbStore};
+use sublet::pool::{Cause, LeaseStore, Move, RedbStore, Scrubbed};
 use sublet::port::{leases_socket, verbs_socket};
+use vfio_shim::ntb::soft::{Fault, FaultPlan};
 
 /// How soon a daemon that comes back tells the truth.
 const TRUTH: Duration = Duration::from_secs(2);
@@ -237,4 +238,142 @@ fn frozen_daemon_holds_no_path_up_and_goes_on_where_it_was() {
         (lent.lease.is_none() && lent.last_end.as_deref() == Some("returned")).then_some(())
     });
     assert!(rig.borrow(0).unwrap().lease > lease);
+}
+
+fn quarantine(daemon: &Daemon) -> Vec<FdidText> {
+    match daemon.verb(Verb::Quarantine).unwrap() {
+        Outcome::Quarantine(list) => list.functions.into_iter().map(|one| one.fdid).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn retry(rig: &Rig) -> Result<Outcome, VerbError> {
+    let (bdf, held) = (apart::bdf(0), None);
+    rig.lender.verb(Verb::QuarantineRetry { bdf, held })
+}
+
+/// Function 0 could not be reset out of its tenant.
+fn spoil(rig: &Rig) {
+    rig.borrow(0).unwrap();
+    next_reset_fails(rig);
+    let revoke = Verb::Revoke {
+        bdf: apart::bdf(0),
+        deadline_s: None,
+    };
+    rig.lender.verb(revoke).unwrap();
+    until("it is written down", || {
+        let add = rig.lender.verb(Verb::Add { bdf: apart::bdf(0) });
+        add.is_err_and(|refusal| refusal.code == ErrorCode::Quarantine)
+            .then_some(())
+    });
+    until("the borrower is told", || {
+        let held = rig.borrower.status().borrowed.pop()?;
+        (held.state == "lost").then_some(())
+    });
+    rig.give_back(0).unwrap();
+}
+
+fn next_reset_fails(rig: &Rig) {
+    let plan = FaultPlan::default().nth(Fault::ResetFails, 1);
+    rig.function(0).arm(plan);
+}
+
+fn assert_held_back(rig: &Rig) {
+    assert_eq!(quarantine(&rig.lender), [apart::fdid(0)]);
+    for refusal in [
+        rig.lender
+            .verb(Verb::Add { bdf: apart::bdf(0) })
+            .unwrap_err(),
+        rig.available(0, "ntb0").unwrap_err(),
+    ] {
+        assert_eq!(refusal.code, ErrorCode::Quarantine, "{refusal}");
+        assert!(
+            refusal.text.contains("`sublet quarantine retry"),
+            "{refusal}"
+        );
+    }
+}
+
+#[test]
+fn function_in_quarantine_stays_in_it_over_the_verbs_a_ports_restart_and_a_daemons() {
+    let mut rig = Rig::new(&["ntb0"]);
+    rig.offer(0, "ntb0");
+    spoil(&rig);
+    assert_held_back(&rig);
+    let bdf = apart::bdf(0);
+    rig.lender.verb(Verb::Unavailable { bdf }).unwrap();
+    assert_held_back(&rig);
+    let listed = rig.lender.list();
+    let own = listed.iter().find(|entry| entry.fdid == apart::fdid(0));
+    assert_eq!(own.unwrap().available, Availability::Quarantine);
+    rig.lender.verb(Verb::Remove { bdf }).unwrap();
+    assert_held_back(&rig);
+
+    rig.stop_port(4, "ntb0");
+    rig.start_port(4, "ntb0");
+    rig.lender.kill();
+    rig.lender = rig.start_lender();
+    rig.wait_sessions();
+    assert_held_back(&rig);
+
+    next_reset_fails(&rig);
+    assert_eq!(retry(&rig).unwrap_err().code, ErrorCode::Quarantine);
+    assert_held_back(&rig);
+    let resets = rig.function(0).resets();
+    assert!(matches!(retry(&rig).unwrap(), Outcome::Undone(_)));
+    assert_eq!(rig.function(0).resets(), resets + 1);
+    until("it is written down", || {
+        quarantine(&rig.lender).is_empty().then_some(())
+    });
+    rig.offer(0, "ntb0");
+    rig.borrow(0).unwrap();
+}
+
+#[test]
+fn function_offered_behind_the_daemons_back_is_granted_to_nobody_and_found_in_quarantine() {
+    let mut rig = Rig::new(&["ntb0"]);
+    rig.offer(0, "ntb0");
+    spoil(&rig);
+    rig.stop_port(4, "ntb0");
+    rig.start_port(4, "ntb0");
+    rig.wait_sessions();
+    // A port that was started anew knows of no lease, and takes verbs from its own user.
+    let verbs = verbs_socket(&rig.lender_config(), "ntb0");
+    let bdf = apart::bdf(0);
+    let port = None;
+    for verb in [Verb::Add { bdf }, Verb::Available { bdf, port }] {
+        apart::ask(&verbs, &verb).unwrap().unwrap();
+    }
+    for _ in 0..2 {
+        let refusal = rig.borrow(0).unwrap_err();
+        assert_eq!(refusal.code, ErrorCode::Quarantine, "{refusal}");
+    }
+    assert_eq!(lent(&rig.lender, 0).state, Availability::Quarantine);
+    let Outcome::Undone(undone) = retry(&rig).unwrap() else {
+        panic!("not undone");
+    };
+    assert_eq!(undone.available, Availability::Available);
+    rig.borrow(0).unwrap();
+
+    let clear = Verb::QuarantineClear {
+        bdf,
+        i_know: true,
+        by: None,
+    };
+    rig.give_back(0).unwrap();
+    spoil(&rig);
+    rig.lender.verb(clear).unwrap();
+    rig.borrow(0).unwrap();
+    rig.lender.kill();
+    let mut store = RedbStore::open(&rig.lender_config().state).unwrap();
+    let mends = store.journal(99).unwrap().into_iter();
+    let mends: Vec<_> = mends
+        .filter_map(|entry| match entry.moved {
+            Move::Mended(how) => Some(how),
+            _ => None,
+        })
+        .collect();
+    let user = rustix::process::geteuid().as_raw();
+    let cleared = Scrubbed::Cleared(format!("user {user}"));
+    assert_eq!(mends, [Scrubbed::Reset, cleared]);
 }

@@ -40,10 +40,12 @@ impl Args {
             Act::List => Verb::Quarantine,
             Act::Retry { bdf } => Verb::QuarantineRetry {
                 bdf: bdf.resolve()?.into(),
+                held: None,
             },
             Act::Clear { bdf, i_know } => Verb::QuarantineClear {
                 bdf: bdf.resolve()?.into(),
                 i_know: *i_know,
+                by: None,
             },
         })
     }

@@ -11,6 +11,7 @@ use super::{
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
+    net::sockopt::socket_peercred,
 };
 use std::{
     collections::HashMap,
@@ -227,7 +228,7 @@ fn converse(
                 ErrorCode::Stopping,
                 "the daemon is going down; try again when it is back",
             )),
-            Ok(verb) => answer(host, verb),
+            Ok(verb) => answer(host, signed(verb, stream)),
             Err(e) => Reply::Error(VerbError::new(
                 ErrorCode::BadRequest,
                 format!("the request is no verb: {e}; use the `sublet` of the same version"),
@@ -235,6 +236,17 @@ fn converse(
         };
         send(stream, &reply, deadlines.reply)?;
     }
+}
+
+/// With who asks for it, where that is written down.
+fn signed(mut verb: Verb, stream: &UnixStream) -> Verb {
+    if let Verb::QuarantineClear { by, .. } = &mut verb {
+        by.get_or_insert_with(|| match socket_peercred(stream) {
+            Ok(peer) => format!("user {}", peer.uid.as_raw()),
+            Err(error) => format!("a user who is not known ({error})"),
+        });
+    }
+    verb
 }
 
 fn answer(host: &dyn Host, verb: Verb) -> Reply {

@@ -4,6 +4,7 @@ pub mod ask;
 pub mod control;
 pub mod error;
 pub mod host;
+mod quarantine;
 pub(crate) mod refusals;
 mod role;
 pub mod router;

@@ -84,6 +84,9 @@ pub enum Verb {
     QuarantineRetry {
         /// The function.
         bdf: BdfText,
+        /// What the daemon tells a port of a function that is not offered.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        held: Option<HeldBack>,
     },
     /// Gives a function out of quarantine as it is.
     QuarantineClear {
@@ -91,9 +94,22 @@ pub enum Verb {
         bdf: BdfText,
         /// That its last tenant's state may be in it still.
         i_know: bool,
+        /// Who says so; `None` = whoever is at the other end of the socket.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<String>,
     },
     /// Everything there is to know about this host.
     Status,
+}
+
+/// What the store knows of a function in quarantine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HeldBack {
+    /// Its last lease.
+    pub epoch: u64,
+    /// Why nobody gets it.
+    pub reason: String,
 }
 
 /// What came of a verb.

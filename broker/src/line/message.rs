@@ -178,7 +178,7 @@ pub(crate) fn short(mut end: End) -> End {
     if let Cause::Revoked(why) = &mut end.cause {
         *why = clean_text(why);
     }
-    if let Scrubbed::Failed(why) = &mut end.scrubbed {
+    if let Scrubbed::Failed(why) | Scrubbed::Cleared(why) = &mut end.scrubbed {
         *why = clean_text(why);
     }
     end

@@ -13,7 +13,10 @@
 //! ```
 //! A write that failed may have reached the disk or not: nobody is told that he has the function,
 //! and it is nobody's until the store has been read again. A port hears of a lease only when it
-//! is written; a lease's end it tells itself, after the path is undone.
+//! is written; a lease's end it tells itself, after the path is undone. A function that is free and
+//! in quarantine is not granted; that it was mended is written in `Ending` too.
+
+mod quarantine;
 
 use super::record::{
     Cause, End, FunctionKey, Holder, JournalEntry, LeaseRecord, Move, Scrubbed, Version,
@@ -68,7 +71,7 @@ impl LeaseState {
         use LeaseState::*;
         matches!(
             (self, next),
-            (Free, Granting)
+            (Free, Granting | Ending)
                 | (Granting, Held | Ending | Unsure)
                 | (Held, Open | Ending | Restored)
                 | (Open, Ending | Restored)
@@ -152,6 +155,15 @@ pub enum Event {
         /// How.
         end: End,
     },
+    /// A function in quarantine may be lent again.
+    Mended {
+        /// Which function.
+        function: FunctionKey,
+        /// Its last lease.
+        epoch: u64,
+        /// What has become of it.
+        scrubbed: Scrubbed,
+    },
     /// The way to a port is lost; it may go on, and will tell when it is back.
     Away {
         /// Which.
@@ -221,6 +233,8 @@ struct Entry {
     /// The end that is to be written.
     end: Option<End>,
     last_end: Option<End>,
+    /// What has become of a function in quarantine, until that can be written.
+    mend: Option<Scrubbed>,
     writing: Option<Writing>,
     reading: bool,
     /// The ask that is served when this lease's end is written.
@@ -275,11 +289,15 @@ impl LeaseMachine {
                 function,
                 epoch,
                 end,
-            } => {
-                if let Some(entry) = self.in_force(&port, &function, epoch) {
-                    entry.finish(end, now, &mut out);
-                }
-            }
+            } => match self.in_force(&port, &function, epoch) {
+                Some(entry) => entry.finish(end, now, &mut out),
+                None => self.mended(&function, epoch, end.scrubbed, now, &mut out),
+            },
+            Event::Mended {
+                function,
+                epoch,
+                scrubbed,
+            } => self.mended(&function, epoch, scrubbed, now, &mut out),
             Event::Away { port } => self.away(&port),
             Event::Gone { port } => self.gone(&port, now, &mut out),
             Event::Stored(function, result) => {
@@ -380,7 +398,7 @@ impl LeaseMachine {
         let Some(entry) = self.entries.get_mut(function) else {
             return;
         };
-        if entry.state != LeaseState::Free {
+        if entry.state != LeaseState::Free || !entry.may_be_lent(now, out) {
             return;
         }
         if let Some(ask) = entry.waiting.take() {
@@ -456,6 +474,7 @@ impl Entry {
             asked: None,
             end: None,
             last_end: None,
+            mend: None,
             writing: None,
             reading: false,
             waiting: None,

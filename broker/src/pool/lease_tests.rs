@@ -464,6 +464,93 @@ fn secret_is_in_no_record_journal_status_or_debug() {
     }
 }
 
+fn failed() -> End {
+    End {
+        cause: Cause::Returned,
+        scrubbed: Scrubbed::Failed("reset: I/O error".into()),
+    }
+}
+
+/// Function `a` after a lease that could not be undone.
+fn quarantined() -> (Rig, u64) {
+    let mut rig = Rig::new();
+    let epoch = rig.granted("ntb0", "a");
+    rig.end("ntb0", "a", epoch, failed());
+    (rig, epoch)
+}
+
+fn mend(rig: &mut Rig, epoch: u64) {
+    rig.handle(Event::Mended {
+        function: function("a"),
+        epoch,
+        scrubbed: Scrubbed::Reset,
+    });
+}
+
+fn refused(rig: &mut Rig) -> Refusal {
+    rig.borrow("ntb1", "a").unwrap_err()
+}
+
+#[test]
+fn nobody_is_granted_a_function_in_quarantine_whichever_port_asks_and_whoever_starts_anew() {
+    let (mut rig, epoch) = quarantined();
+    for _ in 0..2 {
+        let refusal = refused(&mut rig);
+        assert_eq!(refusal.code, RefusalCode::Quarantine);
+        assert_eq!(refusal.figure, epoch, "what a mend has to name");
+        assert_eq!(refusal.text, "reset: I/O error");
+        assert_eq!(rig.lease("a").quarantine(), Some("reset: I/O error"));
+        rig.granted("ntb0", "b");
+        let name = "b";
+        let held = rig.lease(name).epoch;
+        rig.end("ntb0", name, held, returned());
+        rig = Rig::on(rig.disk.clone());
+    }
+}
+
+#[test]
+fn mend_of_that_lease_is_written_once_and_the_function_lent_again() {
+    let (mut rig, epoch) = quarantined();
+    mend(&mut rig, epoch + 1);
+    assert_eq!(refused(&mut rig).code, RefusalCode::Quarantine);
+    mend(&mut rig, epoch);
+    mend(&mut rig, epoch);
+    // Told as the end of that lease, once more: by a port to a daemon that comes anew.
+    rig.end("ntb0", "a", epoch, returned());
+    let mends = |rig: &mut Rig| {
+        let moves = rig.moves().into_iter();
+        moves.filter(|one| matches!(one, Move::Mended(_))).count()
+    };
+    assert_eq!(mends(&mut rig), 1);
+    let mut rig = Rig::on(rig.disk.clone());
+    assert_eq!(rig.lease("a").quarantine(), None);
+    rig.granted("ntb1", "a");
+}
+
+#[test]
+fn end_that_is_told_anew_mends_and_one_without_a_reset_does_not() {
+    let (mut rig, epoch) = quarantined();
+    let without = End {
+        cause: Cause::Returned,
+        scrubbed: Scrubbed::NoPath,
+    };
+    rig.end("ntb0", "a", epoch, without);
+    rig.end("ntb0", "a", epoch, failed());
+    assert_eq!(refused(&mut rig).code, RefusalCode::Quarantine);
+    rig.end("ntb0", "a", epoch, returned());
+    rig.granted("ntb1", "a");
+}
+
+#[test]
+fn mend_that_is_not_written_leaves_the_function_in_quarantine() {
+    let (mut rig, epoch) = quarantined();
+    rig.switch.fail_write(0, When::Before);
+    mend(&mut rig, epoch);
+    assert_eq!(refused(&mut rig).code, RefusalCode::Quarantine);
+    mend(&mut rig, epoch);
+    rig.granted("ntb0", "a");
+}
+
 /// What the ports believe, and a store whose answers come when they like.
 struct World {
     disk: MemoryStore,

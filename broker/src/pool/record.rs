@@ -146,6 +146,21 @@ pub enum Scrubbed {
     Assumed,
     /// A step failed: the function is in quarantine.
     Failed(String),
+    /// A step had failed, and this operator gave the function out as it was.
+    Cleared(String),
+}
+
+impl From<Undone> for Scrubbed {
+    fn from(undone: Undone) -> Self {
+        match undone {
+            Undone::NoPath => Self::NoPath,
+            Undone::Reset(Scrub::No) => Self::Reset,
+            Undone::Reset(Scrub::Waited) => Self::Waited,
+            Undone::Reset(Scrub::Assumed) => Self::Assumed,
+            Undone::Failed(why) => Self::Failed(why),
+            Undone::Cleared(by) => Self::Cleared(by),
+        }
+    }
 }
 
 impl From<LeaseEnd> for End {
@@ -157,13 +172,7 @@ impl From<LeaseEnd> for End {
                 EndCause::Expired => Cause::Expired,
                 EndCause::Revoked(why) => Cause::Revoked(why),
             },
-            scrubbed: match end.undone {
-                Undone::NoPath => Scrubbed::NoPath,
-                Undone::Reset(Scrub::No) => Scrubbed::Reset,
-                Undone::Reset(Scrub::Waited) => Scrubbed::Waited,
-                Undone::Reset(Scrub::Assumed) => Scrubbed::Assumed,
-                Undone::Failed(why) => Scrubbed::Failed(why),
-            },
+            scrubbed: end.undone.into(),
         }
     }
 }
@@ -192,4 +201,6 @@ pub enum Move {
     Opened,
     /// It ended.
     Ended(End),
+    /// Its function was in quarantine since, and this is what became of it.
+    Mended(Scrubbed),
 }

@@ -16,7 +16,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 /// What this program reads and writes.
-const SCHEMA: u64 = 1;
+const SCHEMA: u64 = 2;
+/// What it reads too: without what has become of functions in quarantine.
+const SCHEMA_BEFORE: u64 = 1;
 const META: TableDefinition<&str, u64> = TableDefinition::new("sublet-meta");
 const RECORDS: TableDefinition<&str, &[u8]> = TableDefinition::new("sublet-leases");
 const JOURNAL: TableDefinition<u64, &[u8]> = TableDefinition::new("sublet-journal");
@@ -122,6 +124,9 @@ fn make_tables(database: &Database) -> Result<(), Failure> {
         let found = meta.get(META_SCHEMA)?.map(|found| found.value());
         match found {
             Some(SCHEMA) => {}
+            Some(SCHEMA_BEFORE) => {
+                meta.insert(META_SCHEMA, SCHEMA)?;
+            }
             Some(found) => return Err(Failure::Schema(found)),
             None if is_new => {
                 meta.insert(META_SCHEMA, SCHEMA)?;

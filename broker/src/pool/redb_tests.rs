@@ -411,7 +411,7 @@ fn database_of_another_program_or_schema_is_refused() {
     drop(disk.open());
     let database = Database::create(disk.file()).unwrap();
     let txn = database.begin_write().unwrap();
-    txn.open_table(META).unwrap().insert("schema", 2).unwrap();
+    txn.open_table(META).unwrap().insert("schema", 3).unwrap();
     txn.commit().unwrap();
     drop(database);
     let refusal = disk.refusal();
@@ -419,13 +419,35 @@ fn database_of_another_program_or_schema_is_refused() {
         matches!(
             refusal,
             StoreError::Schema {
-                found: 2,
-                known: 1,
+                found: 3,
+                known: 2,
                 ..
             }
         ),
         "{refusal}"
     );
+}
+
+#[test]
+fn store_of_the_schema_before_is_read_and_taken_over() {
+    const META: redb::TableDefinition<&str, u64> = redb::TableDefinition::new("sublet-meta");
+    let disk = RedbFolder::default();
+    let mut store = disk.open();
+    store.commit(&grant("f1", 1, None)).unwrap();
+    let truth = store.load().unwrap();
+    drop(store);
+    let database = Database::create(disk.file()).unwrap();
+    let txn = database.begin_write().unwrap();
+    txn.open_table(META).unwrap().insert("schema", 1).unwrap();
+    txn.commit().unwrap();
+    drop(database);
+    let mut store = disk.open();
+    assert_eq!(store.load().unwrap(), truth);
+    drop(store);
+    let database = Database::create(disk.file()).unwrap();
+    let txn = redb::ReadableDatabase::begin_read(&database).unwrap();
+    let meta = txn.open_table(META).unwrap();
+    assert_eq!(meta.get("schema").unwrap().unwrap().value(), 2);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use super::Pool;
 use super::lease::{Ask, Event, Held, LeaseStatus, Now};
-use super::record::{FunctionKey, JournalEntry};
+use super::record::{FunctionKey, JournalEntry, Scrubbed};
 use super::store::{LeaseStore, StoreError};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -83,6 +83,15 @@ impl PoolService {
     /// All ports have been started: what nobody holds by now is reclaimed.
     pub fn settle(&self) {
         let _ = self.inbox.send(Input::Event(Event::Settle));
+    }
+
+    /// A function in quarantine may be lent again.
+    pub fn mend(&self, function: FunctionKey, epoch: u64, scrubbed: Scrubbed) {
+        let _ = self.inbox.send(Input::Event(Event::Mended {
+            function,
+            epoch,
+            scrubbed,
+        }));
     }
 
     /// What `status` tells; `None` when the thread is gone.
@@ -238,6 +247,11 @@ impl PortPool {
                 function: function(bdf),
                 epoch: lease.0,
                 end: end.into(),
+            },
+            ToPool::Mended { bdf, lease, undone } => Event::Mended {
+                function: function(bdf),
+                epoch: lease.0,
+                scrubbed: undone.into(),
             },
             ToPool::Gone => Event::Gone { port },
         }

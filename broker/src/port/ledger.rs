@@ -7,7 +7,7 @@
 use crate::line::{FromDaemon, FromPort, Lease, short};
 use std::collections::BTreeMap;
 use vfio_shim::model::Bdf;
-use vfio_shim::path::grant::{AskId, Grant, LeaseEnd, ToPool, ToPort};
+use vfio_shim::path::grant::{AskId, EndCause, Grant, LeaseEnd, ToPool, ToPort};
 use vfio_shim::path::message::Secret;
 use vfio_shim::path::{LeaseId, Refusal, RefusalCode};
 
@@ -19,6 +19,14 @@ struct Known {
     lease: LeaseId,
     path_open: bool,
     end: Option<LeaseEnd>,
+}
+
+impl Known {
+    /// Why this lease ended.
+    fn cause_of(&self, lease: LeaseId) -> Option<EndCause> {
+        let end = self.end.as_ref().filter(|_| self.lease == lease)?;
+        Some(end.cause.clone())
+    }
 }
 
 /// All leases of one port.
@@ -60,6 +68,23 @@ impl Ledger {
                 if let Some(known) = self.in_force(bdf, lease) {
                     known.end = Some(end.clone());
                 }
+                self.forget();
+                FromPort::Ended {
+                    function: bdf.into(),
+                    epoch: lease.0,
+                    end: short(end.into()),
+                }
+            }
+            ToPool::Mended { bdf, lease, undone } => {
+                let cause = self.known.get(&bdf).and_then(|known| known.cause_of(lease));
+                let cause = cause.unwrap_or(EndCause::Reclaimed);
+                let end = LeaseEnd { cause, undone };
+                let known = Known {
+                    lease,
+                    path_open: false,
+                    end: Some(end.clone()),
+                };
+                self.known.insert(bdf, known);
                 self.forget();
                 FromPort::Ended {
                     function: bdf.into(),
@@ -147,7 +172,7 @@ fn no_daemon() -> Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vfio_shim::path::grant::{EndCause, Undone};
+    use vfio_shim::path::grant::Undone;
 
     fn bdf(at: usize) -> Bdf {
         format!("{at:04x}:01:00.1").parse().unwrap()

@@ -371,6 +371,10 @@ impl Rig {
         functions.map(|function| function.triggers()).sum()
     }
 
+    pub fn function(&self, at: usize) -> &SoftFunction {
+        &self.functions[&bdf(at).0]
+    }
+
     pub fn available(&self, at: usize, port: &str) -> Result<Outcome, VerbError> {
         self.lender.verb(Verb::Available {
             bdf: bdf(at),

@@ -248,6 +248,7 @@ impl LeasePool for Watched {
                     ledger.unopened.remove(lease);
                     ledger.opened.insert(*lease);
                 }
+                ToPool::Mended { .. } => {}
                 ToPool::Gone => {
                     ledger.held.clear();
                     ledger.unopened.clear();

@@ -151,11 +151,28 @@ impl World {
                 self.unquiet()
             );
         }
+        self.leave_quarantine();
         // A lost bell is found at a heartbeat, and an unmap told to the lender by then.
         self.run_for(3 * HEARTBEAT_MS);
         self.reap();
         if let Some(forger) = &mut self.forger {
             forger.at_it = false;
+        }
+    }
+
+    /// `quarantine retry`, of what a host's store has in quarantine since an earlier daemon.
+    fn leave_quarantine(&mut self) {
+        for side in 0..2 {
+            let lent = self.status(side).map(|status| status.lent);
+            let held = lent.unwrap_or_default().into_iter().map(|lent| lent.offer);
+            let held = held.filter(|offer| matches!(offer.state, OfferState::Quarantine(_)));
+            for bdf in held.map(|offer| offer.entry.bdf) {
+                let engine = self.hosts[side].engine.clone().expect("a daemon");
+                let process = self.hosts[side].process;
+                let state = self.run_in(process, "retry", move || engine.retry(bdf, QUIET_MS));
+                self.trace
+                    .tell(6, || format!("{bdf} is put back: {state:?}"));
+            }
         }
     }
 

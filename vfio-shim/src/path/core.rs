@@ -288,6 +288,14 @@ impl PortCore {
         Ok(out)
     }
 
+    /// Gives a function out of quarantine as it is.
+    pub fn clear(&mut self, bdf: Bdf, by: &str, now_ms: u64) -> Result<Vec<Action>, Refusal> {
+        let mut out = Vec::new();
+        let actions = self.lender.clear(bdf, by)?;
+        self.lender_actions(actions, now_ms, &mut out);
+        Ok(out)
+    }
+
     /// The kernel takes a lent function away.
     pub fn taken_away(&mut self, bdf: Bdf, why: &str, now_ms: u64) -> Vec<Action> {
         let mut out = Vec::new();

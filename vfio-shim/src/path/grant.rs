@@ -45,6 +45,15 @@ pub enum ToPool {
         /// How.
         end: LeaseEnd,
     },
+    /// A function in quarantine may be lent again: what became of it since its last lease ended.
+    Mended {
+        /// Which function.
+        bdf: Bdf,
+        /// Its last lease.
+        lease: LeaseId,
+        /// How.
+        undone: Undone,
+    },
     /// The port has stopped: nothing of its leases is mapped any more. Its last word.
     Gone,
 }
@@ -110,6 +119,8 @@ pub enum Undone {
     Reset(Scrub),
     /// A step failed: nobody gets the function.
     Failed(String),
+    /// A step failed, and this operator gave the function out as it is.
+    Cleared(String),
 }
 
 /// What was done so that a function's own memory keeps nothing of a tenant. Never proved.
@@ -167,7 +178,7 @@ impl LeasePool for VolatilePool {
             ToPool::Ended { bdf, lease, .. } if state.held.get(&bdf) == Some(&lease) => {
                 state.held.remove(&bdf);
             }
-            ToPool::Opened { .. } | ToPool::Ended { .. } => {}
+            ToPool::Opened { .. } | ToPool::Ended { .. } | ToPool::Mended { .. } => {}
             ToPool::Gone => state.held.clear(),
         }
     }

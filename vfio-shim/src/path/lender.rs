@@ -25,7 +25,7 @@ mod tests;
 
 pub(super) use grants::taken;
 
-use super::grant::{AskId, EndCause, LeaseEnd, Scrub, ToPool, Undone};
+use super::grant::{AskId, EndCause, LeaseEnd, ToPool, Undone};
 use super::message::{
     LeaseId, OpId, PoolEntry, PoolState, Refusal, RefusalCode, RemoteFunction, Reply, Request,
     Secret,
@@ -420,10 +420,7 @@ impl Lender {
                 }
                 Vec::new()
             }
-            Pending::Retry => {
-                self.retried(bdf, result, pool);
-                Vec::new()
-            }
+            Pending::Retry => self.retried(bdf, result, pool),
         }
     }
 
@@ -439,11 +436,7 @@ impl Lender {
             return Vec::new();
         };
         let lease = offer.lease.map(|(lease, _)| lease);
-        let undone = match &result {
-            Ok(WorkOutcome::Closed(scrub)) => Undone::Reset(*scrub),
-            Ok(_) => Undone::Reset(Scrub::No),
-            Err(refusal) => Undone::Failed(refusal.text.clone()),
-        };
+        let undone = held::undone(&result);
         let mut actions: Vec<_> = offer.end_lease(cause.clone(), undone).into_iter().collect();
         if let Some(lease) = lease {
             // Asked for by the borrower, nothing of it maps the slices any more; ended by us, or
@@ -490,7 +483,7 @@ impl Offer {
     fn end_lease(&mut self, cause: EndCause, undone: Undone) -> Option<LenderAction> {
         self.state = match &undone {
             Undone::Failed(why) => OfferState::Quarantine(why.clone()),
-            Undone::NoPath | Undone::Reset(_) => OfferState::Available,
+            Undone::NoPath | Undone::Reset(_) | Undone::Cleared(_) => OfferState::Available,
         };
         self.slices = [None; BAR_COUNT];
         self.last_end = Some(cause.to_string());

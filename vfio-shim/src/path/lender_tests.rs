@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::model::RegionInfo;
+use crate::path::grant::Scrub;
 use crate::path::grant::{Grant, ToPort};
 
 const WINDOW_BYTES: u64 = 1 << 20;

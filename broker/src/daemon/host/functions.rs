@@ -190,6 +190,7 @@ impl Functions for KernelFunctions {
                 stop: self.stop(bdf)?,
                 reset_failed: xe.and_then(|xe| self.reset_failed(xe)),
                 orphaned: self.orphaned(bdf)?,
+                quarantine: None,
                 kept,
             },
         })

@@ -5,11 +5,13 @@ use super::claim::Named;
 use super::lend::{from_refusal, not_in_pool};
 use super::report::availability;
 use super::{LocalHost, OpenPort, refuse};
+use crate::daemon::quarantine;
 use crate::daemon::vocabulary::{
-    ErrorCode, FdidText, Outcome, QuarantineList, QuarantinedPort, UndoneFunction, VerbError,
+    Availability, ErrorCode, FdidText, HeldBack, Outcome, QuarantineList, QuarantinedPort,
+    UndoneFunction, VerbError,
 };
 use vfio_shim::model::{Bdf, Fdid};
-use vfio_shim::path::{CallError, OfferState};
+use vfio_shim::path::{CallError, OfferState, clean_text};
 
 /// Why a lease ends by `revoke`.
 const REVOKED: &str = "revoked by the lender's operator";
@@ -51,9 +53,53 @@ impl LocalHost {
         }))
     }
 
-    pub(super) fn retry(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
+    /// Refused where the store knows that nobody gets the function. A port's own process has no
+    /// store: there the daemon has looked.
+    pub(super) fn check_quarantine(&self, bdf: Bdf) -> Result<(), VerbError> {
+        let pool = self.pool.as_ref();
+        pool.map_or(Ok(()), |pool| quarantine::check(pool, bdf))
+    }
+
+    /// What is known of a function that is in quarantine and not offered: by the store, or by whom
+    /// a port's own process is told.
+    fn unoffered(&self, bdf: Bdf, told: Option<HeldBack>) -> Option<HeldBack> {
+        if let Ok(Some(_)) = self.offered_at(bdf) {
+            return None;
+        }
+        let pool = self.pool.as_ref();
+        told.or_else(|| pool.and_then(|pool| quarantine::held_back(pool, bdf)))
+    }
+
+    pub(super) fn retry(&self, bdf: Bdf, told: Option<HeldBack>) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Local(bdf))?;
-        let port = self.offered_port(bdf)?;
+        self.forget_gone_of_the_pool(bdf)?;
+        match self.unoffered(bdf, told) {
+            Some(held) => self.put_back_unoffered(bdf, held),
+            None => self.put_back(bdf, self.offered_port(bdf)?),
+        }
+    }
+
+    /// Nobody else hears of the offer: it is in quarantine, and withdrawn at once. Past the wait
+    /// it stays offered, as the undoing goes on.
+    fn put_back_unoffered(&self, bdf: Bdf, held: HeldBack) -> Result<Outcome, VerbError> {
+        let port = self.ports.first();
+        let port = port.ok_or_else(|| refuse(ErrorCode::Config, "no port can open it"))?;
+        let _offering = self.room(bdf, 0)?;
+        let offer = self.offer(bdf, 0, Some(held))?;
+        let was_in_pool = self.state().lent.contains_key(&bdf);
+        self.state().lent.entry(bdf).or_default().offer = Some(offer);
+        let done = self.put_back(bdf, port);
+        if port.engine.withdraw(bdf).is_ok() {
+            let mut state = self.state();
+            match was_in_pool {
+                true => state.lent.entry(bdf).or_default().offer = None,
+                false => drop(state.lent.remove(&bdf)),
+            }
+        }
+        done.map(|_| self.undone_as(bdf, Availability::Unavailable, None))
+    }
+
+    fn put_back(&self, bdf: Bdf, port: &OpenPort) -> Result<Outcome, VerbError> {
         let state = port.engine.retry(bdf, u64::from(UNDO_WAIT_S) * 1000);
         match state.map_err(|error| still_undoing(bdf, &error))? {
             OfferState::Quarantine(why) => {
@@ -70,34 +116,47 @@ impl LocalHost {
         }
     }
 
-    pub(super) fn clear(&self, bdf: Bdf, i_know: bool) -> Result<Outcome, VerbError> {
+    pub(super) fn clear(&self, bdf: Bdf, i_know: bool, by: &str) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Local(bdf))?;
-        let port = self.offered_port(bdf)?;
-        if !i_know {
-            let text = format!(
-                "{bdf} was not put back to power-on state, and its next tenant may see what the \
-                 last one left in it: try `sublet quarantine retry {bdf}` first, or say --i-know"
-            );
-            return Err(refuse(ErrorCode::NotAllowed, text));
+        self.forget_gone_of_the_pool(bdf)?;
+        if let (Some(pool), Some(held)) = (&self.pool, self.unoffered(bdf, None)) {
+            quarantine::check_i_know(bdf, i_know)?;
+            return quarantine::clear(pool, bdf, &held, by);
         }
-        let cleared = port.engine.clear(bdf);
+        let port = self.offered_port(bdf)?;
+        quarantine::check_i_know(bdf, i_know)?;
+        let cleared = port.engine.clear(bdf, &clean_text(by));
         cleared.map_err(|refusal| from_refusal(&refusal))?;
-        tracing::warn!(%bdf, "cleared from quarantine by the operator, as it is");
+        tracing::warn!(%bdf, by, "cleared from quarantine by the operator, as it is");
         Ok(Outcome::Done)
     }
 
     fn undone(&self, bdf: Bdf, state: &OfferState) -> Outcome {
+        let reason = match state {
+            OfferState::Quarantine(why) | OfferState::Gone(why) => Some(why.clone()),
+            _ => None,
+        };
+        self.undone_as(bdf, availability(state), reason)
+    }
+
+    fn undone_as(&self, bdf: Bdf, available: Availability, reason: Option<String>) -> Outcome {
         Outcome::Undone(UndoneFunction {
             fdid: FdidText::from(Fdid {
                 node: self.config.node_id,
                 bdf,
             }),
-            available: availability(state),
-            reason: match state {
-                OfferState::Quarantine(why) | OfferState::Gone(why) => Some(why.clone()),
-                _ => None,
-            },
+            available,
+            reason,
         })
+    }
+
+    /// The same where it may not be in the pool at all.
+    pub(super) fn forget_gone_of_the_pool(&self, bdf: Bdf) -> Result<(), VerbError> {
+        let is_there = self.state().lent.contains_key(&bdf);
+        match is_there {
+            true => self.forget_gone(bdf),
+            false => Ok(()),
+        }
     }
 
     /// Forgets an offer whose function the kernel has taken away.

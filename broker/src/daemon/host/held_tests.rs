@@ -6,7 +6,7 @@ use super::*;
 use crate::daemon::vocabulary::{
     Availability, BdfText, QuarantineList, QuarantinedPort, UndoneFunction,
 };
-use crate::pool::{Cause, Move, Scrubbed};
+use crate::pool::{Cause, FunctionKey, Move, Scrubbed};
 use vfio_shim::model::{Function, IrqIndex};
 use vfio_shim::ntb::soft::{Fault, FaultPlan};
 
@@ -35,11 +35,20 @@ fn revoke(rig: &Rig, deadline_s: Option<u32>) -> Result<Outcome, VerbError> {
 }
 
 fn retry(rig: &Rig) -> Result<Outcome, VerbError> {
-    rig.hosts[0].handle(Verb::QuarantineRetry { bdf: vf() })
+    rig.hosts[0].handle(Verb::QuarantineRetry {
+        bdf: vf(),
+        held: None,
+    })
 }
 
 fn clear(rig: &Rig, i_know: bool) -> Result<Outcome, VerbError> {
-    rig.hosts[0].handle(Verb::QuarantineClear { bdf: vf(), i_know })
+    let by = Some("user 7".to_owned());
+    let verb = Verb::QuarantineClear {
+        bdf: vf(),
+        i_know,
+        by,
+    };
+    rig.hosts[0].handle(verb)
 }
 
 fn quarantine(rig: &Rig) -> QuarantineList {
@@ -246,4 +255,72 @@ fn function_that_the_kernel_takes_away_leaves_the_pool_and_status_tells_why_on_b
     // It can leave the pool as if it had never been offered.
     rig.hosts[0].handle(Verb::Remove { bdf: vf() }).unwrap();
     assert!(rig.hosts[0].report().lent.is_empty());
+}
+
+fn newest_move(rig: &Rig) -> Move {
+    let pool = rig.hosts[0].pool.as_ref().unwrap();
+    pool.journal(1).unwrap().remove(0).moved
+}
+
+fn lender(rig: &Rig, verb: Verb) -> Result<Outcome, VerbError> {
+    rig.hosts[0].handle(verb)
+}
+
+fn available_again(rig: &Rig) -> Result<Outcome, VerbError> {
+    lender(
+        rig,
+        Verb::Available {
+            bdf: vf(),
+            port: None,
+        },
+    )
+}
+
+#[test]
+fn clear_and_a_retry_that_works_are_in_the_journal_with_the_operator_and_the_scrub() {
+    let rig = quarantined();
+    clear(&rig, true).unwrap();
+    let cleared = Move::Mended(Scrubbed::Cleared("user 7".into()));
+    until("the clear is written down", || {
+        (newest_move(&rig) == cleared).then_some(())
+    });
+    let pool = rig.hosts[0].pool.as_ref().unwrap();
+    let entry = pool.journal(1).unwrap().remove(0);
+    assert_eq!(entry.function, FunctionKey::from(bdf(VF)));
+    assert!(entry.unix_ms > 0);
+    rig.borrow(|_| {}).unwrap();
+
+    let rig = quarantined();
+    undone(retry(&rig));
+    until("the retry is written down", || {
+        (newest_move(&rig) == Move::Mended(Scrubbed::Reset)).then_some(())
+    });
+}
+
+#[test]
+fn function_that_is_not_offered_stays_in_quarantine_and_cannot_be_offered() {
+    let rig = quarantined();
+    let unavailable = Verb::Unavailable { bdf: vf() };
+    lender(&rig, unavailable).unwrap();
+    for _ in 0..2 {
+        let refusal = available_again(&rig).unwrap_err();
+        assert_eq!(refusal.code, ErrorCode::Quarantine);
+        assert!(
+            refusal.text.contains("reset the function") && refusal.text.contains("retry"),
+            "{refusal}"
+        );
+        let refusal = lender(&rig, Verb::Add { bdf: vf() }).unwrap_err();
+        assert_eq!(refusal.code, ErrorCode::Quarantine);
+        let list = quarantine(&rig);
+        assert_eq!(list.functions.len(), 1, "{list:?}");
+        assert!(list.functions[0].reason.contains("reset the function"));
+        // In the pool or not.
+        let _ = lender(&rig, Verb::Remove { bdf: vf() });
+    }
+    let refusal = clear(&rig, false).unwrap_err();
+    assert_eq!(refusal.code, ErrorCode::NotAllowed);
+    assert_eq!(clear(&rig, true).unwrap(), Outcome::Done);
+    assert_eq!(quarantine(&rig).functions, []);
+    let cleared = Move::Mended(Scrubbed::Cleared("user 7".into()));
+    assert_eq!(newest_move(&rig), cleared);
 }

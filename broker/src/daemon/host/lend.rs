@@ -3,9 +3,9 @@
 use super::claim::Named;
 use super::functions::OpenFunction;
 use super::{LocalHost, refuse};
-use crate::daemon::vocabulary::{ErrorCode, Outcome, VerbError};
+use crate::daemon::vocabulary::{ErrorCode, HeldBack, Outcome, VerbError};
 use vfio_shim::model::{Bdf, IrqIndex};
-use vfio_shim::path::{PoolEntry, PoolState, Refusal, RefusalCode};
+use vfio_shim::path::{LeaseId, PoolEntry, PoolState, Refusal, RefusalCode};
 
 /// A function of the pool.
 #[derive(Default)]
@@ -19,7 +19,7 @@ pub(super) struct Offer {
 }
 
 /// An offer that is being made; forgotten on drop.
-struct Offering<'a> {
+pub(super) struct Offering<'a> {
     host: &'a LocalHost,
     bdf: Bdf,
 }
@@ -54,6 +54,7 @@ pub(super) fn from_refusal(refusal: &Refusal) -> VerbError {
 impl LocalHost {
     pub(super) fn add(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Local(bdf))?;
+        self.check_quarantine(bdf)?;
         self.check_lendable(bdf)?;
         let mut state = self.state();
         let limit = self.config.limits.functions_per_port as usize * self.config.ports.len();
@@ -89,9 +90,7 @@ impl LocalHost {
 
     pub(super) fn remove(&self, bdf: Bdf) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Local(bdf))?;
-        if self.state().lent.contains_key(&bdf) {
-            self.forget_gone(bdf)?;
-        }
+        self.forget_gone_of_the_pool(bdf)?;
         let mut state = self.state();
         match state.lent.get(&bdf) {
             None => Err(not_in_pool(bdf)),
@@ -108,6 +107,7 @@ impl LocalHost {
 
     pub(super) fn available(&self, bdf: Bdf, port: Option<&str>) -> Result<Outcome, VerbError> {
         let _claim = self.claim(Named::Local(bdf))?;
+        self.check_quarantine(bdf)?;
         self.forget_gone(bdf)?;
         if let Some(held) = self.offered_at(bdf)? {
             let held = &self.ports[held].name;
@@ -122,7 +122,7 @@ impl LocalHost {
         }
         let port = self.way_out(bdf, port)?;
         let _offering = self.room(bdf, port)?;
-        let offer = self.offer(bdf, port)?;
+        let offer = self.offer(bdf, port, None)?;
         if let Some(lent) = self.state().lent.get_mut(&bdf) {
             lent.offer = Some(offer);
         }
@@ -144,7 +144,7 @@ impl LocalHost {
     /// Refused when as many as the configuration allows are lent through this port. What it
     /// returns stands for the offer until that is there: of two verbs at once, the second sees
     /// the first.
-    fn room(&self, bdf: Bdf, port: usize) -> Result<Offering<'_>, VerbError> {
+    pub(super) fn room(&self, bdf: Bdf, port: usize) -> Result<Offering<'_>, VerbError> {
         let limit = self.config.limits.functions_per_port as usize;
         let mut state = self.state();
         let offers = state.lent.values().filter_map(|lent| lent.offer.as_ref());
@@ -162,13 +162,22 @@ impl LocalHost {
         Err(refuse(ErrorCode::Limit, text))
     }
 
-    fn offer(&self, bdf: Bdf, port: usize) -> Result<Offer, VerbError> {
+    /// In quarantine where an earlier lease has left it there.
+    pub(super) fn offer(
+        &self,
+        bdf: Bdf,
+        port: usize,
+        held: Option<HeldBack>,
+    ) -> Result<Offer, VerbError> {
         let open = &self.ports[port];
         self.check_lendable(bdf)?;
         let function = self.functions.open(bdf)?;
         let entry = entry(bdf, &function);
         // The port has it from here on, and nobody else: it closes it when the kernel asks.
-        let OpenFunction { function, keep, .. } = function;
+        let OpenFunction {
+            function, mut keep, ..
+        } = function;
+        keep.quarantine = held.map(|held| (LeaseId(held.epoch), held.reason));
         let taken = open.engine.offer_with(entry, function, keep);
         taken.map_err(|refusal| from_refusal(&refusal))?;
         Ok(Offer { port })

@@ -393,8 +393,10 @@ impl Host for LocalHost {
             Verb::Return { fdid } => self.give_back(fdid.0),
             Verb::Revoke { bdf, deadline_s } => self.revoke(bdf.0, deadline_s),
             Verb::Quarantine => self.quarantined(),
-            Verb::QuarantineRetry { bdf } => self.retry(bdf.0),
-            Verb::QuarantineClear { bdf, i_know } => self.clear(bdf.0, i_know),
+            Verb::QuarantineRetry { bdf, held } => self.retry(bdf.0, held),
+            Verb::QuarantineClear { bdf, i_know, by } => {
+                self.clear(bdf.0, i_know, by.as_deref().unwrap_or_default())
+            }
             Verb::Status => Ok(Outcome::Status(Box::new(self.report()))),
         }
     }

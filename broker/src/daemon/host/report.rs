@@ -4,6 +4,7 @@ use super::borrow::Borrowed;
 use super::port::OpenPort;
 use super::served::View;
 use super::{LocalHost, refuse};
+use crate::daemon::quarantine;
 use crate::daemon::vocabulary::{
     Availability, BdfText, BorrowedStatus, BorrowedVector, DoorbellCounters, ErrorCode, FdidText,
     FunctionDescription, GuestCounters, Hex64, HostStatus, LentStatus, LentVector, LinkState,
@@ -54,6 +55,9 @@ impl LocalHost {
                 function: FunctionDescription::from(&entry.ids),
             }));
         }
+        let pool = self.pool.as_ref().and_then(PoolService::status);
+        let pool = pool.unwrap_or_default();
+        quarantine::mark(&mut entries, self.config.node_id, &pool);
         Ok(Outcome::List(entries))
     }
 
@@ -100,7 +104,7 @@ impl LocalHost {
                 .collect::<Vec<_>>()
         });
         let lent: Vec<LentStatus> = lent.collect();
-        HostStatus {
+        let mut report = HostStatus {
             node: NodeStatus {
                 id: self.config.node_id,
                 name: self.config.node_name.clone(),
@@ -120,9 +124,11 @@ impl LocalHost {
             borrowed: self.borrows(),
             store: StoreStatus {
                 folder: self.config.state.clone(),
-                last_error: pool.store_error,
+                last_error: pool.store_error.clone(),
             },
-        }
+        };
+        quarantine::add_unoffered(&mut report, &pool);
+        report
     }
 
     fn lent(&self, lent: &path::LentStatus, peer: Option<u16>, pool: &PoolStatus) -> LentStatus {

@@ -2,8 +2,11 @@
 
 use super::{Router, VERB_DEADLINE, or_away, refuse};
 use crate::daemon::host::way_out;
+use crate::daemon::quarantine;
 use crate::daemon::vocabulary::{ErrorCode, HostStatus, Outcome, Verb, VerbError};
 use vfio_shim::model::{Bdf, Fdid};
+
+const NO_PORT: &str = "the configuration has no [[port]]: nothing can be lent";
 
 type Answer = Result<Outcome, VerbError>;
 
@@ -11,6 +14,7 @@ impl Router {
     /// Every port that is there takes it into its pool.
     pub(super) fn add(&self, bdf: Bdf, verb: &Verb) -> Answer {
         let _claim = self.claim(bdf)?;
+        quarantine::check(&self.pool, bdf)?;
         let answers = self.ask_all(verb, VERB_DEADLINE);
         let refused = answers.iter().filter_map(|answer| answer.as_ref().err());
         // They judge alike: what one refuses is refused.
@@ -22,6 +26,7 @@ impl Router {
 
     pub(super) fn available(&self, bdf: Bdf, named: Option<&str>) -> Answer {
         let _claim = self.claim(bdf)?;
+        quarantine::check(&self.pool, bdf)?;
         let offered = self.offered_at(bdf);
         let names: Vec<&str> = self.links.iter().map(|link| link.name.as_str()).collect();
         let at = match (offered, named) {
@@ -46,10 +51,51 @@ impl Router {
     /// At the port that offers it, else at all: each that knows it does the verb, or says why not.
     pub(super) fn wherever(&self, bdf: Bdf, verb: &Verb) -> Answer {
         let _claim = self.claim(bdf)?;
-        if let Some(at) = self.offered_at(bdf) {
-            return self.links[at].ask(verb, VERB_DEADLINE);
+        self.where_offered(bdf, verb)
+    }
+
+    fn where_offered(&self, bdf: Bdf, verb: &Verb) -> Answer {
+        match self.offered_at(bdf) {
+            Some(at) => self.links[at].ask(verb, VERB_DEADLINE),
+            None => one_of(self.ask_all(verb, VERB_DEADLINE)),
         }
-        one_of(self.ask_all(verb, VERB_DEADLINE))
+    }
+
+    /// A function that no port offers is put back by the first port that is there.
+    pub(super) fn retry(&self, bdf: Bdf) -> Answer {
+        let _claim = self.claim(bdf)?;
+        let held = quarantine::held_back(&self.pool, bdf);
+        let verb = Verb::QuarantineRetry {
+            bdf: bdf.into(),
+            held: held.clone(),
+        };
+        if held.is_none() || self.offered_at(bdf).is_some() {
+            return self.where_offered(bdf, &verb);
+        }
+        let mut answers = self.links.iter().map(|link| link.ask(&verb, VERB_DEADLINE));
+        let there = |answer: &Answer| !is_refusal(answer, ErrorCode::PortAway);
+        let first = answers.next();
+        let first = first.ok_or_else(|| refuse(ErrorCode::Config, NO_PORT))?;
+        match there(&first) {
+            true => first,
+            false => answers.find(there).unwrap_or(first),
+        }
+    }
+
+    /// A function that no port has in quarantine is cleared in the store alone.
+    pub(super) fn clear(&self, bdf: Bdf, i_know: bool, by: &str, verb: &Verb) -> Answer {
+        let _claim = self.claim(bdf)?;
+        let Some(held) = quarantine::held_back(&self.pool, bdf) else {
+            return self.where_offered(bdf, verb);
+        };
+        if let Some(at) = self.offered_at(bdf) {
+            let answer = self.links[at].ask(verb, VERB_DEADLINE);
+            if !is_refusal(&answer, ErrorCode::WrongState) {
+                return answer;
+            }
+        }
+        quarantine::check_i_know(bdf, i_know)?;
+        quarantine::clear(&self.pool, bdf, &held, by)
     }
 
     /// Which port offers a function, of those that answer.
@@ -64,6 +110,10 @@ impl Router {
     }
 }
 
+fn is_refusal(answer: &Answer, code: ErrorCode) -> bool {
+    answer.as_ref().is_err_and(|refusal| refusal.code == code)
+}
+
 /// Done, if one port has done it; otherwise what one of them says that answers, or that none does.
 fn one_of(answers: Vec<Answer>) -> Answer {
     if answers.iter().any(Result::is_ok) {
@@ -75,9 +125,6 @@ fn one_of(answers: Vec<Answer>) -> Answer {
     match (said, refusals.clone().next()) {
         (Some(refusal), _) => Err(or_away(refusal.clone(), &answers)),
         (None, Some(away)) => Err(away.clone()),
-        (None, None) => Err(refuse(
-            ErrorCode::Config,
-            "the configuration has no [[port]]: nothing can be lent",
-        )),
+        (None, None) => Err(refuse(ErrorCode::Config, NO_PORT)),
     }
 }

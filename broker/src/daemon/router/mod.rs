@@ -215,9 +215,11 @@ impl Host for Router {
             Verb::List => Ok(self.list()),
             Verb::Borrow { fdid, .. } => self.borrow(fdid.0, &verb),
             Verb::Return { fdid } => self.give_back(fdid.0, &verb),
-            Verb::Revoke { bdf, .. }
-            | Verb::QuarantineRetry { bdf }
-            | Verb::QuarantineClear { bdf, .. } => self.wherever(bdf.0, &verb),
+            Verb::Revoke { bdf, .. } => self.wherever(bdf.0, &verb),
+            Verb::QuarantineRetry { bdf, .. } => self.retry(bdf.0),
+            Verb::QuarantineClear { bdf, i_know, by } => {
+                self.clear(bdf.0, *i_know, by.as_deref().unwrap_or_default(), &verb)
+            }
             Verb::Quarantine => Ok(self.quarantined()),
             Verb::Status => Ok(Outcome::Status(Box::new(self.report()))),
         }

@@ -3,6 +3,7 @@
 use super::link::{Line, PortLink};
 use super::{LIST_DEADLINE, Router, refuse, strange};
 use crate::config::PortConfig;
+use crate::daemon::quarantine;
 use crate::daemon::vocabulary::{
     Availability, BdfText, DoorbellCounters, ErrorCode, HostStatus, LentStatus, LinkState,
     ListEntry, MailboxCounters, NodeStatus, Outcome, PartOfList, PortProcess, PortQuarantine,
@@ -49,7 +50,9 @@ impl Router {
                 }
             }
         }
-        let entries = entries.into_values().collect();
+        let mut entries: Vec<ListEntry> = entries.into_values().collect();
+        let pool = self.pool.status().unwrap_or_default();
+        quarantine::mark(&mut entries, self.config.node_id, &pool);
         match missing.is_empty() {
             true => Outcome::List(entries),
             false => Outcome::PartOfList(PartOfList { entries, missing }),
@@ -98,6 +101,7 @@ impl Router {
                 Err(error) => report.ports.push(away(config, line, error, &pool)),
             }
         }
+        quarantine::add_unoffered(&mut report, &pool);
         report
     }
 }

@@ -47,7 +47,7 @@ pub(crate) enum Input {
     ),
     Withdraw(Bdf, mpsc::Sender<Result<Option<Task>, Refusal>>),
     Take(Bdf, Take, TakeReply),
-    Clear(Bdf, mpsc::Sender<Result<(), Refusal>>),
+    Clear(Bdf, String, mpsc::Sender<Result<(), Refusal>>),
     Wish(Bdf, Wish),
     Status(mpsc::Sender<PortStatus>),
     Stop,
@@ -356,10 +356,7 @@ impl Control {
                 return;
             }
             Input::Take(bdf, take, reply) => return self.take(bdf, take, reply),
-            Input::Clear(bdf, reply) => {
-                let _ = reply.send(self.core.lender.clear(bdf));
-                return;
-            }
+            Input::Clear(bdf, by, reply) => return self.clear(bdf, &by, &reply),
             Input::Wish(bdf, wish) => return self.wish(bdf, wish),
             Input::Status(reply) => {
                 let _ = reply.send(self.status(now));
@@ -565,6 +562,9 @@ impl Control {
         }
         if keep.stop.is_some() {
             self.core.lender.stops(bdf);
+        }
+        if let Some(held) = keep.quarantine.take() {
+            self.core.lender.hold_back(bdf, held);
         }
         let orphaned = keep.orphaned.take();
         let (jobs, work) = mpsc::channel();

@@ -1,5 +1,6 @@
 //! What comes with a lent function besides itself: how its memory is cleared, how it is stopped, what is kept for it.
 
+use crate::path::message::LeaseId;
 use std::any::Any;
 use std::io;
 
@@ -39,6 +40,8 @@ pub struct Keep {
     pub reset_failed: Option<ResetFailed>,
     /// Whether whoever made it is gone.
     pub orphaned: Option<Orphaned>,
+    /// Where it is in quarantine from before: since which lease, and why.
+    pub quarantine: Option<(LeaseId, String)>,
     /// Kept as long as the function is open, and dropped after it.
     pub kept: Option<Box<dyn Any + Send>>,
 }

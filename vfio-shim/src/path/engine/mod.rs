@@ -290,9 +290,9 @@ impl Engine {
         self.take(input, &answer, wait_ms)
     }
 
-    /// Gives a function out of quarantine as it is.
-    pub fn clear(&self, bdf: Bdf) -> Result<(), Refusal> {
-        self.ask(|reply| Input::Clear(bdf, reply))
+    /// Gives a function out of quarantine as it is, at the word of this operator.
+    pub fn clear(&self, bdf: Bdf, by: &str) -> Result<(), Refusal> {
+        self.ask(|reply| Input::Clear(bdf, by.to_owned(), reply))
     }
 
     fn take(

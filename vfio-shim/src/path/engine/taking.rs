@@ -38,6 +38,12 @@ impl Control {
         }
     }
 
+    pub(super) fn clear(&mut self, bdf: Bdf, by: &str, reply: &mpsc::Sender<Result<(), Refusal>>) {
+        let cleared = self.core.clear(bdf, by, self.shared.now_ms());
+        let cleared = cleared.map(|actions| self.perform(actions));
+        let _ = reply.send(cleared);
+    }
+
     /// Answers those whose function is at rest.
     pub(super) fn tell_takers(&mut self) {
         let lender = &self.core.lender;

@@ -111,7 +111,7 @@ fn what_is_not_lent_is_not_revoked() {
         RefusalCode::WrongState
     );
     assert_eq!(
-        engine.clear(bdf()).unwrap_err().code,
+        engine.clear(bdf(), "user 7").unwrap_err().code,
         RefusalCode::WrongState
     );
 }
@@ -139,7 +139,7 @@ fn quarantine_is_left_by_a_retry_that_works_or_by_a_clear_and_not_otherwise() {
     assert_eq!(rig.function.resets(), resets + 1);
     quarantine();
     let resets = rig.function.resets();
-    engine.clear(bdf()).unwrap();
+    engine.clear(bdf(), "user 7").unwrap();
     assert_eq!(state(&rig), OfferState::Available);
     assert_eq!(rig.function.resets(), resets, "as it is");
     rig.engines[1].borrow(bdf(), None).unwrap();

@@ -45,6 +45,11 @@ pub(super) fn granting(bdf: Bdf) -> Refusal {
     refuse(RefusalCode::Busy, 0, text)
 }
 
+fn in_quarantine(bdf: Bdf, why: &str) -> Refusal {
+    let text = format!("{bdf} is in quarantine: {why}");
+    refuse(RefusalCode::Quarantine, 0, text)
+}
+
 /// Whether the peer has to be told of an end, and what.
 pub(super) fn tell_peer(lease: LeaseId, cause: &EndCause) -> Option<LenderAction> {
     match cause {
@@ -67,10 +72,7 @@ impl Lender {
         match &offer.state {
             OfferState::Available => {}
             OfferState::Granting => return Err(granting(bdf)),
-            OfferState::Quarantine(why) => {
-                let text = format!("{bdf} is in quarantine: {why}");
-                return Err(refuse(RefusalCode::Quarantine, 0, text));
-            }
+            OfferState::Quarantine(why) => return Err(in_quarantine(bdf, why)),
             OfferState::Gone(_) => return Err(unknown(bdf)),
             _ => return Err(taken(bdf)),
         }
@@ -121,6 +123,12 @@ impl Lender {
         };
         let mut actions = Vec::new();
         let result = match (result, asked.given_up) {
+            // The store knows better: a port was started anew since, or the function offered anew.
+            (Err(refusal), _) if refusal.code == RefusalCode::Quarantine => {
+                let told = in_quarantine(bdf, &refusal.text);
+                offer.hold_back(LeaseId(refusal.figure), refusal.text, self.now_ms);
+                Err(told)
+            }
             (Err(refusal), _) => Err(refusal),
             // Nobody waits for it any more.
             (Ok(grant), Some(cause)) => {

@@ -2,7 +2,7 @@
 
 use super::{Lender, LenderAction, Offer, OfferState, Pending, refuse, unknown};
 use crate::model::Bdf;
-use crate::path::grant::EndCause;
+use crate::path::grant::{EndCause, Scrub, ToPool, Undone};
 use crate::path::message::{LeaseId, Refusal, RefusalCode};
 use crate::path::plan::{Owner, SlicePool};
 use crate::path::work::{FunctionWork, WorkOutcome};
@@ -76,8 +76,8 @@ impl Lender {
         Ok(self.give(bdf, FunctionWork::PutBack, Pending::Retry))
     }
 
-    /// Gives a function out of quarantine as it is, at an operator's word.
-    pub fn clear(&mut self, bdf: Bdf) -> Result<(), Refusal> {
+    /// Gives a function out of quarantine as it is, at the word of this operator.
+    pub fn clear(&mut self, bdf: Bdf, by: &str) -> Result<Vec<LenderAction>, Refusal> {
         let offer = self.offers.get_mut(&bdf).ok_or_else(|| unknown(bdf))?;
         let OfferState::Quarantine(why) = &offer.state else {
             return Err(not_in_quarantine(bdf));
@@ -85,10 +85,15 @@ impl Lender {
         offer.last_end = Some(format!(
             "cleared from quarantine by the operator, not put back ({why})"
         ));
-        offer.state = OfferState::Available;
-        offer.quarantined_ms = None;
         // Its slices stay held back: they may be mapped still.
-        Ok(())
+        Ok(vec![offer.mended(Undone::Cleared(by.to_owned()))])
+    }
+
+    /// It was in quarantine when it was offered: since this lease, and why.
+    pub fn hold_back(&mut self, bdf: Bdf, (lease, why): (LeaseId, String)) {
+        if let Some(offer) = self.offers.get_mut(&bdf) {
+            offer.hold_back(lease, why, self.now_ms);
+        }
     }
 
     pub(super) fn retried(
@@ -96,21 +101,23 @@ impl Lender {
         bdf: Bdf,
         result: Result<WorkOutcome, Refusal>,
         pool: &mut SlicePool,
-    ) {
+    ) -> Vec<LenderAction> {
         let Some(offer) = self.offers.get_mut(&bdf) else {
-            return;
+            return Vec::new();
         };
-        match result {
-            Ok(_) => {
-                offer.state = OfferState::Available;
-                offer.quarantined_ms = None;
+        match undone(&result) {
+            Undone::Failed(why) => {
+                offer.state = OfferState::Quarantine(why);
+                Vec::new()
+            }
+            undone => {
                 if let Some(left) = offer.left.take_if(|left| left.confirmed) {
                     pool.free_all(Owner::Lent(left.lease));
                 }
                 // What the borrower has not confirmed yet is freed when it does.
                 offer.left = None;
+                vec![offer.mended(undone)]
             }
-            Err(refusal) => offer.state = OfferState::Quarantine(refusal.text),
         }
     }
 
@@ -178,5 +185,33 @@ impl Lender {
         if let Some(offer) = self.offers.get_mut(&bdf) {
             offer.stops = true;
         }
+    }
+}
+
+impl Offer {
+    pub(super) fn hold_back(&mut self, lease: LeaseId, why: String, now_ms: u64) {
+        self.epoch = self.epoch.max(lease);
+        self.state = OfferState::Quarantine(why);
+        self.quarantined_ms = Some(now_ms);
+    }
+
+    /// Out of quarantine; what the pool is told of it.
+    fn mended(&mut self, undone: Undone) -> LenderAction {
+        self.state = OfferState::Available;
+        self.quarantined_ms = None;
+        LenderAction::Pool(ToPool::Mended {
+            bdf: self.entry.bdf,
+            lease: self.epoch,
+            undone,
+        })
+    }
+}
+
+/// What has become of a function that was to be put back.
+pub(super) fn undone(result: &Result<WorkOutcome, Refusal>) -> Undone {
+    match result {
+        Ok(WorkOutcome::Closed(scrub)) => Undone::Reset(*scrub),
+        Ok(_) => Undone::Reset(Scrub::No),
+        Err(refusal) => Undone::Failed(refusal.text.clone()),
     }
 }
