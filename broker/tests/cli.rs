@@ -198,8 +198,8 @@ fn status_tells_what_needs_attention_first() {
             "lent: nothing",
             "",
             "borrowed:",
-            " fdid   state     lease             VMM  BARs     BAR accesses  maps  mapped   scanned  signals  socket",
-            " 44a01  attached  000000000000002a  901  trapped  42            3     128 MiB  12       11       /run/sublet/vm.sock",
+            " fdid   state     lease             VMM  BARs     BAR accesses  maps  mapped   scanned  signals  refused  socket",
+            " 44a01  attached  000000000000002a  901  trapped  42            3     128 MiB  12       11       0        /run/sublet/vm.sock",
             "",
             "quarantine: at port ntb0 3 slices, 12 MiB of the window, 9 interrupt vectors",
         ]

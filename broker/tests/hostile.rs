@@ -19,12 +19,14 @@ use std::{
     time::{Duration, Instant},
 };
 use sublet::{
-    daemon::vocabulary::{BorrowedStatus, Verb},
+    daemon::vocabulary::{BorrowedStatus, FdidText, RefusedCounters, Verb},
     jail::Sandbox,
 };
 use vfio_shim::{
     model::{Function, IrqIndex},
     ntb::NtbPort,
+    path::LeaseId,
+    path::message::{Message, OpId, Request},
     path::wire::{BELL_MAILBOX, COMMIT_OFFSET, SLOT_BYTES, SLOT_OFFSET, encode_slot},
 };
 
@@ -476,6 +478,25 @@ fn mailbox_messages_that_a_peer_forges_are_told_and_cost_no_tenant() {
         let told = counters();
         (told.torn > 0 && told.foreign > 0 && told.replays > 0).then_some(())
     });
+    // One that names a lease is told there, too, and at that lease alone.
+    let of = |which: FdidText| tenants.of(&which);
+    let counts = || [fdid(), fdid_of(VF_2)].map(|which| of(which).refused);
+    assert_eq!(counts(), [RefusedCounters::default(); 2]);
+    let revoked = Request::Revoked {
+        lease: LeaseId(of(fdid()).lease.0),
+        text: "over".to_owned(),
+    };
+    let (op, payload) = Message::Request(OpId(9), revoked).encode().unwrap();
+    let mut torn = encode_slot(session, 1 << 40, 0, op, &payload).unwrap();
+    torn[32] ^= 1;
+    let foreign = encode_slot(session ^ 1, 1 << 40, 0, op, &payload).unwrap();
+    until("both are told at the lease", || {
+        forge(&torn);
+        let is_torn = counts()[0].torn > 0;
+        forge(&foreign);
+        (is_torn && counts()[0].foreign > 0).then_some(())
+    });
+    assert_eq!(counts()[1], RefusedCounters::default());
     assert_eq!(counters().violations, 0);
     let told = [fdid(), fdid_of(VF_2)].map(|fdid| tenants.of(&fdid).last_error);
     assert_eq!(told, [None, None]);

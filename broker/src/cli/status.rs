@@ -5,7 +5,8 @@ use super::{
     table::{ago, bytes, dash, table},
 };
 use crate::daemon::vocabulary::{
-    BarMode, BorrowedStatus, HostStatus, LentStatus, LinkState, PortQuarantine, PortStatus, Verb,
+    BarMode, BorrowedStatus, HostStatus, LentStatus, LinkState, PortQuarantine, PortStatus,
+    RefusedCounters, Verb,
 };
 use crate::jail::Report;
 
@@ -227,6 +228,7 @@ fn lent(lent: &[LentStatus]) -> String {
         "raised",
         "fences",
         "bells",
+        "refused",
     ];
     let row = |one: &LentStatus| {
         let sum = |of: fn(&_) -> u64| one.vectors.iter().map(of).sum::<u64>().to_string();
@@ -243,9 +245,16 @@ fn lent(lent: &[LentStatus]) -> String {
             sum(|v| v.raised),
             sum(|v| v.fences),
             sum(|v| v.bells),
+            refused(one.refused),
         ]
     };
     table(header, lent.iter().map(row).collect())
+}
+
+/// All that the other host said of a lease and was not done.
+fn refused(of: RefusedCounters) -> String {
+    let most = of.torn.saturating_add(of.foreign);
+    most.saturating_add(of.requests).to_string()
 }
 
 fn borrowed(borrowed: &[BorrowedStatus]) -> String {
@@ -260,6 +269,7 @@ fn borrowed(borrowed: &[BorrowedStatus]) -> String {
         "mapped",
         "scanned",
         "signals",
+        "refused",
         "socket",
     ];
     let row = |one: &BorrowedStatus| {
@@ -282,6 +292,7 @@ fn borrowed(borrowed: &[BorrowedStatus]) -> String {
             bytes(counters.mapped_bytes),
             sum(|v| v.scanned),
             sum(|v| v.signals),
+            refused(one.refused),
             one.socket.display().to_string(),
         ]
     };
@@ -333,6 +344,7 @@ mod tests {
                 .collect(),
             maps: 0,
             mapped_bytes: 0,
+            refused: RefusedCounters::default(),
             last_end: None,
             last_error: None,
         };

@@ -7,6 +7,7 @@ use super::{
 use crate::jail::Report;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
+use vfio_shim::path::refused::Refused;
 
 /// Everything about one host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -165,6 +166,9 @@ pub struct MailboxCounters {
     pub foreign: u64,
     /// Violations of the protocol; each ended a session.
     pub violations: u64,
+    /// Requests refused that named neither a lease nor a function of this host's.
+    #[serde(default)]
+    pub refused: u64,
     /// Age of the peer's last heartbeat.
     pub heartbeat_age_ms: Option<u64>,
 }
@@ -201,10 +205,34 @@ pub struct LentStatus {
     pub maps: u32,
     /// Bytes of them.
     pub mapped_bytes: u64,
+    /// What the peer said of the lease in force, or else of the last one, and was not done.
+    #[serde(default)]
+    pub refused: RefusedCounters,
     /// How the last lease of it ended.
     pub last_end: Option<String>,
     /// The last error.
     pub last_error: Option<String>,
+}
+
+/// What the peer said of one lease in the mailbox, and was not done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedCounters {
+    /// Looks at damaged messages that name it.
+    pub torn: u64,
+    /// Looks at messages of another session that name it.
+    pub foreign: u64,
+    /// Requests about it that were refused.
+    pub requests: u64,
+}
+
+impl From<Refused> for RefusedCounters {
+    fn from(refused: Refused) -> Self {
+        Self {
+            torn: refused.torn,
+            foreign: refused.foreign,
+            requests: refused.requests,
+        }
+    }
 }
 
 /// One interrupt vector, on the lender.
@@ -250,6 +278,9 @@ pub struct BorrowedStatus {
     pub counters: GuestCounters,
     /// Its interrupts.
     pub vectors: Vec<BorrowedVector>,
+    /// What the peer said of the lease, and was not done.
+    #[serde(default)]
+    pub refused: RefusedCounters,
     /// The process that serves it; `None` = a thread of the daemon does, or nobody any more.
     #[serde(default)]
     pub worker: Option<WorkerStatus>,

@@ -140,6 +140,7 @@ pub fn status() -> HostStatus {
                 mapped_bytes: 128 << 20,
                 ..GuestCounters::default()
             },
+            refused: RefusedCounters::default(),
             worker: None,
             vectors: vec![
                 BorrowedVector {

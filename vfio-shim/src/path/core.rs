@@ -193,6 +193,7 @@ impl PortCore {
         if let Some(mailbox) = self.mailbox() {
             sum.add(mailbox.counters());
         }
+        sum.refused += self.lender.refused_unnamed();
         sum
     }
 
@@ -516,6 +517,10 @@ impl PortCore {
                 MailboxAction::Heartbeat(value) => {
                     self.link_event(LinkEvent::PeerHeartbeat(value), now_ms, out);
                 }
+                MailboxAction::Refused(named, as_what) => match named {
+                    Owner::Lent(lease) => self.lender.count_refused(lease, as_what),
+                    Owner::Borrowed(lease) => self.borrower.count_refused(lease, as_what),
+                },
                 MailboxAction::Deliver(message) => self.deliver(message, now_ms, out),
                 MailboxAction::UnknownOp { op, code } => {
                     let text = "this version of Sublet does not know the operation: upgrade it";

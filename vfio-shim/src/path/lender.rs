@@ -19,11 +19,13 @@
 
 mod grants;
 mod held;
+mod refused;
 #[cfg(test)]
 #[path = "lender_tests.rs"]
 mod tests;
 
 pub(super) use grants::taken;
+use refused::Named;
 
 use super::grant::{AskId, EndCause, LeaseEnd, ToPool, Undone};
 use super::message::{
@@ -31,6 +33,7 @@ use super::message::{
     Secret,
 };
 use super::plan::{Owner, SlicePool};
+use super::refused::Refused;
 use super::work::{FunctionWork, OpenPlan, WorkOutcome};
 use crate::model::{BAR_COUNT, Bdf, FunctionInfo, WindowOffset};
 use std::collections::{BTreeMap, HashMap};
@@ -95,6 +98,8 @@ struct Offer {
     left: Option<held::Left>,
     /// Why the kernel wants it back.
     wanted: Option<String>,
+    /// What the peer said of the lease in force, or of the function, and was not done.
+    refused: Refused,
     /// Whether its driver can stop what it does.
     stops: bool,
 }
@@ -130,6 +135,8 @@ pub struct OfferStatus {
     pub last_end: Option<String>,
     /// Since when it is in quarantine, in the driver's milliseconds.
     pub quarantined_ms: Option<u64>,
+    /// What the peer said of its last lease, and was not done.
+    pub refused: Refused,
 }
 
 /// The lender's end of all paths of a port.
@@ -143,6 +150,8 @@ pub struct Lender {
     now_ms: u64,
     /// How many functions the kernel wants back.
     wanted: usize,
+    /// Requests refused that named nothing here.
+    refused: u64,
 }
 
 fn refuse(code: RefusalCode, figure: u64, text: impl Into<String>) -> Refusal {
@@ -200,6 +209,7 @@ impl Lender {
             quarantined_ms: None,
             left: None,
             wanted: None,
+            refused: Refused::default(),
             stops: false,
         };
         self.offers.insert(offer.entry.bdf, offer);
@@ -239,6 +249,7 @@ impl Lender {
             lease: offer.lease.as_ref().map(|(lease, _)| *lease),
             last_end: offer.last_end.clone(),
             quarantined_ms: offer.quarantined_ms,
+            refused: offer.refused,
         };
         self.offers.values().map(of).collect()
     }
@@ -252,6 +263,7 @@ impl Lender {
         peer: Option<u16>,
         fresh: Secret,
     ) -> Vec<LenderAction> {
+        let named = Named::by(&request);
         let result = match request {
             Request::List { cursor } => Ok(vec![self.list(op, code, cursor)]),
             Request::Borrow { bdf } => self.borrow((op, code), bdf, peer, fresh),
@@ -264,7 +276,10 @@ impl Lender {
             } => self.open(op, code, (lease, secret), (irq_first, irq_count), slices),
             other => self.work(op, code, other, slices),
         };
-        result.unwrap_or_else(|refusal| vec![LenderAction::Reply(op, code, Box::new(Err(refusal)))])
+        result.unwrap_or_else(|refusal| {
+            self.count_request(named);
+            vec![LenderAction::Reply(op, code, Box::new(Err(refusal)))]
+        })
     }
 
     fn list(&self, op: OpId, code: u16, cursor: u32) -> LenderAction {

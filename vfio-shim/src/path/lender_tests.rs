@@ -1,9 +1,10 @@
 //! Lender's end tests: every message is of the lease in force, and a grant that comes late leaks nothing.
 
 use super::*;
-use crate::model::RegionInfo;
-use crate::path::grant::Scrub;
-use crate::path::grant::{Grant, ToPort};
+use crate::model::{Access, RegionInfo, Span};
+use crate::path::grant::{Grant, Scrub, ToPort};
+use crate::path::message::MapRange;
+use crate::path::refused::RefusedAs;
 
 const WINDOW_BYTES: u64 = 1 << 20;
 const BAR_BYTES: u64 = 0x4000;
@@ -296,4 +297,35 @@ fn function_that_cannot_be_undone_is_told_to_the_pool_and_stays_in_quarantine() 
         rig.refusal(Request::Borrow { bdf: bdf() }).code,
         RefusalCode::Quarantine
     );
+}
+
+#[test]
+fn requests_that_are_refused_are_told_at_what_they_name_and_the_others_at_the_port() {
+    let mut rig = Rig::new();
+    let refused = |rig: &Rig| {
+        let of_lease = rig.lender.status()[0].refused.requests;
+        (of_lease, rig.lender.refused_unnamed())
+    };
+    rig.lease(1);
+    // The function is another's, and the lease exists: its secret is wrong.
+    rig.refusal(Request::Borrow { bdf: bdf() });
+    rig.refusal(Rig::open(1, Secret([8; 16])));
+    assert_eq!(refused(&rig), (2, 0));
+    rig.opened(1);
+    let outside = MapRange {
+        span: Span::new(0, 0x1000).unwrap(),
+        offset: WindowOffset(WINDOW_BYTES),
+        access: Access::READ_WRITE,
+    };
+    rig.refusal(Request::Map {
+        lease: LeaseId(1),
+        ranges: vec![outside],
+    });
+    assert_eq!(refused(&rig), (3, 0));
+    rig.refusal(Request::Reset { lease: LeaseId(2) });
+    let nobodys = "4a:00.2".parse().unwrap();
+    rig.refusal(Request::Borrow { bdf: nobodys });
+    assert_eq!(refused(&rig), (3, 2));
+    rig.lender.count_refused(LeaseId(2), RefusedAs::Torn);
+    assert_eq!(rig.lender.status()[0].refused.torn, 0);
 }

@@ -1,6 +1,8 @@
 //! The mailbox of one open session: one slot each way, stop and wait, the same bytes until acked.
 
 use super::message::{Message, OpId};
+use super::plan::Owner;
+use super::refused::{RefusedAs, named};
 use super::wire::{
     SLOT_BYTES, STATUS_BYTES, SlotFinding, StatusLine, WireError, check_slot, encode_slot,
 };
@@ -43,6 +45,8 @@ pub enum MailboxAction {
         /// Its op.
         code: u16,
     },
+    /// A message that was not taken names this lease.
+    Refused(Owner, RefusedAs),
     /// The peer's heartbeat, as its status line has it.
     Heartbeat(u64),
     /// The peer broke the protocol: the session is over. Nothing comes after it.
@@ -66,6 +70,8 @@ pub struct MailboxCounters {
     pub foreign: u64,
     /// Violations: of one mailbox 0 or 1.
     pub violations: u64,
+    /// Requests refused that named nothing of this host.
+    pub refused: u64,
 }
 
 impl MailboxCounters {
@@ -78,6 +84,7 @@ impl MailboxCounters {
         self.torn += other.torn;
         self.foreign += other.foreign;
         self.violations += other.violations;
+        self.refused += other.refused;
     }
 }
 
@@ -181,11 +188,11 @@ impl Mailbox {
             SlotFinding::Nothing => Vec::new(),
             SlotFinding::OtherSession => {
                 self.counters.foreign += 1;
-                Vec::new()
+                Self::refused(slot, RefusedAs::Foreign)
             }
             SlotFinding::Torn => {
                 self.counters.torn += 1;
-                Vec::new()
+                Self::refused(slot, RefusedAs::Torn)
             }
             SlotFinding::Message {
                 seq,
@@ -194,6 +201,11 @@ impl Mailbox {
                 payload,
             } => self.on_message((seq, ack), op, payload),
         }
+    }
+
+    fn refused(slot: &[u8; SLOT_BYTES], as_what: RefusedAs) -> Actions {
+        let told = named(slot).map(|named| MailboxAction::Refused(named, as_what));
+        told.into_iter().collect()
     }
 
     fn on_message(&mut self, (seq, ack): (u64, u64), op: u16, payload: &[u8]) -> Actions {

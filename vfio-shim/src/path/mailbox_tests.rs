@@ -17,6 +17,11 @@ fn slot(seq: u64, ack: u64) -> Box<[u8; SLOT_BYTES]> {
     encode_slot(SESSION, seq, ack, op, &payload).unwrap()
 }
 
+/// Message 1 is not taken, and nothing of it but the lease that it names is told.
+fn refused(as_what: RefusedAs) -> Actions {
+    vec![MailboxAction::Refused(Owner::Lent(LeaseId(1)), as_what)]
+}
+
 fn delivered(actions: &Actions) -> Vec<u64> {
     let id = |action: &MailboxAction| match action {
         MailboxAction::Deliver(Message::Request(id, _)) => Some(id.0),
@@ -77,7 +82,7 @@ fn torn_slot_is_counted_ignored_and_taken_once_it_is_whole() {
     let mut mailbox = Mailbox::new(SESSION);
     let mut torn = slot(1, 0);
     torn[44] ^= 1;
-    assert_eq!(mailbox.on_slot(&torn), []);
+    assert_eq!(mailbox.on_slot(&torn), refused(RefusedAs::Torn));
     assert_eq!(mailbox.counters().torn, 1);
     assert_eq!(delivered(&mailbox.on_slot(&slot(1, 0))), [1]);
 }
@@ -114,7 +119,7 @@ fn message_out_of_sequence_ends_the_session() {
 #[test]
 fn message_of_another_session_is_ignored_and_counted() {
     let mut mailbox = Mailbox::new(SESSION + 1);
-    assert_eq!(mailbox.on_slot(&slot(1, 9)), []);
+    assert_eq!(mailbox.on_slot(&slot(1, 9)), refused(RefusedAs::Foreign));
     assert_eq!(mailbox.counters().foreign, 1);
 }
 
@@ -158,7 +163,8 @@ fn reserved_bits_that_are_set_are_torn_even_with_a_good_crc() {
     for at in [26, 27, 36, 37, 38, 39] {
         let mut bad = slot(1, 0);
         bad[at] = 0x80;
-        assert_eq!(mailbox.on_slot(&with_crc(bad, 16)), [], "byte {at}");
+        let actions = mailbox.on_slot(&with_crc(bad, 16));
+        assert_eq!(actions, refused(RefusedAs::Torn), "byte {at}");
     }
     assert_eq!(mailbox.counters().torn, 6);
 }

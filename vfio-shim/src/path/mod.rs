@@ -14,6 +14,7 @@ pub mod mailbox;
 pub mod message;
 pub mod plan;
 mod refusal;
+pub mod refused;
 pub mod relay;
 pub mod wire;
 pub mod work;

@@ -15,6 +15,7 @@ use crate::pool::{FunctionKey, PoolService, PoolStatus};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use vfio_shim::model::Fdid;
+use vfio_shim::path::refused::Refused;
 use vfio_shim::path::{self, OfferState, PoolState};
 use vmm_glue::vfio_user::SessionState;
 
@@ -121,7 +122,7 @@ impl LocalHost {
                 .map(|(port, status)| port_status(port, status.as_ref()))
                 .collect(),
             lent,
-            borrowed: self.borrows(),
+            borrowed: self.borrows(&ports),
             store: StoreStatus {
                 folder: self.config.state.clone(),
                 last_error: pool.store_error.clone(),
@@ -164,6 +165,7 @@ impl LocalHost {
             vectors: vectors.collect(),
             maps: lent.maps.0,
             mapped_bytes: lent.maps.1,
+            refused: lent.offer.refused.into(),
             last_end: lent.offer.last_end.clone().or_else(stored_end),
             last_error: match &lent.offer.state {
                 OfferState::Quarantine(why) => Some(why.clone()),
@@ -197,7 +199,13 @@ impl LocalHost {
         held.collect()
     }
 
-    fn borrows(&self) -> Vec<BorrowedStatus> {
+    fn borrows(&self, ports: &[(&OpenPort, Option<path::PortStatus>)]) -> Vec<BorrowedStatus> {
+        let known = || ports.iter().filter_map(|(_, status)| status.as_ref());
+        let refused = |fdid: &Fdid, lease| {
+            let mut leases = known().flat_map(|status| &status.borrowed);
+            let found = leases.find(|one| (one.bdf, one.lease) == (fdid.bdf, lease));
+            found.map(|one| one.refused).unwrap_or_default()
+        };
         let workers = |(fdid, held): (&Fdid, &Borrowed)| Some((*fdid, held.worker.clone()?));
         let workers: Vec<_> = self.state().borrowed.iter().filter_map(workers).collect();
         // Asked without the lock: a worker in another process may take its time.
@@ -213,13 +221,13 @@ impl LocalHost {
                 now.is_some_and(|now| Arc::ptr_eq(now, worker))
             });
             let view = asked.map_or_else(View::default, |(_, view)| view);
-            borrowed(*fdid, held, view)
+            borrowed(*fdid, held, view, refused(fdid, held.lease))
         });
         borrowed.collect()
     }
 }
 
-fn borrowed(fdid: Fdid, held: &Borrowed, view: View) -> BorrowedStatus {
+fn borrowed(fdid: Fdid, held: &Borrowed, view: View, refused: Refused) -> BorrowedStatus {
     let vectors = view.scanned.iter().enumerate();
     let vectors = vectors.map(|(index, scanned)| BorrowedVector {
         index: index as u32,
@@ -258,6 +266,7 @@ fn borrowed(fdid: Fdid, held: &Borrowed, view: View) -> BorrowedStatus {
             messages,
         },
         vectors: vectors.collect(),
+        refused: refused.into(),
         worker: view.worker,
         way: "doorbell".to_owned(),
         last_error: lost.or(view.last_error),
@@ -278,6 +287,7 @@ fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus
         torn: status.mailbox.torn,
         foreign: status.mailbox.foreign,
         violations: status.mailbox.violations,
+        refused: status.mailbox.refused,
         heartbeat_age_ms: status.heartbeat_age_ms,
     });
     PortStatus {

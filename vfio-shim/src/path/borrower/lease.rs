@@ -4,6 +4,7 @@ use super::{CallError, GuestMap, Limits, MAPS_MAX, Slice, Token, limit};
 use crate::model::{Access, Bdf, Span, WindowOffset, overlap_among};
 use crate::path::message::{LeaseId, Secret};
 use crate::path::plan::{Owner, SlicePool};
+use crate::path::refused::Refused;
 use std::collections::{BTreeMap, VecDeque};
 
 /// What guest RAM is mapped in: 4 KiB.
@@ -32,6 +33,8 @@ pub(super) struct Lease {
     pub(super) pinned: VecDeque<(Option<Token>, Vec<Place>)>,
     /// The slices of the lender's window that its BARs are reached through.
     pub(super) bars: Vec<Span>,
+    /// What the peer said of it, and was not done.
+    pub(super) refused: Refused,
 }
 
 /// One mapping and no later one at the same address: its guest-physical address and its slice,
@@ -54,6 +57,7 @@ impl Lease {
             telling: false,
             pinned: VecDeque::new(),
             bars: Vec::new(),
+            refused: Refused::default(),
         }
     }
 

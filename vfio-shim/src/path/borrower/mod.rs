@@ -19,6 +19,7 @@ use super::message::{
     Request, Secret,
 };
 use super::plan::{Owner, Rows, SlicePool};
+use super::refused::{Refused, RefusedAs};
 use super::wire::IRQ_WORDS_MAX;
 use crate::model::{Bdf, WindowOffset};
 use lease::{Lease, Place, Taken};
@@ -111,6 +112,8 @@ pub struct LeaseStatus {
     pub maps: usize,
     /// Bytes of them.
     pub mapped_bytes: u64,
+    /// What the peer said of it, and was not done.
+    pub refused: Refused,
 }
 
 type Actions = Vec<BorrowerAction>;
@@ -148,8 +151,16 @@ impl Borrower {
                 .filter(|map| map.live)
                 .map(|map| map.len)
                 .sum(),
+            refused: held.refused,
         };
         self.leases.iter().map(of).collect()
+    }
+
+    /// A message that was not taken names this lease, which may be none.
+    pub fn count_refused(&mut self, lease: LeaseId, as_what: RefusedAs) {
+        if let Some(held) = self.leases.get_mut(&lease) {
+            held.refused.count(as_what);
+        }
     }
 
     /// A call of a worker or a verb, while a link session is open.

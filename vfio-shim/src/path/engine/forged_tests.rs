@@ -20,18 +20,17 @@ fn rig() -> Rig {
 /// A whole message of some session, as an honest peer would make it.
 fn slot(session: u64, seq: u64, ack: u64) -> Box<[u8; SLOT_BYTES]> {
     let lease = LeaseId(1);
-    let message = Message::Request(OpId(7), Request::Reset { lease });
+    slot_of(Request::Reset { lease }, session, seq, ack)
+}
+
+fn slot_of(request: Request, session: u64, seq: u64, ack: u64) -> Box<[u8; SLOT_BYTES]> {
+    let message = Message::Request(OpId(7), request);
     let (op, payload) = message.encode().unwrap();
     encode_slot(session, seq, ack, op, &payload).unwrap()
 }
 
-/// Stores it into host 0's mailbox from the far end of the cable, and rings.
 fn forge(rig: &Rig, slot: &[u8; SLOT_BYTES]) {
-    let far = rig.link.port(1);
-    let window = far.window(0);
-    window.write(SLOT_OFFSET, &slot[..COMMIT_OFFSET]);
-    window.write(SLOT_OFFSET + COMMIT_OFFSET as u64, &slot[COMMIT_OFFSET..]);
-    far.peer_doorbell_ring(BELL_MAILBOX);
+    forge_at(rig, 0, slot);
 }
 
 fn session(rig: &Rig) -> u64 {
@@ -71,6 +70,74 @@ fn torn_and_foreign_messages_are_counted_and_the_session_and_its_lease_go_on() {
     assert_eq!(rig.function.resets(), resets);
     assert_eq!(counters().violations, 0);
     assert_eq!((session(&rig), function.lost()), (before, None));
+    drop(function);
+    rig.engines[1].give_back(lease).unwrap();
+}
+
+/// Stores it into this host's mailbox from the far end of the cable, and rings.
+fn forge_at(rig: &Rig, at: usize, slot: &[u8; SLOT_BYTES]) {
+    let far = rig.link.port(1 - at);
+    let window = far.window(0);
+    window.write(SLOT_OFFSET, &slot[..COMMIT_OFFSET]);
+    window.write(SLOT_OFFSET + COMMIT_OFFSET as u64, &slot[COMMIT_OFFSET..]);
+    far.peer_doorbell_ring(BELL_MAILBOX);
+}
+
+#[test]
+fn messages_that_are_not_taken_are_told_at_the_lease_that_they_name_and_at_no_other() {
+    let rig = rig();
+    let (lease, _, function) = rig.engines[1].borrow(bdf(), None).unwrap();
+    let session = session(&rig);
+    let lent = || rig.engines[0].status().unwrap().lent[0].offer.refused;
+    let held = || rig.engines[1].status().unwrap().borrowed[0].refused;
+    let damaged = |request: Request| {
+        let mut slot = slot_of(request, session, LATE, 0);
+        // Its checksum.
+        slot[32] ^= 1;
+        slot
+    };
+    let of_none = LeaseId(lease.0 + 7);
+    until(
+        "damaged ones that name no lease are counted at the port",
+        || {
+            let torn = || {
+                rig.engines
+                    .each_ref()
+                    .map(|e| e.status().unwrap().mailbox.torn)
+            };
+            forge_at(&rig, 0, &damaged(Request::Reset { lease: of_none }));
+            let text = "over".to_owned();
+            let lease = of_none;
+            forge_at(&rig, 1, &damaged(Request::Revoked { lease, text }));
+            torn().iter().all(|torn| *torn > 0).then_some(())
+        },
+    );
+    assert_eq!((lent(), held()), Default::default());
+    let foreign = |request: Request| slot_of(request, session_id(1, 2), LATE, 0);
+    until("the lender tells them at the lease", || {
+        forge_at(&rig, 0, &damaged(Request::Reset { lease }));
+        let torn = lent().torn > 0;
+        forge_at(&rig, 0, &foreign(Request::Return { lease }));
+        (torn && lent().foreign > 0).then_some(())
+    });
+    // A lease of that number that the other side lends is none of this.
+    assert_eq!(held(), Default::default());
+    until("the borrower tells them at the lease", || {
+        let revoked = || Request::Revoked {
+            lease,
+            text: "over".to_owned(),
+        };
+        forge_at(&rig, 1, &damaged(revoked()));
+        let torn = held().torn > 0;
+        forge_at(&rig, 1, &foreign(revoked()));
+        (torn && held().foreign > 0).then_some(())
+    });
+    assert_eq!(function.lost(), None);
+    drop(function);
+    rig.engines[1].give_back(lease).unwrap();
+    // What is told of a lease is not told of the next.
+    let (lease, _, function) = rig.engines[1].borrow(bdf(), None).unwrap();
+    assert_eq!(lent(), Default::default());
     drop(function);
     rig.engines[1].give_back(lease).unwrap();
 }

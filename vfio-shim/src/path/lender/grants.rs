@@ -5,6 +5,7 @@ use crate::model::Bdf;
 use crate::path::grant::{AskId, EndCause, Grant, LeaseEnd, ToPool, ToPort, Undone};
 use crate::path::lender::entry_now;
 use crate::path::message::{LeaseId, OpId, Refusal, RefusalCode, Reply, Secret};
+use crate::path::refused::Refused;
 use crate::path::work::FunctionWork;
 
 /// A lease that the pool has been asked for.
@@ -152,6 +153,7 @@ impl Lender {
                 offer.state = OfferState::Leased;
                 offer.lease = Some((lease, secret));
                 offer.epoch = lease;
+                offer.refused = Refused::default();
                 Ok(Reply::Borrowed {
                     lease,
                     secret,

@@ -3,6 +3,7 @@
 use super::isolation::refused;
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, SOCKET, Setup};
 use super::{Scenario, When};
+use crate::agent::Agent;
 use crate::check::Checks;
 use crate::guest::{Guest, GuestSpec};
 use crate::host::NTB_BDF;
@@ -16,7 +17,7 @@ use std::time::Duration;
 /// One port, two guests, and everybody but the second is hostile.
 pub const SCENARIO: Scenario = Scenario {
     name: "two-tenants",
-    checks: ATTACH_CHECKS + 15 + DETACH_CHECKS,
+    checks: ATTACH_CHECKS + 16 + DETACH_CHECKS,
     when: When::Full,
     own_model: None,
     deadline: Duration::from_secs(1200),
@@ -38,10 +39,12 @@ const PATTERN: u32 = 0x7e4a_47b2;
 const SECOND_BDF: &str = "0000:01:00.2";
 const SECOND_CONTROLLER: u32 = 2;
 const SECOND_SOCKET: &str = "/run/sublet/second.sock";
-/// PROTOCOL.md: where the slot lies in the mailbox; its session, checksum and commit word in it.
+/// PROTOCOL.md: where the slot lies in the mailbox; its session, checksum, a request's lease, and
+/// the commit word in it.
 const SLOT_OFFSET: u64 = 0x1000;
 const SLOT_SESSION: u64 = 0;
 const SLOT_CRC: u64 = 32;
+const SLOT_LEASE: u64 = 48;
 const SLOT_COMMIT: u64 = 4088;
 const STOP: &str = "/run/io.stop";
 const LOG: &str = "/run/io.log";
@@ -281,6 +284,10 @@ impl Hostile<'_> {
         checks.check("mailbox messages that host a forges are told", || {
             self.forged()
         });
+        checks.check(
+            "those that host b forges are told at the lease that they name alone",
+            || self.forged_of_a_lease(),
+        );
     }
 
     /// What `status` tells of a lease.
@@ -313,8 +320,9 @@ impl Hostile<'_> {
             ("foreign", &[SLOT_SESSION, SLOT_COMMIT]),
         ] {
             let before = self.lending.b.status()?["ports"][0]["mailbox"][counter].clone();
+            let host_a = &self.pair.a.agent;
             for offset in offsets {
-                self.flip(slot + offset)?;
+                flip(host_a, slot + offset)?;
             }
             self.lending
                 .b
@@ -323,7 +331,7 @@ impl Hostile<'_> {
                 })?;
             // As it was, so that the next is judged by itself.
             for offset in offsets {
-                self.flip(slot + offset)?;
+                flip(host_a, slot + offset)?;
             }
         }
         let mailbox = self.lending.b.status()?["ports"][0]["mailbox"].clone();
@@ -332,14 +340,57 @@ impl Hostile<'_> {
         Ok(mailbox.to_string())
     }
 
-    /// One bit of a word that host A reaches through its window.
-    fn flip(&self, address: u64) -> Result<()> {
-        let (host_a, at) = (&self.pair.a.agent, address.to_string());
-        let word = host_a.run(&["lab-agent", "devmem", "read", &at, "4"])?;
-        let word = u32::from_str_radix(word.trim(), 16).context("no hex word")?;
-        let flipped = (word ^ 1).to_string();
-        host_a
-            .run(&["lab-agent", "devmem", "write", &at, &flipped])
-            .map(drop)
+    /// The same in host A's mailbox, where the last message is a request about a lease.
+    fn forged_of_a_lease(&self) -> Result<String> {
+        let (a, host_b) = (&self.lending.a, &self.pair.b.agent);
+        let slot = pci::bar_address(host_b, NTB_BDF, 2)? + SLOT_OFFSET;
+        let lease = u64::from(read(host_b, slot + SLOT_LEASE)?);
+        let lease = Value::from(format!("{lease:016x}"));
+        let of = |status: &Value, named: bool, counter: &str| {
+            let lent = status["lent"].as_array().into_iter().flatten();
+            let lent = lent.filter(|lent| (lent["lease"] == lease) == named);
+            let count = |lent: &Value| lent["refused"][counter].as_u64();
+            lent.map(count).sum::<Option<u64>>().unwrap_or_default()
+        };
+        for (counter, offsets) in [
+            ("torn", &[SLOT_CRC][..]),
+            ("foreign", &[SLOT_SESSION, SLOT_COMMIT]),
+        ] {
+            for offset in offsets {
+                flip(host_b, slot + offset)?;
+            }
+            let told = |status: &Value| of(status, true, counter) > 0;
+            let status = a.wait_status(counter, TOLD_TIMEOUT, told)?;
+            ensure!(
+                of(&status, false, counter) == 0,
+                "another lease than {lease} is told of: {}",
+                status["lent"]
+            );
+            for offset in offsets {
+                flip(host_b, slot + offset)?;
+            }
+        }
+        let status = a.status()?;
+        let violations = &status["ports"][0]["mailbox"]["violations"];
+        ensure!(*violations == 0, "{violations} violations");
+        self.second.goes_on(1)?;
+        Ok(format!(
+            "lease {lease}: torn {}, foreign {}",
+            of(&status, true, "torn"),
+            of(&status, true, "foreign")
+        ))
     }
+}
+
+fn read(host: &Agent, address: u64) -> Result<u32> {
+    let word = host.run(&["lab-agent", "devmem", "read", &address.to_string(), "4"])?;
+    u32::from_str_radix(word.trim(), 16).context("no hex word")
+}
+
+/// One bit of a word that a host reaches through its window.
+fn flip(host: &Agent, address: u64) -> Result<()> {
+    let flipped = (read(host, address)? ^ 1).to_string();
+    let at = address.to_string();
+    let argv = ["lab-agent", "devmem", "write", &at, &flipped];
+    host.run(&argv).map(drop)
 }
