@@ -171,10 +171,14 @@ impl Tenants {
 
     /// With this line of policy.
     fn with(policy: &str) -> Self {
+        Self::limited(policy, "")
+    }
+
+    fn limited(policy: &str, more: &str) -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let program = Path::new(env!("CARGO_BIN_EXE_sublet"));
         let limits =
-            format!("{policy}\n[limits]\ninterrupts_per_second = {INTERRUPTS_PER_SECOND}\n");
+            format!("{policy}\n[limits]\ninterrupts_per_second = {INTERRUPTS_PER_SECOND}\n{more}");
         let rig = Rig::limited(program, Sandbox::On, &limits);
         rig.offer(VF_2);
         rig.borrow().unwrap();
@@ -406,7 +410,7 @@ fn memory_that_is_none_and_ranges_that_are_not_its_own_end_the_hostile_session_i
 fn guest_with_as_many_maps_as_there_can_be_costs_nobody_else_and_one_more_is_refused() {
     const MAPS_MAX: u64 = 65_535;
     // A look at the VMM's memory map for each would take most of the time.
-    let tenants = Tenants::with("memory_check = \"off\"");
+    let tenants = Tenants::limited("memory_check = \"off\"", "guest_maps = 65_535\n");
     let ram = memory(PAGE);
     let map = |raw: &mut Raw, at: u64| {
         let body = raw::map(0, at * PAGE, PAGE);

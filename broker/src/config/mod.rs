@@ -32,6 +32,10 @@ const _: () = assert!(
 );
 /// Most DMA maps of one guest: what a VFIO container takes by default.
 pub const GUEST_MAPS_MAX: u32 = 65_535;
+/// The default. All guests of a port share its container, and sixteen have room in it: a guest
+/// whose memory is in one piece takes some tens, one that grows by blocks of 2 MiB one for each.
+pub const GUEST_MAPS_DEFAULT: u32 = 4_000;
+const _: () = assert!(16 * GUEST_MAPS_DEFAULT < GUEST_MAPS_MAX);
 /// Most functions borrowed for one trust domain.
 pub const FUNCTIONS_PER_DOMAIN_MAX: u32 = FUNCTIONS_PER_PORT_MAX * PORTS_MAX as u32;
 /// The highest rate of a worker's messages, per second.

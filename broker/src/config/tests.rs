@@ -43,7 +43,7 @@ fn defaults_fill_what_is_not_said() {
     assert_eq!(config.ports[0].heartbeat, Duration::from_millis(250));
     assert_eq!(config.ports[0].lost_after, Duration::from_millis(1500));
     assert!(!config.ports[0].trust_vmm);
-    assert_eq!(config.limits.guest_maps, 65_535);
+    assert_eq!(config.limits.guest_maps, 4_000);
     assert_eq!(config.state, Path::new("/var/lib/sublet"));
     assert_eq!(config.limits.lease_ttl, Duration::from_secs(60));
     assert!(config.policy.memory_check);

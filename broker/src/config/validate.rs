@@ -2,8 +2,8 @@
 
 use super::{
     BdfPattern, Config, ConfigError, FUNCTIONS_PER_DOMAIN_MAX, FUNCTIONS_PER_PORT_MAX,
-    GUEST_MAPS_MAX, KeeperConfig, Limits, PORTS_MAX, Peers, Policy, PortConfig, SOCKET_PATH_MAX,
-    STATE_PATH_MAX, VMM_PEERS_MAX, WORKER_MESSAGES_PER_SECOND_MAX,
+    GUEST_MAPS_DEFAULT, GUEST_MAPS_MAX, KeeperConfig, Limits, PORTS_MAX, Peers, Policy, PortConfig,
+    SOCKET_PATH_MAX, STATE_PATH_MAX, VMM_PEERS_MAX, WORKER_MESSAGES_PER_SECOND_MAX,
     error::{Places, nearest},
     file, parse_size,
 };
@@ -188,7 +188,7 @@ fn limits(at: &Places<'_>, said: file::Limits) -> Result<Limits> {
         guest_maps: count(
             "guest_maps",
             &said.guest_maps,
-            GUEST_MAPS_MAX,
+            GUEST_MAPS_DEFAULT,
             GUEST_MAPS_MAX,
         )?,
         lease_ttl: Duration::from_millis(match &said.lease_ttl_ms {

@@ -151,6 +151,16 @@ pub enum MapError {
     /// The aperture cannot be mapped by a kernel's IOMMU.
     #[error("the memory behind {0} is not mapped into this process")]
     NoMapping(Span),
+    /// A file that was handed over as memory has nothing there, or not any more.
+    #[error(
+        "there are no pages behind {0}: the file was cut, or never was so long, or its file system is full; what a guest was given as its memory has to stay for as long as it runs"
+    )]
+    NoPages(Span),
+    /// The kernel does not pin so much.
+    #[error(
+        "no memory could be locked for {0}: start the port with LimitMEMLOCK=infinity (`ulimit -l unlimited`), or give the guest less memory"
+    )]
+    NotLocked(Span),
     /// The path to the function is gone.
     #[error("the path to the function has ended: {0}")]
     Gone(String),

@@ -20,6 +20,8 @@ use vfio_bindings::bindings::vfio::{
 
 const PAGE: u64 = 4096;
 const ERRNO_INVAL: i32 = rustix::io::Errno::INVAL.raw_os_error();
+const ERRNO_FAULT: i32 = rustix::io::Errno::FAULT.raw_os_error();
+const ERRNO_NOMEM: i32 = rustix::io::Errno::NOMEM.raw_os_error();
 
 /// A DMA address space of the kernel's IOMMU. Dropping it unmaps everything.
 pub struct Container {
@@ -32,6 +34,15 @@ pub struct Container {
 
 fn kernel(act: &'static str, span: Span) -> impl FnOnce(io::Error) -> MapError {
     move |source| MapError::Kernel { act, span, source }
+}
+
+/// Of pages that were to be pinned.
+fn pinning(span: Span) -> impl FnOnce(io::Error) -> MapError {
+    move |source| match source.raw_os_error() {
+        Some(ERRNO_FAULT) => MapError::NoPages(span),
+        Some(ERRNO_NOMEM) => MapError::NotLocked(span),
+        _ => kernel("map", span)(source),
+    }
 }
 
 fn flags(access: Access) -> u32 {
@@ -161,7 +172,7 @@ impl Container {
                 step.len(),
             )
         }
-        .map_err(kernel("map", step))
+        .map_err(pinning(step))
     }
 
     fn map_aperture(
@@ -256,5 +267,19 @@ impl AddressSpace for Container {
             table.remove(whole.start());
         }
         Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_that_cannot_be_pinned_are_told_with_what_to_do() {
+        let span = Span::new(0x1000, 0x2000).expect("a span");
+        let told = |errno| pinning(span)(io::Error::from_raw_os_error(errno)).to_string();
+        assert!(told(ERRNO_FAULT).contains("has to stay for as long as it runs"));
+        assert!(told(ERRNO_NOMEM).contains("LimitMEMLOCK=infinity"));
+        assert!(told(ERRNO_INVAL).contains("the kernel refused to map 0x1000+0x2000"));
     }
 }

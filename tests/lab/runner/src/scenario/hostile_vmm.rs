@@ -70,7 +70,7 @@ const ATTACKS: [Attack; 8] = [
         what: "memory that is truncated under DMA, and before it is pinned",
         case: "truncated",
         bites: |_, lease| lease["counters"]["dma_maps"] == 2,
-        words: "pinning guest memory failed",
+        words: "pinning guest memory failed: there are no pages behind",
     },
     Attack {
         what: "a hole punched under DMA",
