@@ -3,7 +3,7 @@
 #
 # Each stage leaves a stamp, so that a broken install goes on where it stopped; what a stage
 # makes is written beside its place and renamed, so that nothing half done is ever found.
-# Usage: install.sh check | install | versions
+# Usage: install.sh check | install | versions | llvm MAJOR
 set -euo pipefail
 
 CACHE="${SUBLET_CACHE:-$HOME/.cache/sublet-lab}"
@@ -123,8 +123,38 @@ versions() {
         "$(cat "$STAMPS/kernel")" "$CACHE" "$(as_root du -sh "$CACHE" | cut -f1)"
 }
 
+# llvm-cov and llvm-profdata of a compiler's LLVM, which may be newer than any stable Debian's, with
+# the libraries that they need and the loader of those: `tool.sh NAME ARGUMENT ...` runs one.
+install_llvm() {
+    local major="$1" at="$CACHE/llvm-$1" new="$CACHE/llvm-$1.new" tool
+    [ -e "$at/tool.sh" ] && return 0
+    say "llvm-$major from forky"
+    as_root rm -rf "$new" "$new.root"
+    # debootstrap of an older Debian has no script of that name, and sid's does.
+    as_root debootstrap --variant=minbase --include="llvm-$major" forky "$new.root" "$2" /usr/share/debootstrap/scripts/sid ||
+        die "debootstrap of forky failed, or it has no llvm-$major"
+    mkdir -p "$new/bin" "$new/lib"
+    for tool in llvm-cov llvm-profdata; do
+        cp "$new.root/usr/lib/llvm-$major/bin/$tool" "$new/bin/"
+        as_root chroot "$new.root" ldd "/usr/lib/llvm-$major/bin/$tool" | grep -oE '/[^ ]+' | sort -u |
+            while read -r library; do cp -L "$new.root$library" "$new/lib/"; done
+    done
+    as_root rm -rf "$new.root"
+    printf '#!/bin/sh\nat=$(dirname "$0") name="$1"\nshift\nexec "$at"/lib/ld-linux-*.so.* --library-path "$at/lib" "$at/bin/$name" "$@"\n' >"$new/tool.sh"
+    chmod +x "$new/tool.sh"
+    rm -rf "$at"
+    mv "$new" "$at"
+}
+
 case "${1:-}" in
 check) check ;;
+llvm)
+    mkdir -p "$CACHE"
+    exec 9>"$CACHE/lock"
+    flock 9
+    install_host_packages
+    install_llvm "$2" "$(mirror)"
+    ;;
 versions) versions ;;
 install)
     mkdir -p "$STAMPS" "$CACHE/kernel"
@@ -138,5 +168,5 @@ install)
     exec 9>&-
     "$(dirname "$0")/ntb-modules.sh" "$CACHE/ntb"
     ;;
-*) die 'usage: install.sh check | install | versions' ;;
+*) die 'usage: install.sh check | install | versions | llvm MAJOR' ;;
 esac

@@ -8,6 +8,9 @@ fn folder(part: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(part)
 }
 
+/// The folder of what fuzzers found on this machine, a folder for each target, for `coverage`.
+const FOUND: &str = "SUBLET_FUZZ_FOUND";
+
 #[test]
 fn every_input_of_every_corpus_keeps_the_promises() {
     for target in TARGETS {
@@ -19,6 +22,19 @@ fn every_input_of_every_corpus_keeps_the_promises() {
             count += 1;
         }
         assert!(count >= 10, "{}: only {count} inputs", target.name);
+    }
+}
+
+#[test]
+fn what_fuzzers_found_keeps_the_promises() {
+    let Some(found) = std::env::var_os(FOUND) else {
+        return;
+    };
+    for target in TARGETS {
+        let corpus = Path::new(&found).join(target.name).join("corpus");
+        for entry in fs::read_dir(corpus).into_iter().flatten() {
+            (target.run)(&fs::read(entry.unwrap().path()).unwrap());
+        }
     }
 }
 

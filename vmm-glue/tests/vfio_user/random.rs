@@ -1,7 +1,7 @@
 //! Random bytes and random requests: every session ends, and the next VMM is served.
 
 use crate::{
-    feed::feed,
+    feed::{Scene, feed},
     rig::{Rig, access, dma_map, dma_unmap, words},
 };
 use proptest::{collection::vec, prelude::*};
@@ -29,6 +29,7 @@ fn what_is_fed_reaches_the_function() {
             message(2, &dma_map(1, 0, 0x3000, 0x1000)),
         ]
         .concat(),
+        Scene::default(),
     );
     let expected = [
         "triggers Msix 0+2 fds 2",
@@ -69,12 +70,12 @@ proptest! {
 
     #[test]
     fn random_bytes_end_the_session_cleanly(bytes in vec(any::<u8>(), 0..400)) {
-        feed(&bytes);
+        feed(&bytes, Scene::default());
     }
 
     #[test]
     fn random_requests_end_the_session_cleanly(requests in vec(request(), 0..24)) {
-        feed(&[version(), requests.concat()].concat());
+        feed(&[version(), requests.concat()].concat(), Scene::default());
     }
 }
 
