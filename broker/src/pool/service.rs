@@ -138,7 +138,12 @@ impl<S: LeaseStore> Thread<S> {
                     self.handle(Event::Away { port });
                 }
                 Ok(Input::Flush(reply)) => drop(reply.send(())),
-                Ok(Input::Event(event)) => self.handle(event),
+                Ok(Input::Event(event)) => {
+                    if let Event::Gone { port } = &event {
+                        self.lines.remove(port);
+                    }
+                    self.handle(event);
+                }
                 Ok(Input::Status(reply)) => {
                     let status = PoolStatus {
                         leases: self.pool.status(now(&*self.runtime)),
@@ -200,11 +205,13 @@ impl PortPool {
 
     /// The way to the port is lost, and it may go on.
     pub fn away(&self) {
-        self.line
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        self.forget_line();
         let _ = self.inbox.send(Input::Away(self.name.clone()));
+    }
+
+    fn forget_line(&self) {
+        let mut line = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+        line.take();
     }
 
     /// Something has happened at the port.
@@ -268,6 +275,9 @@ impl LeasePool for PortPool {
             ToPool::Grant { ask, .. } => Some(*ask),
             _ => None,
         };
+        if matches!(message, ToPool::Gone) {
+            self.forget_line();
+        }
         let event = self.event(message);
         // A pool that is gone grants nothing, and whoever asks is not kept waiting.
         if let (Err(_), Some(ask)) = (self.inbox.send(Input::Event(event)), ask) {

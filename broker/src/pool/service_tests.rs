@@ -281,6 +281,20 @@ fn lease_without_a_path_expires_by_the_clock() {
     assert!(start.elapsed() >= Duration::from_millis(49));
 }
 
+/// The daemon kept a socket of each port that had ended, until another came in its place.
+#[test]
+fn port_that_is_gone_leaves_no_line_behind() {
+    let pool = PoolService::start(MemoryStore::default(), TTL_MS).unwrap();
+    let port = pool.port("ntb0");
+    let line = Arc::new(());
+    let held = Arc::clone(&line);
+    port.connect(Box::new(move |_| drop(Arc::clone(&held))));
+    assert_eq!(Arc::strong_count(&line), 2);
+    port.tell(ToPool::Gone);
+    port.flush();
+    assert_eq!(Arc::strong_count(&line), 1);
+}
+
 #[test]
 fn pool_that_is_gone_keeps_nobody_waiting() {
     let pool = PoolService::start(MemoryStore::default(), TTL_MS).unwrap();
