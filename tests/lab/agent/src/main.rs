@@ -1,5 +1,6 @@
 //! The program inside the lab's hosts and guests: serves the runner, and is a few small tools.
 
+mod canary;
 mod devmem;
 mod dio;
 mod fuse;
@@ -35,7 +36,7 @@ const USAGE: &str = "usage: lab-agent COMMAND
   vfio-user SOCKET CASE             a client without a VMM; cases: good, version, early, oversized,
                                     private, became-private, file, short, read-only, reserved, window
   vfio-user SOCKET tenant FIFO      memory full of a pattern, looked at when the FIFO is written
-  vfio-user SOCKET vmm FIFO LBA     drives the function as the FIFO says: open, map, work, go, end
+  vfio-user SOCKET vmm FIFO LBA     drives the function as the FIFO says: open, map, work, look, go, end
   witness SOCKET STOP LOG           a tenant at work until the file STOP is there; a line for each piece
   hostile SOCKET CASE LOG           a VMM that means harm, and what it costs the witness of this log;
                                     cases: flood, far, unread, storm, maps, fuse, truncated, punched

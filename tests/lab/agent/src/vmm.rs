@@ -1,8 +1,10 @@
 //! A tenant without a guest: a vfio-user client that drives an NVMe function through its socket, step by step as it is told.
 //!
 //! Each order's end is a line: `done ORDER MS`, or `failed ORDER: why`, which also ends it. Under
-//! `go` there is a line `right` for every piece that was written and came back as it was.
+//! `go` there is a line `right` for every piece that was written and came back as it was. Beside its
+//! memory there is a canary, looked at after each piece, and by whoever opens nothing at `look`.
 
+use crate::canary::Canary;
 use crate::nvme_remote::{
     ACQ, AQA, ASQ, BLOCK_BYTES, BUFFERS, CC, CSTS, Controller, INTMS, PATIENCE, VS, within,
 };
@@ -12,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
+use std::rc::Rc;
 use std::time::Instant;
 
 const WRITTEN: u64 = BUFFERS;
@@ -29,13 +32,14 @@ const PAUSE: Timespec = Timespec {
 /// The tenant.
 struct Vmm {
     controller: Controller,
+    canary: Rc<Canary>,
     lba: u64,
     pieces: u64,
 }
 
 impl Vmm {
     /// As far as firmware goes; whoever had the function before has left nothing in it.
-    fn open(socket: &str, lba: u64) -> Result<Self> {
+    fn open(socket: &str, lba: u64, canary: &Rc<Canary>) -> Result<Self> {
         let mut controller = Controller::connect(socket)?;
         let info = device_info();
         controller.client.ask(DEVICE_GET_INFO, &info, &[])?;
@@ -50,6 +54,7 @@ impl Vmm {
         }
         Ok(Vmm {
             controller,
+            canary: canary.clone(),
             lba,
             pieces: 0,
         })
@@ -57,6 +62,7 @@ impl Vmm {
 
     /// Memory, bus mastering, and the controller's queues, which nobody is told of by interrupts.
     fn map(&mut self) -> Result<()> {
+        self.canary.map(&mut self.controller.client)?;
         self.controller.map()?;
         self.controller.set(INTMS, PATTERN)?;
         self.controller.begin(false)
@@ -75,7 +81,7 @@ impl Vmm {
         let mut back = vec![0; PIECE_BYTES];
         controller.ram.read_exact_at(&mut back, READ_BACK)?;
         ensure!(back == piece, "piece {} came back as another", self.pieces);
-        Ok(())
+        self.canary.look()
     }
 }
 
@@ -86,6 +92,7 @@ pub fn run(socket: &str, orders: &str, lba: u64) -> Result<()> {
     let fifo = OpenOptions::new().read(true).write(true).open(orders);
     let fifo = fifo.with_context(|| format!("cannot open {orders}"))?;
     let mut lines = BufReader::new(fifo);
+    let canary = Rc::new(Canary::plant()?);
     let mut vmm = None;
     loop {
         let mut line = String::new();
@@ -95,7 +102,12 @@ pub fn run(socket: &str, orders: &str, lba: u64) -> Result<()> {
             return Ok(());
         }
         let since = Instant::now();
-        match obey(order, &mut vmm, socket, lba, lines.get_ref()) {
+        let done = match order {
+            "open" => Vmm::open(socket, lba, &canary).map(|opened| vmm = Some(opened)),
+            _ if order.starts_with("look") => canary.look(),
+            _ => obey(order, &mut vmm, lines.get_ref()),
+        };
+        match done {
             Ok(()) => println!("done {order} {}", since.elapsed().as_millis()),
             Err(error) => {
                 println!("failed {order}: {error:#}");
@@ -105,11 +117,7 @@ pub fn run(socket: &str, orders: &str, lba: u64) -> Result<()> {
     }
 }
 
-fn obey(order: &str, vmm: &mut Option<Vmm>, socket: &str, lba: u64, orders: &File) -> Result<()> {
-    if order == "open" {
-        *vmm = Some(Vmm::open(socket, lba)?);
-        return Ok(());
-    }
+fn obey(order: &str, vmm: &mut Option<Vmm>, orders: &File) -> Result<()> {
     let vmm = vmm.as_mut().context("nothing is open")?;
     match order {
         "map" => vmm.map(),

@@ -57,6 +57,10 @@ pub struct HostSpec {
     pub built_modules: Vec<(PathBuf, String)>,
     /// Added to the kernel's command line.
     pub cmdline: String,
+    /// Its RAM, taken as it is used.
+    pub memory_mib: u32,
+    /// How many it has.
+    pub processors: u32,
     /// Of 2 MiB, for guests; they take a second of its boot to clear.
     pub huge_pages: u32,
     /// Whether it has the NVMe with SR-IOV.
@@ -76,6 +80,8 @@ impl HostSpec {
             modules: MODULES.map(str::to_owned).to_vec(),
             built_modules: Vec::new(),
             cmdline: String::new(),
+            memory_mib: 3 << 10,
+            processors: 2,
             huge_pages: 0,
             lends: false,
             ntb: None,
@@ -94,6 +100,12 @@ impl HostSpec {
     pub fn borrower(mut self) -> Self {
         self.huge_pages = GUEST_HUGE_PAGES;
         self.modules.push("kvm-amd".to_owned());
+        self
+    }
+
+    /// For a host with nothing to do but one thing.
+    pub fn small(mut self) -> Self {
+        (self.memory_mib, self.processors) = (768, 1);
         self
     }
 
@@ -168,6 +180,11 @@ impl Host {
         }
     }
 
+    /// Power goes, without a word to anybody.
+    pub fn kill(&mut self) -> Result<()> {
+        self.qemu.kill()
+    }
+
     /// A path of the scenario's folder as this host sees it.
     pub fn shared(&self, name: &str) -> String {
         format!("{RUN_IN_HOST}/{name}")
@@ -207,9 +224,9 @@ fn machine(
         "-M q35,kernel-irqchip=split,memory-backend=m
         -accel tcg,thread=multi
         -cpu max
-        -smp 2
-        -m 3G
-        -object memory-backend-memfd,id=m,size=3G,share=on
+        -smp {processors}
+        -m {memory_mib}M
+        -object memory-backend-memfd,id=m,size={memory_mib}M,share=on
         -nodefaults
         -display none
         -monitor none
@@ -229,6 +246,8 @@ fn machine(
         -device virtserialport,chardev=agent,name={PORT_NAME}
         -virtfs local,path={cache},mount_tag=cache,security_model=none,readonly=on
         -virtfs local,path={dir},mount_tag=run,security_model=none",
+        processors = spec.processors,
+        memory_mib = spec.memory_mib,
         // The registers at each reset of a processor: all there is to learn of a host that ends
         // without a word.
         resets = dir.join(format!("host-{}-resets.log", spec.name)).display(),

@@ -72,8 +72,13 @@ impl Lab {
                 println!("note: {FOREIGN_NTB}");
                 Ok(Ntb::foreign(a.clone(), b.clone()))
             }
-            None => Ntb::model(&self.cache, &self.dir, options, self.since),
+            None => self.cable("ntb", options),
         }
+    }
+
+    /// Our model; the name is of its files.
+    pub fn cable(&self, name: &str, options: &[&str]) -> Result<Ntb> {
+        Ntb::model(&self.cache, &self.dir, name, options, self.since)
     }
 
     /// Boots both hosts at once, the first with an NVMe to lend.
@@ -89,11 +94,15 @@ impl Lab {
     /// Boots any two hosts at once.
     pub fn boot(&self, a: &HostSpec, b: &HostSpec, ntb: Option<Ntb>) -> Result<Pair> {
         // QEMU dies with the thread that started it: both are started here.
-        let mut a = Host::start(a, &self.cache, &self.dir, self.since)?;
-        let mut b = Host::start(b, &self.cache, &self.dir, self.since)?;
+        let (mut a, mut b) = (self.start_host(a)?, self.start_host(b)?);
         a.wait_ready()?;
         b.wait_ready()?;
         Ok(Pair { a, b, ntb })
+    }
+
+    /// Starts one host; it is ready after [`Host::wait_ready`].
+    pub fn start_host(&self, spec: &HostSpec) -> Result<Host> {
+        Host::start(spec, &self.cache, &self.dir, self.since)
     }
 
     /// The program that runs guests, put where a host sees it.

@@ -35,11 +35,16 @@ impl Ntb {
         }
     }
 
-    /// Starts the model with these options and waits until it listens.
-    pub fn model(cache: &Cache, dir: &Path, options: &[&str], since: Instant) -> Result<Self> {
-        let at = |name: &str| dir.join(name);
-        let (socket_a, socket_b, control) =
-            (at("ntb-a.sock"), at("ntb-b.sock"), at("ntb-control.sock"));
+    /// Starts the model with these options and waits until it listens; the name is of its files.
+    pub fn model(
+        cache: &Cache,
+        dir: &Path,
+        name: &str,
+        options: &[&str],
+        since: Instant,
+    ) -> Result<Self> {
+        let at = |what: &str| dir.join(format!("{name}-{what}"));
+        let (socket_a, socket_b, control) = (at("a.sock"), at("b.sock"), at("control.sock"));
         let mut argv = vec![cache.binary("ntb-model")?.display().to_string()];
         for (flag, path) in [
             ("--socket-a", &socket_a),
@@ -50,7 +55,7 @@ impl Ntb {
             argv.push(path.display().to_string());
         }
         argv.extend(options.iter().map(|option| option.to_string()));
-        let program = Program::start("ntb-model", &argv, Log::new(at("ntb-model.log"), since))?;
+        let program = Program::start(name, &argv, Log::new(at("model.log"), since))?;
         program.log.wait_for("ready", READY_TIMEOUT)?;
         Ok(Ntb {
             socket_a,

@@ -15,7 +15,8 @@ const CONFIGS: [&str; 2] = ["a.toml", "b.toml"];
 const CONFIG_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config");
 /// The verbs' socket of the sample configurations' port, which answers without a daemon.
 const PORT_CONTROL: &str = "/run/sublet/ports/ntb0/control.sock";
-const PORT: &str = "ntb0";
+/// The sample configurations' port.
+pub const PORT: &str = "ntb0";
 const SIGKILL: i32 = 9;
 const SIGTERM: i32 = 15;
 const END_TIMEOUT: Duration = Duration::from_secs(20);
@@ -105,24 +106,28 @@ impl Daemon {
 
     /// Starts its port, again after that was killed, and waits until it answers.
     pub fn start_port(&mut self) -> Result<()> {
+        self.port = Some(self.start_port_named(PORT)?);
+        Ok(())
+    }
+
+    /// The same of any port of its configuration; its process id.
+    pub fn start_port_named(&self, name: &str) -> Result<u32> {
         let mut argv = user_of(self.kept);
-        argv.extend([
-            self.program.as_str(),
-            "port",
-            PORT,
-            "--config",
-            &self.config,
-        ]);
+        let program = self.program.as_str();
+        argv.extend([program, "port", name, "--config", &self.config]);
         let pid = self.agent.spawn(&argv, &self.port_log)?;
         // A killed one has left its socket behind.
-        let ask = format!(
-            "{} --control {PORT_CONTROL} list >/dev/null 2>&1",
-            self.program
-        );
+        let control = format!("/run/sublet/ports/{name}/control.sock");
+        let ask = format!("{program} --control {control} list >/dev/null 2>&1");
         let up = format!("while ! {ask}; do kill -0 {pid}; usleep 50000; done");
         self.agent.sh(&up).context("the port does not answer")?;
-        self.port = Some(pid);
-        Ok(())
+        Ok(pid)
+    }
+
+    /// Ends its port as an operator does, and starts it again.
+    pub fn restart_port(&mut self) -> Result<()> {
+        self.end(self.port.context("its port is no process of its own")?)?;
+        self.start_port()
     }
 
     /// Kills its port, as `kill -9` does.
@@ -265,6 +270,27 @@ impl Daemon {
         }
     }
 
+    /// Offers a function through one of its ports; its fabric device id, as the host at the other
+    /// end sees it. It must be the only one that is available there.
+    pub fn offer(&self, bdf: &str, port: &str, to: &Daemon) -> Result<String> {
+        self.verb(&["add", bdf])?;
+        self.verb(&["available", bdf, "--port", port])?;
+        let list = to.verb(&["list"])?;
+        let line = list.lines().find(|line| line.contains("[available]"));
+        let fdid = line.and_then(|line| line.split(':').next());
+        Ok(fdid
+            .with_context(|| format!("nothing to borrow: {list}"))?
+            .to_owned())
+    }
+
+    /// Waits until its first port has agreed on a session with its peer.
+    pub fn wait_link(&self) -> Result<()> {
+        self.wait_status("session", LINK_TIMEOUT, |status| {
+            status["ports"][0]["session"]["state"] == "open"
+        })
+        .map(drop)
+    }
+
     /// Ends it as an operator does, and its port.
     pub fn stop(self) -> Result<()> {
         self.end(self.pid)?;
@@ -277,7 +303,8 @@ impl Daemon {
         Ok(())
     }
 
-    fn end(&self, pid: u32) -> Result<()> {
+    /// Ends a process of it as an operator does.
+    pub fn end(&self, pid: u32) -> Result<()> {
         self.agent.kill(pid, SIGTERM)?;
         let code = self.agent.wait(pid, END_TIMEOUT)?;
         ensure!(
@@ -404,11 +431,8 @@ impl Lending {
 
     /// Waits until both ports have agreed on a session.
     pub fn wait_link(&self) -> Result<&'static str> {
-        for daemon in [&self.a, &self.b] {
-            daemon.wait_status("session", LINK_TIMEOUT, |status| {
-                status["ports"][0]["session"]["state"] == "open"
-            })?;
-        }
+        self.a.wait_link()?;
+        self.b.wait_link()?;
         Ok("")
     }
 
@@ -419,14 +443,7 @@ impl Lending {
 
     /// The same of any function; it must be the only one that is available.
     pub fn offer_function(&self, bdf: &str) -> Result<String> {
-        self.a.verb(&["add", bdf])?;
-        self.a.verb(&["available", bdf])?;
-        let list = self.b.verb(&["list"])?;
-        let line = list.lines().find(|line| line.contains("[available]"));
-        let fdid = line.and_then(|line| line.split(':').next());
-        Ok(fdid
-            .with_context(|| format!("nothing to borrow: {list}"))?
-            .to_owned())
+        self.a.offer(bdf, PORT, &self.b)
     }
 
     /// Borrows it for a VMM that will connect to this socket.

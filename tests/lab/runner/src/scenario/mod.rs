@@ -1,6 +1,7 @@
 //! The scenarios, one file each.
 
 mod bad_input;
+mod client;
 mod contracts;
 mod daemon_replaced;
 mod flap;

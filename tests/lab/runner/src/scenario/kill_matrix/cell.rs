@@ -9,12 +9,25 @@ pub enum Victim {
     BorrowerKeeper,
     LenderPort,
     BorrowerPort,
+    LenderWarden,
+    BorrowerWarden,
     Worker,
     Vmm,
     GuestKernel,
     Link,
     LenderHost,
     BorrowerHost,
+}
+
+/// Whose port the witness of a cell goes through: it must not notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Witnessed {
+    /// The same ports as the tenant who is struck.
+    Beside,
+    /// Another one of the lender, to a third host.
+    FromLender,
+    /// Another one of the borrower, to a third host.
+    FromBorrower,
 }
 
 /// What is under way then.
@@ -43,13 +56,15 @@ pub enum Deed {
     Frozen,
 }
 
-pub const VICTIMS: [Victim; 12] = [
+pub const VICTIMS: [Victim; 14] = [
     Victim::LenderDaemon,
     Victim::BorrowerDaemon,
     Victim::LenderKeeper,
     Victim::BorrowerKeeper,
     Victim::LenderPort,
     Victim::BorrowerPort,
+    Victim::LenderWarden,
+    Victim::BorrowerWarden,
     Victim::Worker,
     Victim::Vmm,
     Victim::GuestKernel,
@@ -82,11 +97,24 @@ pub enum Plan {
     Strike,
     /// It cannot be.
     Never(&'static str),
-    /// It could be, and is not yet shown.
-    Wanting(&'static str),
 }
 
 impl Cell {
+    /// As its line in the scenario's output has it.
+    pub fn name(self) -> String {
+        let Cell {
+            victim,
+            stage,
+            deed,
+        } = self;
+        format!("{victim:?} {deed:?} at {stage:?}").to_lowercase()
+    }
+
+    /// Which of all it is, for a moment of its own.
+    pub fn index(self) -> u64 {
+        Cell::all().position(|one| one == self).unwrap_or_default() as u64
+    }
+
     pub const fn plan(self) -> Plan {
         use {Deed::*, Plan::*, Stage::*, Victim::*};
         match (self.victim, self.stage, self.deed) {
@@ -99,29 +127,26 @@ impl Cell {
             (GuestKernel, Open | Map | Detach, _) => {
                 Never("the VMM of this stage has no guest: a kernel is killed under run")
             }
-            (LenderHost | BorrowerHost, _, Frozen) => {
-                Never("an emulated host gives the NTB up that does not answer a read within 5 s")
+            (LenderWarden, _, _) => {
+                Never("a lender's warden is asked for the kernel's log alone, and of VFs of xe")
             }
-            (LenderHost | BorrowerHost, _, Killed) => Wanting(
-                "a host that boots again costs half a minute; `heartbeat` stops one instead",
-            ),
+            (LenderHost | BorrowerHost, _, Frozen) => {
+                Never("a host is no process, and nothing stops all of it but its power")
+            }
             _ => Strike,
         }
     }
 
-    /// Whether it costs only its own tenant: another one of the same port must not notice.
-    pub const fn is_private(self) -> bool {
+    /// Where its witness is: beside the tenant where only that one is to be struck, at another
+    /// port of a host that stays else.
+    pub const fn witnessed(self) -> Witnessed {
         use Victim::*;
-        matches!(
-            self.victim,
-            LenderDaemon
-                | BorrowerDaemon
-                | LenderKeeper
-                | BorrowerKeeper
-                | Worker
-                | Vmm
-                | GuestKernel
-        )
+        match (self.victim, self.deed) {
+            (LenderHost, _) => Witnessed::FromBorrower,
+            (LenderPort | BorrowerPort | Link | BorrowerHost, _)
+            | (BorrowerWarden, Deed::Killed) => Witnessed::FromLender,
+            _ => Witnessed::Beside,
+        }
     }
 
     /// Whether the path lives through it.
@@ -150,13 +175,33 @@ impl Cell {
         )
     }
 
-    /// Whether a new link session comes of it.
+    /// Whether a new link session comes of it. A port whose warden is killed is started again.
     pub const fn ends_session(self) -> bool {
         use Victim::*;
         match self.deed {
-            Deed::Killed => matches!(self.victim, LenderPort | BorrowerPort | Link),
+            Deed::Killed => matches!(
+                self.victim,
+                LenderPort | BorrowerPort | BorrowerWarden | Link | LenderHost | BorrowerHost
+            ),
             Deed::Frozen => matches!(self.victim, Link),
         }
+    }
+
+    /// Whether the stage's operation goes with the host that is struck.
+    pub const fn ends_operation(self) -> bool {
+        matches!(
+            (self.victim, self.stage),
+            (Victim::LenderHost, Stage::Lend)
+                | (
+                    Victim::BorrowerHost,
+                    Stage::Borrow
+                        | Stage::Open
+                        | Stage::Map
+                        | Stage::Run
+                        | Stage::Detach
+                        | Stage::Return
+                )
+        )
     }
 
     /// All of them, in the order of the table.

@@ -1,7 +1,9 @@
 //! The stage of a real guest at work: its stock driver writes without end while somebody is struck.
 
 use super::cell::{Cell, Victim};
-use super::rig::{Rig, SIGKILL, SOCKET};
+use super::rig::Rig;
+use super::stages::SOCKET;
+use super::strikes::SIGKILL;
 use crate::guest::GuestSpec;
 use crate::scenario::steps::{self, dio};
 use anyhow::{Context, Result, ensure};

@@ -1,34 +1,52 @@
 //! Scenario `kill-matrix`: everybody on a function's way is killed or stands still at every stage of a lease, and whoever comes next gets a clean function.
 
+mod after;
 mod cell;
-mod client;
 mod guest;
+mod hosts;
 mod rig;
+mod stages;
+mod strikes;
 mod table;
+mod witness;
 
+use super::client::Client;
 use super::{Scenario, When};
 use crate::check::Checks;
+use crate::host::Host;
 use crate::lab::{Lab, Pair};
 use crate::pci;
 use crate::snapshot::Snapshot;
 use crate::sublet::{Lending, Workers};
 use anyhow::{Context, Result, ensure};
-use cell::{Cell, DEEDS, Plan, STAGES, Stage, VICTIMS};
-use client::Client;
+use cell::{Cell, DEEDS, Plan, STAGES, Stage, VICTIMS, Witnessed};
+use hosts::WITNESS_CONTROLLER;
 use rig::Rig;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use table::Table;
 
-/// Both hosts are booted once.
+/// Both hosts are booted once, but for those whose power goes; the third once for each of its cables.
 pub const SCENARIO: Scenario = Scenario {
     name: "kill-matrix",
-    checks: 4 + Cell::struck() + 3,
+    checks: 11 + Cell::struck(),
     when: When::Full,
     own_model: Some("it has our model take the link down for a moment"),
-    deadline: Duration::from_secs(2400),
+    deadline: Duration::from_secs(3600),
     run,
 };
 
+/// Where the witness is, and in which words.
+const GROUPS: [(Witnessed, &str); 3] = [
+    (Witnessed::Beside, "a witness works behind the same port"),
+    (
+        Witnessed::FromLender,
+        "a witness works at a third host behind another port of the lender",
+    ),
+    (
+        Witnessed::FromBorrower,
+        "a witness works at a third host behind another port of the borrower",
+    ),
+];
 const SEED: &str = "SUBLET_LAB_SEED";
 /// Words of which a cell's line must have one, to look at some only: the table is not full then.
 const CELLS: &str = "SUBLET_LAB_CELLS";
@@ -36,11 +54,6 @@ const CELLS: &str = "SUBLET_LAB_CELLS";
 const IO_WITHIN: Duration = Duration::from_secs(3);
 /// From a VMM's end until its function is reset.
 const UNDOING: Duration = Duration::from_millis(400);
-/// The VF after the tenant's, and where its pieces lie in the namespace of both.
-const WITNESS_BDF: &str = "0000:01:00.2";
-const WITNESS_CONTROLLER: u32 = 2;
-const WITNESS_SOCKET: &str = "/run/sublet/witness.sock";
-const WITNESS_LBA: u64 = 48 << 11;
 
 fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     let seed = match std::env::var(SEED) {
@@ -49,20 +62,24 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     };
     println!("seed {seed}: {SEED}={seed} strikes at the same moments");
     let (mut rig, before) = set_up(lab, checks, seed.into())?;
-    checks.must("a witness works behind the same port", || rig.witness())?;
-    checks.must("each stage's usual length is known", || rig.measure())?;
     let mut table = Table::default();
-    let wanted = std::env::var(CELLS).unwrap_or_default();
-    let outcome = (|| {
-        strike_all(checks, &mut rig, &mut table, &wanted, true)?;
-        checks.must("every byte of the witness was right", || rig.no_witness())?;
-        strike_all(checks, &mut rig, &mut table, &wanted, false)
-    })();
+    let outcome = GROUPS
+        .into_iter()
+        .try_for_each(|group| strike_all(checks, &mut rig, &mut table, group));
     println!("{}", table.text());
     checks.check("no cell of the table is empty", || table.ensure_full());
     outcome?;
     checks.check("both hosts are as before", || {
-        let Rig { lending, pair, .. } = rig;
+        let Rig {
+            lending,
+            pair,
+            bystanders,
+            cables: _cables,
+            ..
+        } = rig;
+        for bystander in bystanders {
+            bystander.end()?;
+        }
         pci::nvme_offline(&pair.a.agent, WITNESS_CONTROLLER)?;
         lending.end(&pair)?;
         pair.ensure_unchanged(&before)
@@ -77,70 +94,85 @@ fn set_up<'a>(
     seed: u64,
 ) -> Result<(Rig<'a>, (Snapshot, Snapshot))> {
     let ntb = lab.ntb(&[])?;
+    let cables = [lab.cable("ntb-ac", &[])?, lab.cable("ntb-bc", &[])?];
+    let specs = hosts::specs(lab, &ntb, &cables)?;
     let mut pair: Option<Pair> = None;
     checks.must("both hosts boot", || {
-        pair = Some(lab.boot_pair(Some(ntb))?);
+        pair = Some(lab.boot(&specs[0], &specs[1], Some(ntb))?);
         Ok("")
     })?;
     let pair = pair.context("no hosts")?;
-    pci::wait_namespace(&pair.a.agent)?;
+    for host in [&pair.a, &pair.b] {
+        pci::wait_namespace(&host.agent)?;
+        hosts::keep_store(host)?;
+    }
     let before = pair.snapshot()?;
+    let bystander = |host: &Host| Client::bystander(&host.agent);
+    let bystanders = [bystander(&pair.a)?, bystander(&pair.b)?];
     let mut lending = None;
     checks.must("both daemons agree on a session", || {
         let how = (1, Workers::Kept);
-        let started = Lending::start_with(lab, &pair, (2, 1), how, str::to_owned)?;
+        let started = Lending::start_with(lab, &pair, (2, 1), how, hosts::config)?;
         let session = started.wait_link()?;
         lending = Some(started);
         Ok(session)
     })?;
     let rig = Rig {
         lab,
-        pair,
         lending: lending.context("no daemons")?,
         program: lab.share_binary("sublet")?,
         fdid: String::new(),
         seed,
         usual: Vec::new(),
         witness: None,
+        bystanders,
+        looks: 0,
         client: None,
         guest: None,
         guests: 0,
         idle: None,
+        specs,
+        pair,
+        cables,
     };
     Ok((rig, before))
 }
 
-/// The cells with the witness at work, or those that cost all tenants of a port. One that fails
-/// ends no other, as long as the function can be had back.
+/// The cells with the witness at one place. One that fails ends no other, as long as the function
+/// can be had back.
 fn strike_all(
     checks: &mut Checks,
     rig: &mut Rig<'_>,
     table: &mut Table,
-    wanted: &str,
-    private: bool,
+    (place, what): (Witnessed, &str),
 ) -> Result<()> {
+    let wanted = std::env::var(CELLS).unwrap_or_default();
+    let is_wanted = |cell: &Cell| {
+        let name = cell.name();
+        wanted.is_empty() || wanted.split(',').any(|word| name.contains(word))
+    };
+    let cells: Vec<Cell> = in_order()
+        .filter(|cell| cell.plan() == Plan::Strike && cell.witnessed() == place)
+        .filter(is_wanted)
+        .collect();
+    if cells.is_empty() {
+        return Ok(());
+    }
+    checks.must(what, || rig.begin_witness(place))?;
+    if rig.usual.is_empty() {
+        checks.must("each stage's usual length is known", || rig.measure())?;
+    }
     rig.idle = Some(rig.snapshot()?);
-    for cell in in_order().filter(|cell| cell.is_private() == private) {
-        let Cell {
-            victim,
-            stage,
-            deed,
-        } = cell;
-        let name = format!("{victim:?} {deed:?} at {stage:?}").to_lowercase();
-        let skipped = !wanted.is_empty() && !wanted.split(',').any(|word| name.contains(word));
-        if cell.plan() != Plan::Strike || skipped {
-            continue;
-        }
-        let index = VICTIMS.iter().position(|one| *one == victim).unwrap_or(0) * STAGES.len()
-            + STAGES.iter().position(|one| *one == stage).unwrap_or(0);
-        let index = 2 * index + usize::from(deed == DEEDS[0]);
-        let passed = checks.check(&name, || rig.strike(cell, index as u64));
+    for cell in cells {
+        let passed = checks.check(&cell.name(), || rig.strike(cell));
         table.enter(cell, passed.is_some());
         if passed.is_none() {
             rig.recover(cell)?;
         }
     }
-    rig.no_guest()
+    rig.no_guest()?;
+    checks.must("every byte of the witness was right", || rig.end_witness())?;
+    Ok(())
 }
 
 /// Stage by stage; of a guest at work first what it lives through, as each boot takes long.
@@ -153,32 +185,6 @@ fn in_order() -> impl Iterator<Item = Cell> {
 }
 
 impl Rig<'_> {
-    /// A second tenant through both ports, which works all the time.
-    fn witness(&mut self) -> Result<String> {
-        let (a, b) = (&self.pair.a.agent, &self.pair.b.agent);
-        pci::nvme_online(a, WITNESS_CONTROLLER, 2, 1)?;
-        let fdid = self.lending.offer_function(WITNESS_BDF)?;
-        self.lending.borrow(&fdid, WITNESS_SOCKET, &[])?;
-        let client = Client::start(b, "witness", WITNESS_SOCKET, WITNESS_LBA)?;
-        client.order("open")?;
-        client.order("map")?;
-        client.tell("go")?;
-        client.goes_on(2)?;
-        self.witness = Some((fdid.clone(), client));
-        Ok(fdid)
-    }
-
-    /// It moves out, and its function out of the pool.
-    fn no_witness(&mut self) -> Result<String> {
-        let (fdid, client) = self.witness.take().context("no witness")?;
-        let pieces = client.pieces()?;
-        client.end()?;
-        self.lending.b.verb(&["return", &fdid])?;
-        self.lending.a.verb(&["unavailable", WITNESS_BDF])?;
-        self.lending.a.verb(&["remove", WITNESS_BDF])?;
-        Ok(format!("{pieces} pieces"))
-    }
-
     /// Two whole leases without a strike: the shorter of each stage counts.
     fn measure(&mut self) -> Result<String> {
         self.fdid = self.lending.offer()?;

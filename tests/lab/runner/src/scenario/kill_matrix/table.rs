@@ -17,14 +17,14 @@ impl Table {
     }
 
     fn word(&self, cell: Cell, notes: &mut Vec<String>) -> String {
-        let mut note = |kind: &str, reason: &str| {
-            let text = format!("{kind}: {reason}");
+        let mut note = |reason: &str| {
+            let text = format!("n/a: {reason}");
             let known = notes.iter().position(|other| *other == text);
             let index = known.unwrap_or_else(|| {
                 notes.push(text);
                 notes.len() - 1
             });
-            format!("{kind} {}", index + 1)
+            format!("n/a {}", index + 1)
         };
         match (
             cell.plan(),
@@ -32,8 +32,7 @@ impl Table {
         ) {
             (_, Some((_, true))) => "ok".to_owned(),
             (_, Some((_, false))) => "FAIL".to_owned(),
-            (Plan::Never(reason), None) => note("n/a", reason),
-            (Plan::Wanting(reason), None) => note("open", reason),
+            (Plan::Never(reason), None) => note(reason),
             (Plan::Strike, None) => String::new(),
         }
     }

@@ -1,4 +1,4 @@
-//! A tenant without a guest on host B: started, told what to do, and asked what came of it.
+//! A tenant without a guest, or a bystander without a function: started, told what to do, and asked what came of it.
 
 use crate::agent::Agent;
 use anyhow::{Context, Result, ensure};
@@ -31,6 +31,17 @@ impl Client {
             orders,
             log,
         })
+    }
+
+    /// Starts one that has memory and no function: whoever reaches that is no friend.
+    pub fn bystander(agent: &Agent) -> Result<Self> {
+        Client::start(agent, "bystander", "nobody", 0)
+    }
+
+    /// Its memory that nobody may write, and so far nobody has; once for each number.
+    pub fn look(&self, number: u64) -> Result<()> {
+        let looked = self.order(&format!("look {number}"));
+        looked.map(drop).context("memory of no tenant")
     }
 
     /// Tells it to begin something.

@@ -1,0 +1,144 @@
+//! The stages of a lease as operations: what has to be there before, how each begins, and how it may end.
+
+use super::cell::{Cell, Stage, Victim};
+use super::guest::AtWork;
+use super::rig::Rig;
+use crate::agent::Agent;
+use crate::host::VF_BDF;
+use crate::scenario::client::Client;
+use crate::sublet::PORT;
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::time::Duration;
+
+/// Where the tenant's worker listens.
+pub const SOCKET: &str = "/run/sublet/vf.sock";
+/// What a verb under way has said.
+pub const VERB_LOG: &str = "/run/verb.log";
+/// Where the tenant's pieces lie, in blocks of 512 bytes.
+const LBA: u64 = 40 << 11;
+/// No operation takes longer, whoever is struck meanwhile.
+pub const END_TIMEOUT: Duration = Duration::from_secs(40);
+
+/// A stage's operation under way.
+pub enum Op {
+    Verb(Agent, u32),
+    Order(&'static str),
+    Detach(Client),
+    Io(AtWork),
+}
+
+impl Rig<'_> {
+    /// A tenant that does nothing yet.
+    pub fn start_client(&self) -> Result<Client> {
+        Client::start(&self.pair.b.agent, "tenant", SOCKET, LBA)
+    }
+
+    pub fn prepare(&mut self, stage: Stage) -> Result<()> {
+        let a = &self.lending.a;
+        match stage {
+            Stage::Lend => {
+                a.verb(&["unavailable", VF_BDF])?;
+                a.verb(&["remove", VF_BDF])?;
+            }
+            Stage::Borrow | Stage::Run => {}
+            Stage::Open | Stage::Map | Stage::Detach | Stage::Return => {
+                self.lending.borrow(&self.fdid, SOCKET, &[])?;
+                let client = self.start_client()?;
+                if stage != Stage::Open {
+                    client.order("open")?;
+                }
+                if matches!(stage, Stage::Detach | Stage::Return) {
+                    client.order("map")?;
+                    client.order("work")?;
+                }
+                if stage == Stage::Return {
+                    client.end()?;
+                    self.wait_free()?;
+                } else {
+                    self.client = Some(client);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the stage's operation.
+    pub fn begin(&mut self, stage: Stage) -> Result<Op> {
+        let (a, b) = (&self.pair.a.agent, &self.pair.b.agent);
+        let verb = format!("{} --json", self.program);
+        let script = match stage {
+            Stage::Lend => {
+                format!("{verb} add {VF_BDF} && {verb} available {VF_BDF} --port {PORT}")
+            }
+            Stage::Borrow => format!("{verb} borrow {} --socket {SOCKET}", self.fdid),
+            Stage::Return => format!("{verb} return {}", self.fdid),
+            _ => String::new(),
+        };
+        let client = || self.client.as_ref().context("no client");
+        Ok(match stage {
+            Stage::Lend | Stage::Borrow | Stage::Return => {
+                let host = if stage == Stage::Lend { a } else { b };
+                let pid = host.spawn(&["sh", "-c", &script], VERB_LOG)?;
+                Op::Verb(host.clone(), pid)
+            }
+            Stage::Open => {
+                client()?.tell("open")?;
+                Op::Order("open")
+            }
+            Stage::Map => {
+                client()?.tell("map")?;
+                Op::Order("map")
+            }
+            Stage::Detach => {
+                client()?.tell("end")?;
+                Op::Detach(self.client.take().context("no client")?)
+            }
+            Stage::Run => Op::Io(self.guest_at_work()?),
+        })
+    }
+
+    /// The operation's end, which comes in time, and is a success or says why it is none.
+    pub fn end(&mut self, op: Op, cell: Cell) -> Result<String> {
+        if cell.ends_operation() {
+            return Ok("gone with its host".to_owned());
+        }
+        match op {
+            Op::Verb(host, pid) => {
+                let code = host.wait(pid, END_TIMEOUT).context("the verb hangs")?;
+                let said = host.text(VERB_LOG)?;
+                host.sh(&format!("rm {VERB_LOG}"))?;
+                if code == Some(0) {
+                    return Ok("done".to_owned());
+                }
+                let last = said.lines().last().unwrap_or_default();
+                let answer: Value = serde_json::from_str(last)
+                    .with_context(|| format!("the verb ended with {code:?}: {said}"))?;
+                let error = &answer["error"];
+                let text = error["text"].as_str().unwrap_or_default();
+                ensure!(!text.is_empty(), "a refusal without words: {said}");
+                Ok(format!("{}: {text}", error["code"]))
+            }
+            Op::Order(order) => {
+                let client = self.client.as_ref().context("no client")?;
+                let said = client.ended(order)?;
+                // Ports are asked with a limit of 4 s, as QEMU waits for 5; wardens with one of 5.
+                let asked = matches!(
+                    cell.victim,
+                    Victim::LenderPort | Victim::BorrowerPort | Victim::BorrowerWarden
+                );
+                let well = said.starts_with("done") || asked;
+                ensure!(
+                    well || !cell.is_survived(),
+                    "its tenant is told, and need not be: {said}"
+                );
+                Ok(said)
+            }
+            Op::Detach(client) => {
+                client.clear_away()?;
+                Ok("gone".to_owned())
+            }
+            Op::Io(at_work) => self.end_of_io(at_work, cell),
+        }
+    }
+}
