@@ -1,11 +1,12 @@
 //! Scenarios `late-stores` and `mapped-door`: what stood still while its lease was revoked reaches nothing of the next tenant, and a VMM that holds the window is ended first.
 
+use super::client::Client;
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, SOCKET, Setup, dio};
 use super::{Scenario, When};
 use crate::agent::Agent;
 use crate::check::Checks;
 use crate::guest::{Guest, GuestSpec};
-use crate::host::VF_BDF;
+use crate::host::{Host, VF_BDF};
 use crate::lab::Lab;
 use crate::pci::{self, NvmeRegisters};
 use crate::sublet::Workers;
@@ -60,6 +61,9 @@ const PATTERN: u32 = 0x05a5_05a5;
 /// How many stores are waited for where the storing guest lives.
 const LATE: u64 = 5;
 const STORE_LOG: &str = "/tmp/stores";
+/// The function's DMA into its guest's memory, without end.
+const READS: &str = "while lab-agent dio read /dev/nvme0n1 1048576 65536; do :; done";
+const READ_LOG: &str = "/tmp/reads";
 const IO_LOG: &str = "/tmp/io";
 const REVOKE_LOG: &str = "/run/revoke.log";
 const HOLDERS: &str = "/run/sublet/ports/ntb0/holders";
@@ -71,6 +75,36 @@ struct Rig<'a> {
     /// Flags of `sublet borrow`.
     borrow: &'a [&'a str],
     tenants: usize,
+    /// On each host one.
+    bystanders: [Client; 2],
+}
+
+/// The tenant that comes next, and memory of its guest that the function is never told of.
+struct Next {
+    guest: Guest,
+    memory: Client,
+}
+
+impl<'a> Rig<'a> {
+    fn new(lab: &'a Lab, attached: Attached, borrow: &'a [&'a str]) -> Result<Self> {
+        let bystander = |host: &Host| Client::bystander(&host.agent);
+        let bystanders = [bystander(&attached.pair.a)?, bystander(&attached.pair.b)?];
+        Ok(Rig {
+            lab,
+            attached,
+            borrow,
+            tenants: 0,
+            bystanders,
+        })
+    }
+
+    /// Nobody is left but the last tenant.
+    fn end(self) -> Result<Attached> {
+        for bystander in self.bystanders {
+            bystander.end()?;
+        }
+        Ok(self.attached)
+    }
 }
 
 fn spec(lab: &Lab, name: &str) -> Result<GuestSpec> {
@@ -86,17 +120,12 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         ..Setup::default()
     };
     let attached = steps::attach(lab, checks, &setup, spec(lab, "g")?)?;
-    let mut rig = Rig {
-        lab,
-        attached,
-        borrow: &[],
-        tenants: 0,
-    };
+    let mut rig = Rig::new(lab, attached, &[])?;
     for victim in VICTIMS {
         let name = format!("{victim:?} stands still while its lease is revoked: no late store");
         checks.must(&name, || rig.strike(victim))?;
     }
-    steps::detach(checks, rig.attached)
+    steps::detach(checks, rig.end()?)
 }
 
 fn run_mapped(lab: &Lab, checks: &mut Checks) -> Result<()> {
@@ -107,12 +136,7 @@ fn run_mapped(lab: &Lab, checks: &mut Checks) -> Result<()> {
         ..Setup::default()
     };
     let attached = steps::attach(lab, checks, &setup, spec(lab, "g")?)?;
-    let mut rig = Rig {
-        lab,
-        attached,
-        borrow,
-        tenants: 0,
-    };
+    let mut rig = Rig::new(lab, attached, borrow)?;
     checks.must("a VMM that stands still is ended with its lease", || {
         rig.revoke_from_mapped()
     })?;
@@ -127,7 +151,7 @@ fn run_mapped(lab: &Lab, checks: &mut Checks) -> Result<()> {
             before,
             pair,
             ..
-        } = rig.attached;
+        } = rig.end()?;
         guest.shut_down()?;
         lending.b.verb(&["return", &fdid])?;
         lending.end(&pair)?;
@@ -167,8 +191,10 @@ impl Rig<'_> {
         let register = pci::bar_address(guest, &pci::find_nvme(guest)?, 0)? + AQA;
         let stores = format!("while lab-agent devmem write {register} {PATTERN}; do echo; done");
         guest.spawn(&["sh", "-c", steps::ENDLESS_IO], IO_LOG)?;
+        guest.spawn(&["sh", "-c", READS], READ_LOG)?;
         guest.spawn(&["sh", "-c", &stores], STORE_LOG)?;
-        guest.wait_until(&format!("test -s {IO_LOG} && test -s {STORE_LOG}"), WAIT)?;
+        let logs = format!("test -s {IO_LOG} && test -s {READ_LOG} && test -s {STORE_LOG}");
+        guest.wait_until(&logs, WAIT)?;
         let seen = self.registers()?;
         ensure!(seen.aqa == PATTERN, "the stores do not arrive: {seen:x?}");
         Ok(())
@@ -281,7 +307,7 @@ impl Rig<'_> {
     }
 
     /// The same function to another tenant, with the old one's VMM still there.
-    fn lend_on(&mut self) -> Result<Guest> {
+    fn lend_on(&mut self) -> Result<Next> {
         let Attached { lending, fdid, .. } = &self.attached;
         let lost = |status: &Value| status["borrowed"][0]["state"] == "lost";
         lending.b.wait_status("lost lease", WAIT, lost)?;
@@ -290,7 +316,7 @@ impl Rig<'_> {
         self.move_in()
     }
 
-    fn move_in(&self) -> Result<Guest> {
+    fn move_in(&self) -> Result<Next> {
         let Attached {
             lending,
             fdid,
@@ -301,13 +327,17 @@ impl Rig<'_> {
         let spec = spec(self.lab, &format!("g{}", self.tenants))?;
         let guest = self.lab.boot_guest(&spec.device(self.socket()), &pair.b)?;
         steps::wait_namespace(&guest.agent)?;
-        Ok(guest)
+        let memory = Client::bystander(&guest.agent)?;
+        memory.look(0)?;
+        Ok(Next { guest, memory })
     }
 
-    /// The new tenant's function and bytes are its own; then the old one's VMM goes.
-    fn take_over(&mut self, next: Guest) -> Result<String> {
+    /// The new tenant's function, bytes and memory are its own, and both hosts' memory is nobody's;
+    /// then the old one's VMM goes.
+    fn take_over(&mut self, next: Next) -> Result<String> {
         let a = &self.attached.pair.a.agent;
-        let written = steps::write_and_read_back(&next.agent, BYTES)?;
+        let Next { guest, memory } = next;
+        let written = steps::write_and_read_back(&guest.agent, BYTES)?;
         let read = dio(a, "read", BYTES, None)?;
         ensure!(
             written == read,
@@ -318,7 +348,11 @@ impl Rig<'_> {
             seen.cc & 1 == 1 && seen.aqa != PATTERN,
             "the next tenant's function bears a store of the last's: {seen:x?}"
         );
-        let old = std::mem::replace(&mut self.attached.guest, next);
+        memory.look(1).context("the next tenant's memory")?;
+        memory.end()?;
+        let mut bystanders = self.bystanders.iter();
+        bystanders.try_for_each(|bystander| bystander.look(self.tenants as u64))?;
+        let old = std::mem::replace(&mut self.attached.guest, guest);
         old.clear_away()?;
         Ok(written)
     }
