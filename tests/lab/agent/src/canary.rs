@@ -51,3 +51,19 @@ impl Canary {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_byte_anywhere_is_seen_and_told_where() {
+        for at in [0, BYTES / 2 + 5, BYTES - 1] {
+            let canary = Canary::plant().unwrap();
+            canary.look().unwrap();
+            canary.file.write_all_at(&[0], at as u64).unwrap();
+            let told = canary.look().unwrap_err().to_string();
+            assert!(told.contains(&format!("{:#x}", at / 16 * 16)), "{told}");
+        }
+    }
+}
