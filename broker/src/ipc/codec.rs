@@ -201,6 +201,11 @@ fn put_answer(w: &mut Writer, result: &Result<Answered, CallError>) -> Coded<()>
             w.u8(10);
             put_text(w, text)?;
         }
+        // Of its lease's end, which no worker asks for.
+        Err(CallError::Held) => {
+            w.u8(10);
+            put_text(w, &CallError::Held.to_string())?;
+        }
         Err(CallError::Refused(refusal)) => {
             w.u8(11);
             w.u16(refusal.code.raw());

@@ -166,10 +166,26 @@ fn holds_a_device(pid: i32) -> bool {
 
 /// Whether a process has a device mapped; one that cannot be looked at may have, unless it is gone.
 pub(super) fn maps_a_device(pid: i32) -> bool {
-    let maps = Path::new("/proc").join(pid.to_string()).join("maps");
-    match fs::read_to_string(maps) {
-        Ok(maps) => maps.contains(MAPPED_DEVICE),
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    task_maps_a_device(&Path::new("/proc").join(pid.to_string()).join("task"))
+}
+
+/// By each of its threads: of one that has ended, and be it the first, the kernel shows no memory,
+/// though others may still have it.
+fn task_maps_a_device(threads: &Path) -> bool {
+    let is_gone = |error: &io::Error| {
+        let gone = [Errno::NOENT, Errno::SRCH].map(|errno| Some(errno.raw_os_error()));
+        gone.contains(&error.raw_os_error())
+    };
+    let maps = |thread: io::Result<fs::DirEntry>| {
+        let maps = thread.and_then(|thread| fs::read_to_string(thread.path().join("maps")));
+        maps.map_or_else(
+            |error| !is_gone(&error),
+            |maps| maps.contains(MAPPED_DEVICE),
+        )
+    };
+    match fs::read_dir(threads) {
+        Ok(mut threads) => threads.any(maps),
+        Err(error) => !is_gone(&error),
     }
 }
 
@@ -185,5 +201,36 @@ pub(crate) fn is_over(process: &OwnedFd, wait: Option<&Timespec>) -> bool {
                 return false;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_is_seen_in_whichever_thread_still_has_the_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let threads = dir.path().join("task");
+        assert!(!task_maps_a_device(&threads), "a process that is gone");
+        let thread = |name: &str, maps: &str| {
+            fs::create_dir_all(threads.join(name)).unwrap();
+            fs::write(threads.join(name).join("maps"), maps).unwrap();
+        };
+        // The first has ended.
+        thread("1", "");
+        assert!(!task_maps_a_device(&threads));
+        fs::create_dir(threads.join("3")).unwrap();
+        assert!(!task_maps_a_device(&threads), "one that ends meanwhile");
+        thread(
+            "2",
+            "7f0000000000-7f0000001000 rw-s 0 00:10 7 anon_inode:[vfio-device]\n",
+        );
+        assert!(task_maps_a_device(&threads));
+        // What cannot be looked at may have one.
+        fs::remove_dir_all(threads.join("2")).unwrap();
+        fs::create_dir_all(threads.join("2").join("maps")).unwrap();
+        assert!(task_maps_a_device(&threads));
+        assert!(!maps_a_device(std::process::id() as i32));
     }
 }

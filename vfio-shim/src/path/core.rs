@@ -55,6 +55,8 @@ pub enum Event {
     Worked(JobId, Result<WorkOutcome, Refusal>),
     /// The mapper has pinned or unpinned.
     Pinned(Step, Result<(), CallError>),
+    /// Nobody on this host can store into the slices of an ended lease any more.
+    LetGo(Step),
     /// The pool of leases tells something.
     Pool(ToPort),
 }
@@ -107,8 +109,8 @@ pub enum Action {
     Pool(ToPool),
     /// Answer a call.
     Answer(Token, Result<super::borrower::Answer, CallError>),
-    /// A borrowed lease is over.
-    Lost(LeaseId, String),
+    /// A borrowed lease is over; its worker lets go, which `Event::LetGo` tells.
+    Lost(Step, LeaseId, String),
     /// An offered function is to be closed for good: the kernel waits for it.
     Gone(Bdf),
 }
@@ -234,6 +236,11 @@ impl PortCore {
         self.lender.is_undone() && self.borrower.is_undone()
     }
 
+    /// The same, but for workers that have not let go of what they had.
+    pub fn waits_for_workers_alone(&self) -> bool {
+        self.lender.is_undone() && self.borrower.waits_for_workers_alone()
+    }
+
     /// One event, at `now_ms` of a monotonic clock.
     pub fn handle(&mut self, event: Event, now_ms: u64) -> Vec<Action> {
         let mut out = Vec::new();
@@ -253,6 +260,10 @@ impl PortCore {
             }
             Event::Pinned(step, result) => {
                 let actions = self.borrower.pinned(step, result, &mut self.pool);
+                self.borrower_actions(actions, now_ms, &mut out);
+            }
+            Event::LetGo(step) => {
+                let actions = self.borrower.let_go(step, &mut self.pool);
                 self.borrower_actions(actions, now_ms, &mut out);
             }
             Event::Pool(message) => {
@@ -669,7 +680,9 @@ impl PortCore {
                     self.send(Message::Reply(op, Request::REVOKED, result), now_ms, out);
                 }
                 BorrowerAction::Answer(token, result) => out.push(Action::Answer(token, result)),
-                BorrowerAction::Lost(lease, why) => out.push(Action::Lost(lease, why)),
+                BorrowerAction::Lost(step, lease, why) => {
+                    out.push(Action::Lost(step, lease, why));
+                }
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Two cores joined by memory: a whole path without threads, with the link cut at any step.
 
-use super::borrower::{Answer, Call, CallError, GuestMap, Token};
+use super::borrower::{Answer, Call, CallError, GuestMap, Step, Token};
 use super::core::{Action, CoreConfig, Event, Inbox, PortCore};
 use super::grant::{LeasePool, ToPort, VolatilePool};
 use super::lender::OfferState;
@@ -14,6 +14,7 @@ use proptest::prelude::*;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, mpsc};
 
+mod held;
 mod many;
 mod quarantine;
 
@@ -33,6 +34,8 @@ struct Host {
     pinned: BTreeMap<u64, u64>,
     path_open: bool,
     lost: Vec<LeaseId>,
+    /// Workers that do not let go, where there are such.
+    holding_on: Option<Vec<Step>>,
     executed: Vec<FunctionWork>,
     session: Option<u64>,
     /// So many more maps are made, and then one is refused.
@@ -117,6 +120,7 @@ impl Host {
             pinned: BTreeMap::new(),
             path_open: false,
             lost: Vec::new(),
+            holding_on: None,
             executed: Vec::new(),
             session: None,
             maps_left: None,
@@ -255,7 +259,14 @@ impl Pair {
                 let old = self.hosts[at].answers.insert(token, result);
                 assert!(old.is_none(), "answered twice");
             }
-            Action::Lost(lease, _) => self.hosts[at].lost.push(lease),
+            Action::Lost(step, lease, _) => {
+                let host = &mut self.hosts[at];
+                host.lost.push(lease);
+                match &mut host.holding_on {
+                    Some(holding_on) => holding_on.push(step),
+                    None => host.todo.push_back(Event::LetGo(step)),
+                }
+            }
             Action::Pool(message) => {
                 self.hosts[at].pool.tell(message);
                 if !self.hosts[at].pool_is_slow {

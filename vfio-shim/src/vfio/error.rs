@@ -21,7 +21,7 @@ pub enum OpenError {
     },
     /// The group is open elsewhere.
     #[error(
-        "IOMMU group {group} of {bdf} is in use: one process at a time can hold it; find the holder with `fuser -v /dev/vfio/{group}`"
+        "IOMMU group {group} of {bdf} is in use: one process at a time can hold it; find the holder with `fuser -v /dev/vfio/{group}`, or, of one that was killed and still has a device mapped, with `grep -l vfio-device /proc/[0-9]*/task/*/maps`"
     )]
     Busy {
         /// The function.

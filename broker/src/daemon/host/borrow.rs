@@ -54,26 +54,34 @@ pub(super) struct Borrowed {
     pub(super) adapter: usize,
     pub(super) trust_domain: String,
     pub(super) lost: Option<String>,
+    /// It was returned, and is here as long as its worker holds on.
+    returned: bool,
     pub(super) worker: Option<Arc<Server>>,
     engine: Arc<Engine>,
 }
 
 impl Borrowed {
     /// Ends the guest session and gives the lease back.
-    pub(super) fn end(mut self) -> Option<CallError> {
-        self.worker.take()?.end(&self.engine)
+    pub(super) fn end(&self) -> Option<CallError> {
+        self.worker.as_ref()?.end(&self.engine)
+    }
+
+    /// Why what it had stays in quarantine though it is over, if it does.
+    fn held(&self) -> Option<String> {
+        self.worker.as_ref()?.held()
     }
 
     /// Why the lease is lost, if it is.
     pub(super) fn lost(&self) -> Option<String> {
         let now = self.worker.as_ref().and_then(|worker| worker.lost());
-        now.or_else(|| self.lost.clone())
+        self.held().or(now).or_else(|| self.lost.clone())
     }
 }
 
 pub(super) fn from_call(error: &CallError) -> VerbError {
     match error {
         CallError::Refused(refusal) => from_refusal(refusal),
+        CallError::Held => refuse(ErrorCode::Busy, error.to_string()),
         CallError::Timeout(_) => refuse(ErrorCode::Timeout, error.to_string()),
         CallError::Gone(_) => refuse(ErrorCode::NoSession, error.to_string()),
         other => refuse(ErrorCode::Internal, other.to_string()),
@@ -84,8 +92,14 @@ impl LocalHost {
     /// Ends the workers of lost leases whose VMM has gone; the leases stay in `status` as lost
     /// until they are returned or borrowed again.
     pub(super) fn reap(&self) {
+        let stays = |held: &Borrowed| !held.returned || held.held().is_some();
+        self.state().borrowed.retain(|_, held| stays(held));
         let lost = |(fdid, held): (&Fdid, &Borrowed)| {
-            let worker = Arc::clone(held.worker.as_ref()?);
+            let worker = held
+                .worker
+                .as_ref()
+                .filter(|worker| worker.held().is_none());
+            let worker = Arc::clone(worker?);
             let why = worker.lost()?;
             Some((*fdid, worker, why))
         };
@@ -142,6 +156,7 @@ impl LocalHost {
             adapter,
             trust_domain: domain,
             lost: None,
+            returned: false,
             worker: Some(Arc::new(server)),
             engine: Arc::clone(&port.engine),
         };
@@ -245,9 +260,17 @@ impl LocalHost {
             );
             return Err(refuse(ErrorCode::Busy, text));
         }
-        let held = self.state().borrowed.remove(&fdid);
-        match held.and_then(Borrowed::end) {
+        let Some(mut held) = self.state().borrowed.remove(&fdid) else {
+            return Ok(Outcome::Done);
+        };
+        match held.end() {
             None => Ok(Outcome::Done),
+            Some(CallError::Held) => {
+                let why = held.held().unwrap_or_else(|| CallError::Held.to_string());
+                held.returned = true;
+                self.state().borrowed.insert(fdid, held);
+                Err(refuse(ErrorCode::Busy, why))
+            }
             Some(error) => Err(from_call(&error)),
         }
     }

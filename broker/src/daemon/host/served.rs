@@ -133,6 +133,14 @@ impl Server {
         }
     }
 
+    /// Why what the lease had stays in quarantine though it is over, if it does.
+    pub(super) fn held(&self) -> Option<String> {
+        match self {
+            Self::Thread(_) => None,
+            Self::Process(worker) => worker.held(),
+        }
+    }
+
     /// How the guest session stands. A process is asked, and may take its time.
     pub(super) fn view(&self) -> View {
         match self {

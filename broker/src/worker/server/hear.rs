@@ -74,7 +74,7 @@ impl Hearing {
         match self.worker.launch(launch, theirs, orders) {
             Ok(process) => {
                 let fault = self.serve();
-                self.finish(&*process, &fault);
+                self.finish(process, &fault);
             }
             Err(error) => {
                 self.worker.set_ended(words(&error));
@@ -112,7 +112,7 @@ impl Hearing {
         let runtime = Arc::clone(&self.worker.runtime);
         while let Err(until_ms) = self.rate.take(|| runtime.now_ms()) {
             self.worker.slowed.fetch_add(1, Ordering::Relaxed);
-            let process = self.worker.process();
+            let process = self.worker.hold.process();
             let left_ms = until_ms.saturating_sub(runtime.now_ms());
             if process.is_none_or(|process| process.gone(Some(left_ms))) {
                 return;
@@ -121,9 +121,10 @@ impl Hearing {
     }
 
     /// The worker ends, whatever it is doing, and its lease with it, unless the owner ends that.
-    fn finish(&mut self, process: &dyn Process, fault: &Fault) {
-        self.worker.kill();
-        let (pid, status) = (process.id(), process.status());
+    fn finish(&mut self, process: Arc<dyn Process>, fault: &Fault) {
+        self.worker.hold.kill();
+        let pid = process.id();
+        let status = self.worker.bury(process);
         let owner = self.worker.ending.load(Ordering::SeqCst);
         let why = match fault {
             Fault::Gone => format!("its worker (process {pid}) has ended: {status}"),
@@ -137,7 +138,7 @@ impl Hearing {
         if !owner && self.worker.path.lost().is_none() {
             self.worker.runtime.reach(UndoStep::Bury);
             // The path is closed and the function reset: what the worker cannot do any more.
-            if let Err(error) = self.worker.path.give_back() {
+            if let Some(error) = self.worker.give_back() {
                 tracing::error!(%error, "the lease of a dead worker was not given back");
             }
         }

@@ -1,11 +1,13 @@
 //! The port's side of a worker: starts it, answers its requests, makes it let go, and outlives it.
 //!
-//! One thread for each worker starts it, answers its requests, and outlives it: the kernel ties a
-//! worker's life to the thread that started it. What a worker must let go of, it holds by its
-//! grip: a pipe whose end it closes when it has let go, and that its death closes. What a process
-//! is, is the owner's to say: [`Launch`] and [`Process`].
+//! One thread for each worker starts it and answers its requests, and another waits for as long as
+//! it takes until it has let go of what it had (`hold`). What a process is, is the owner's to say:
+//! [`Launch`] and [`Process`].
 
 mod hear;
+mod hold;
+#[cfg(test)]
+mod tests;
 
 use super::holders::Holders;
 use crate::{
@@ -13,8 +15,8 @@ use crate::{
     jail::Report,
 };
 use hear::Hearing;
+use hold::Hold;
 use rustix::{
-    event::{PollFd, PollFlags},
     fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create},
     pipe::{PipeFlags, pipe_with},
 };
@@ -41,8 +43,8 @@ use vmm_glue::vfio_user::{Endpoint, Vmm, memory_check::MemoryMaps};
 const READY_WAIT_MS: u64 = 20_000;
 /// How long `status` waits for a worker's word.
 const TELL_WAIT_MS: u64 = 500;
-/// How long a worker may take to let go of its slices before it is ended.
-const LET_GO_MS: u64 = 500;
+/// How long a worker that was killed is waited for by whoever ends it.
+const END_WAIT_MS: u64 = 2_000;
 
 /// Starts a worker's process.
 pub trait Launch: Send {
@@ -61,7 +63,7 @@ pub trait Process: Send + Sync {
     fn gone(&self, wait_ms: Option<u64>) -> bool;
     /// Whether it has a device mapped, whatever it says itself.
     fn maps_a_device(&self) -> bool;
-    /// How it has ended, in words. Called once it is killed, by the thread that started it.
+    /// How it has ended, in words. Called once, when it is gone.
     fn status(&self) -> String;
 }
 
@@ -112,11 +114,7 @@ pub struct WorkerServer {
     runtime: Arc<dyn Runtime>,
     channel: Arc<Channel>,
     path: BorrowedPath,
-    process: Mutex<Option<Arc<dyn Process>>>,
-    /// The read end of its grip.
-    grip: OwnedFd,
-    mapped: bool,
-    holders: Arc<Holders>,
+    hold: Arc<Hold>,
     tells: Mutex<HashMap<Token, mpsc::Sender<Told>>>,
     last_token: AtomicU64,
     report: Mutex<Report>,
@@ -124,6 +122,8 @@ pub struct WorkerServer {
     taken: AtomicU64,
     slowed: AtomicU64,
     ending: AtomicBool,
+    /// Of those who give the lease back, one does, and the other waits for it.
+    returning: Mutex<()>,
     ended: Mutex<Option<String>>,
     thread: Mutex<Option<Task>>,
 }
@@ -165,30 +165,25 @@ pub fn start(
     };
     start.lease = lease.0;
     let mapped = start.mapped;
+    let hold = Hold::new((&runtime, lease), (grip, mapped), &ours, settings);
+    let let_go = hold.let_go_by_a_thread().map_err(give_back)?;
     let orders = orders(&path, start, &endpoint, (interrupts, held)).map_err(give_back)?;
     let worker = Arc::new(WorkerServer {
         runtime: Arc::clone(&runtime),
-        mapped,
-        holders: Arc::clone(&settings.holders),
         channel: ours,
         path,
-        process: Mutex::default(),
-        grip,
+        hold,
         tells: Mutex::default(),
         last_token: AtomicU64::new(0),
         report: Mutex::default(),
         taken: AtomicU64::new(0),
         slowed: AtomicU64::new(0),
         ending: AtomicBool::new(false),
+        returning: Mutex::default(),
         ended: Mutex::default(),
         thread: Mutex::default(),
     });
-    let letting_go = Arc::downgrade(&worker);
-    worker.path.on_lost(Box::new(move |why| {
-        if let Some(worker) = letting_go.upgrade() {
-            worker.let_go(why);
-        }
-    }));
+    worker.path.on_lost(let_go);
     let (ready, readiness) = mpsc::channel();
     let rate = Bucket::new(settings.messages_per_second, runtime.now_ms());
     let memory_maps = Arc::clone(&settings.memory_maps);
@@ -282,12 +277,12 @@ impl WorkerServer {
         orders: Vec<ToWorker>,
     ) -> Result<Arc<dyn Process>, StartError> {
         let process = launch.launch(theirs)?;
-        *lock(&self.process) = Some(Arc::clone(&process));
+        self.hold.begins(&process);
         match self.order(orders) {
             Ok(()) => Ok(process),
             Err(error) => {
-                process.kill();
-                process.status();
+                self.hold.kill();
+                self.bury(process);
                 Err(error)
             }
         }
@@ -306,10 +301,6 @@ impl WorkerServer {
         Ok(())
     }
 
-    fn process(&self) -> Option<Arc<dyn Process>> {
-        lock(&self.process).clone()
-    }
-
     /// The lease.
     pub fn lease(&self) -> LeaseId {
         self.path.lease()
@@ -322,7 +313,7 @@ impl WorkerServer {
 
     /// Its process id.
     pub fn pid(&self) -> u32 {
-        self.process().map_or(0, |process| process.id())
+        self.hold.process().map_or(0, |process| process.id())
     }
 
     /// What it has been left with.
@@ -345,65 +336,19 @@ impl WorkerServer {
         lock(&self.ended).get_or_insert(why);
     }
 
-    fn kill(&self) {
-        if let Some(process) = self.process() {
-            process.kill();
-        }
-        self.channel.close();
-    }
-
-    /// Makes the worker let go of the lease's slices: when this returns, no store of it can reach
-    /// them any more. Called by the thread that ends the lease; short, but for a worker that does
-    /// not do as it is told, which is killed.
-    fn let_go(&self, why: &str) {
-        let lost = ToWorker::Lost(why.to_owned());
-        let told = matches!(self.channel.send_to_worker(&lost, false), Ok(Sent::Sent));
-        let let_go = told && self.has_let_go() && !self.maps_a_device();
-        if !let_go {
-            self.kill();
-            if let Some(process) = self.process() {
-                // For ever, if need be: what is not gone can still store into a slice that would be
-                // another tenant's. The peer then sees the heartbeat stop, which ends the session.
-                process.gone(None);
-            }
-        }
-        // It hands the window over no more: who has it, is known.
-        self.holders.end(self.lease());
-    }
-
     /// A VMM is about to have the window; not one whose lease is over.
     fn holder(&self, vmm: Vmm) -> Result<(), CallError> {
-        if !self.mapped {
+        if !self.hold.mapped {
             let why = "no VMM of this lease has the window";
             return Err(CallError::Gone(why.into()));
         }
-        let began = self.holders.begins(self.lease(), vmm);
+        let began = self.hold.holders.begins(self.lease(), vmm);
         began.map_err(|error| CallError::Gone(words(&error)))?;
         // Behind the account: who ends the lease sees it, or it is seen here.
         match self.path.lost() {
             Some(why) => Err(CallError::Gone(why)),
             None => Ok(()),
         }
-    }
-
-    /// Waits until the other end of the grip is closed; false if not in time.
-    fn has_let_go(&self) -> bool {
-        let mut fds = [PollFd::from_borrowed_fd(self.grip.as_fd(), PollFlags::IN)];
-        let until_ms = self.runtime.now_ms() + LET_GO_MS;
-        match self.runtime.poll_until(&mut fds, Some(until_ms)) {
-            Ok(closed) => closed,
-            Err(error) => {
-                tracing::error!(%error, "cannot wait for a worker");
-                false
-            }
-        }
-    }
-
-    /// Whether a device is mapped by the worker, whatever it says itself. A worker whose VMM maps
-    /// the window is as trusted as that.
-    fn maps_a_device(&self) -> bool {
-        let process = self.process().filter(|_| !self.mapped);
-        process.is_some_and(|process| process.maps_a_device())
     }
 
     /// How the guest session stands; `None` if the worker does not say in time.
@@ -441,18 +386,53 @@ impl WorkerServer {
         told.filter(|told| told.signals.len() <= SIGNALS_MAX)
     }
 
-    /// Ends the worker, and then the lease, where that has not ended already.
+    /// Why what the lease had stays in quarantine, if it does: the lease is over, and its worker has
+    /// not let go.
+    pub fn held(&self) -> Option<String> {
+        let pid = self.pid();
+        let held = self.hold.is_stuck();
+        held.then(|| format!("process {pid}: {}", CallError::Held))
+    }
+
+    /// How a process that was killed has ended. One that no signal ends is left to a thread that
+    /// takes its end whenever that comes.
+    fn bury(&self, process: Arc<dyn Process>) -> String {
+        if process.gone(Some(END_WAIT_MS)) {
+            return process.status();
+        }
+        let pid = process.id();
+        tracing::error!(pid, "{}", CallError::Held);
+        let bury = move || {
+            process.gone(None);
+            let status = process.status();
+            tracing::info!(pid, "a worker has ended at last: {status}");
+        };
+        let spawned = self.runtime.spawn(format!("bury-{pid}"), Box::new(bury));
+        if let Err(error) = spawned {
+            tracing::error!(pid, %error, "its end will be taken when the port ends");
+        }
+        CallError::Held.to_string()
+    }
+
+    /// Ends the lease, where that has not ended already.
+    fn give_back(&self) -> Option<CallError> {
+        let _one = self.runtime.lock(&self.returning);
+        match self.path.lost() {
+            None => self.path.give_back().err(),
+            Some(_) => self.path.wait_let_go().err(),
+        }
+    }
+
+    /// Ends the lease, where that has not ended already, and then the worker. In this order: one
+    /// that stands in the kernel lets go as long as its other thread lives.
     pub fn end(&self) -> Option<CallError> {
         self.ending.store(true, Ordering::SeqCst);
-        let over = self.ended().is_some() && self.path.lost().is_some();
-        self.kill();
+        let error = self.give_back();
+        self.hold.kill();
         let thread = lock(&self.thread).take();
         if let Some(thread) = thread {
             thread.join();
         }
-        if over || self.path.lost().is_some() {
-            return None;
-        }
-        self.path.give_back().err()
+        error
     }
 }

@@ -101,6 +101,15 @@ pub enum CallError {
     /// Not answered in time.
     #[error("not answered within {0} ms: the other host is slow or gone")]
     Timeout(u64),
+    /// Its worker can still store into the slices of the lease.
+    #[error(
+        "the lease's worker, or a VMM with the window, has been killed and does not end: what the \
+         lease had stays in quarantine until it does, and then all else goes on by itself. It \
+         stands in the kernel, most likely for a file system whose server does not answer: end the \
+         VMM and that server, or write 1 to the `abort` of its connection below \
+         /sys/fs/fuse/connections"
+    )]
+    Held,
     /// The kernel refused to pin.
     #[error("pinning guest memory failed: {0}")]
     Pin(String),
@@ -135,8 +144,9 @@ pub enum BorrowerAction {
     Confirm(OpId, Result<(), CallError>),
     /// Answer a call.
     Answer(Token, Result<Answer, CallError>),
-    /// The lease is over: its worker reads ones from now on.
-    Lost(LeaseId, String),
+    /// The lease is over: its worker reads ones from now on, and lets go of its slices, which
+    /// `let_go` answers with the same step.
+    Lost(Step, LeaseId, String),
 }
 
 /// Names a step under way.

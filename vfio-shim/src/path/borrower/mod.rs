@@ -51,10 +51,6 @@ enum Op {
     Return {
         lease: LeaseId,
     },
-    ReturnUnpin {
-        lease: LeaseId,
-        slices: Vec<Slice>,
-    },
     MapPin {
         lease: LeaseId,
         places: Vec<Place>,
@@ -78,15 +74,52 @@ enum Op {
         freed: Vec<Slice>,
     },
     Forward,
-    RevokedUnpin {
-        lease: LeaseId,
-        slices: Vec<Slice>,
-        op: OpId,
-    },
-    SessionUnpin {
-        slices: Vec<Slice>,
-    },
+    End(End),
 }
+
+/// The end of a lease: what it waits for before the lender is told, or a new session begins.
+struct End {
+    lease: LeaseId,
+    slices: Vec<Slice>,
+    then: Then,
+    /// Its worker can store into the lease's slices no more.
+    let_go: bool,
+    /// What came of unpinning the guest RAM.
+    unpinned: Option<Result<(), CallError>>,
+}
+
+/// What comes after that.
+enum Then {
+    /// The lender is asked to end the lease.
+    Return,
+    /// The lender's `revoked` is answered.
+    Confirm(OpId),
+    /// Nothing: the session is over.
+    Session,
+}
+
+impl End {
+    fn new(lease: LeaseId, slices: Vec<Slice>, then: Then) -> Self {
+        Self {
+            lease,
+            slices,
+            then,
+            let_go: false,
+            unpinned: None,
+        }
+    }
+
+    /// Of an ended session: the mapper is at work.
+    fn at_mapper(slices: Vec<Slice>) -> Self {
+        Self {
+            let_go: true,
+            ..Self::new(NO_LEASE, slices, Then::Session)
+        }
+    }
+}
+
+/// Of an ended session's.
+const NO_LEASE: LeaseId = LeaseId(0);
 
 /// The borrower's end of all paths of a port.
 #[derive(Default)]
@@ -240,14 +273,63 @@ impl Borrower {
         // From here on the lease takes no call; a map under way finds its entry gone.
         held.closing = true;
         let slices = held.take_all();
-        let op = Op::ReturnUnpin {
-            lease,
-            slices: slices.clone(),
+        let why = "the lease was given back".to_owned();
+        let end = End::new(lease, slices, Then::Return);
+        Ok(self.end(Some(token), end, Some(why)))
+    }
+
+    /// Begins what ends a lease here: its worker lets go, where it has one (`lost` says why), and
+    /// its guest RAM is unpinned.
+    fn end(&mut self, token: Option<Token>, end: End, lost: Option<String>) -> Actions {
+        let (lease, slices) = (end.lease, end.slices.clone());
+        let step = self.step(token, Op::End(end));
+        let mut actions = Vec::new();
+        match lost {
+            Some(why) => actions.push(BorrowerAction::Lost(step, lease, why)),
+            None => drop(self.ending(step).map(|end| end.let_go = true)),
+        }
+        actions.push(BorrowerAction::Unpin(step, slices));
+        actions
+    }
+
+    fn ending(&mut self, step: Step) -> Option<&mut End> {
+        match self.steps.get_mut(&step) {
+            Some((_, Op::End(end))) => Some(end),
+            _ => None,
+        }
+    }
+
+    /// Nobody on this host can store into the lease's slices any more.
+    pub fn let_go(&mut self, step: Step, pool: &mut SlicePool) -> Actions {
+        match self.ending(step) {
+            Some(end) => {
+                end.let_go = true;
+                self.go_on(step, pool)
+            }
+            None => Vec::new(),
+        }
+    }
+
+    /// What comes when a lease's worker has let go and its guest RAM is unpinned.
+    fn go_on(&mut self, step: Step, pool: &mut SlicePool) -> Actions {
+        let unpinned = self.ending(step).filter(|end| end.let_go);
+        let Some(unpinned) = unpinned.and_then(|end| end.unpinned.take()) else {
+            return Vec::new();
         };
-        Ok(vec![BorrowerAction::Unpin(
-            self.step(Some(token), op),
-            slices,
-        )])
+        let Some((token, Op::End(End { lease, then, .. }))) = self.steps.remove(&step) else {
+            return Vec::new();
+        };
+        match then {
+            Then::Return => self.send(token, Op::Return { lease }, Request::Return { lease }),
+            Then::Confirm(op) => {
+                // The lender had unmapped all before it told us.
+                self.release(lease, pool);
+                let mut actions = vec![BorrowerAction::Confirm(op, unpinned)];
+                actions.extend(answer(token, Ok(Answer::Done)));
+                actions
+            }
+            Then::Session => Vec::new(),
+        }
     }
 
     /// The mapper has pinned or unpinned.
@@ -257,13 +339,18 @@ impl Borrower {
         result: Result<(), CallError>,
         pool: &mut SlicePool,
     ) -> Actions {
-        let Some((token, op)) = self.steps.remove(&step) else {
-            return Vec::new();
-        };
-        if let (Err(_), Some((lease, slices))) = (&result, op.unpinning()) {
+        let unpinning = self.steps.get(&step).and_then(|(_, op)| op.unpinning());
+        if let (Err(_), Some((lease, slices))) = (&result, unpinning) {
             self.left
                 .extend(slices.into_iter().map(|slice| (slice, lease)));
         }
+        if let Some(end) = self.ending(step) {
+            end.unpinned = Some(result);
+            return self.go_on(step, pool);
+        }
+        let Some((token, op)) = self.steps.remove(&step) else {
+            return Vec::new();
+        };
         match (op, result) {
             (Op::MapPin { lease, places }, Ok(())) => self.tell(token, lease, places),
             (Op::MapPin { lease, places }, Err(error)) => {
@@ -284,14 +371,6 @@ impl Borrower {
                 let bytes = taken.iter().map(|(span, _)| span.len()).sum();
                 let result = result.map(|()| Answer::Unmapped(bytes));
                 self.unpinned(token, lease, taken, result)
-            }
-            (Op::ReturnUnpin { lease, .. }, _) => {
-                self.send(token, Op::Return { lease }, Request::Return { lease })
-            }
-            (Op::RevokedUnpin { lease, op, .. }, result) => {
-                // The lender had unmapped all before it told us.
-                self.release(lease, pool);
-                vec![BorrowerAction::Confirm(op, result)]
             }
             (_, result) => answer(token, result.map(|()| Answer::Done)),
         }
@@ -430,7 +509,7 @@ impl Borrower {
         (lease, secret, entry): (LeaseId, Secret, PoolEntry),
         pool: &mut SlicePool,
     ) -> Actions {
-        if self.leases.contains_key(&lease) {
+        if self.leases.contains_key(&lease) || self.ending_of(lease).is_some() {
             // It is another tenant's: nothing is done to it.
             let text = format!("the lender gave lease {lease} out twice: restart its daemon");
             let refusal = Refusal::new(RefusalCode::WrongState, 0, text);
@@ -520,79 +599,93 @@ impl Borrower {
         why: String,
         pool: &mut SlicePool,
     ) -> Actions {
-        let Some(mut held) = self.leases.remove(&lease) else {
+        let held = self.leases.remove(&lease);
+        if let Some(end) = self.ending_of(lease) {
+            // Its worker or the mapper is still at it, and the lender waits for no return.
+            end.then = Then::Confirm(op);
+            return vec![BorrowerAction::ScanEnd(lease)];
+        }
+        let Some(mut held) = held else {
             // Returned meanwhile, and so unpinned.
             self.release(lease, pool);
             return vec![BorrowerAction::Confirm(op, Ok(()))];
         };
-        let slices = held.take_all();
-        let unpin = Op::RevokedUnpin {
-            lease,
-            slices: slices.clone(),
-            op,
-        };
-        vec![
-            BorrowerAction::ScanEnd(lease),
-            BorrowerAction::Lost(lease, why),
-            BorrowerAction::Unpin(self.step(None, unpin), slices),
-        ]
+        let end = End::new(lease, held.take_all(), Then::Confirm(op));
+        let mut actions = vec![BorrowerAction::ScanEnd(lease)];
+        actions.extend(self.end(None, end, Some(why)));
+        actions
+    }
+
+    fn ending_of(&mut self, lease: LeaseId) -> Option<&mut End> {
+        let ends = self.steps.values_mut().filter_map(|(_, op)| match op {
+            Op::End(end) => Some(end),
+            _ => None,
+        });
+        ends.into_iter().find(|end| end.lease == lease)
     }
 
     /// The link session is over: calls are answered, leases lost, guest RAM unpinned.
     pub fn session_over(&mut self, why: &str) -> Actions {
         let mut actions = Vec::new();
-        let mut pins_under_way = BTreeMap::new();
+        let mut under_way = BTreeMap::new();
         for (step, (token, op)) in std::mem::take(&mut self.steps) {
             actions.extend(answer(token, Err(CallError::Gone(why.to_owned()))));
-            // The mapper's answer is still to come; nothing is reused before.
-            if op.is_at_mapper() {
-                let slices = op.unpinning().map_or(Vec::new(), |(_, slices)| slices);
-                pins_under_way.insert(step, (None, Op::SessionUnpin { slices }));
+            // The mapper's answer is still to come, or the worker's; nothing is reused before.
+            if let Some(end) = op.at_session_over() {
+                under_way.insert(step, (None, Op::End(end)));
             }
         }
-        self.steps = pins_under_way;
+        self.steps = under_way;
         let leases = std::mem::take(&mut self.leases);
         for (lease, mut held) in leases {
             actions.push(BorrowerAction::ScanEnd(lease));
-            actions.push(BorrowerAction::Lost(lease, why.to_owned()));
-            actions.extend(self.session_unpin(held.take_all()));
+            let end = End::new(lease, held.take_all(), Then::Session);
+            actions.extend(self.end(None, end, Some(why.to_owned())));
         }
         let left: Vec<Slice> = std::mem::take(&mut self.left).into_keys().collect();
         if !left.is_empty() {
-            actions.extend(self.session_unpin(left));
+            let end = End::new(NO_LEASE, left, Then::Session);
+            actions.extend(self.end(None, end, None));
         }
         self.rows = Rows::default();
         actions
-    }
-
-    fn session_unpin(&mut self, slices: Vec<Slice>) -> Actions {
-        let op = Op::SessionUnpin {
-            slices: slices.clone(),
-        };
-        vec![BorrowerAction::Unpin(self.step(None, op), slices)]
     }
 
     /// Whether nothing of an ended session is under way.
     pub fn is_undone(&self) -> bool {
         self.steps.is_empty()
     }
+
+    /// Whether all that is under way is workers that have not let go.
+    pub fn waits_for_workers_alone(&self) -> bool {
+        let waits = |op: &Op| matches!(op, Op::End(end) if end.unpinned.is_some());
+        self.steps.values().all(|(_, op)| waits(op))
+    }
 }
 
 impl Op {
-    fn is_at_mapper(&self) -> bool {
-        matches!(self, Self::MapPin { .. }) || self.unpinning().is_some()
+    /// What is left to wait for of it when the session is over.
+    fn at_session_over(self) -> Option<End> {
+        let slices = self.unpinning().map(|(_, slices)| slices);
+        match self {
+            Self::End(end) => Some(End {
+                lease: NO_LEASE,
+                then: Then::Session,
+                ..end
+            }),
+            // Of a map under way the lease's own end unpins what it took.
+            Self::MapPin { .. } => Some(End::at_mapper(Vec::new())),
+            _ => slices.map(End::at_mapper),
+        }
     }
 
-    /// What the mapper is asked to unpin, and of which lease (0 = of an ended session's).
+    /// What the mapper is asked to unpin, and of which lease.
     fn unpinning(&self) -> Option<(LeaseId, Vec<Slice>)> {
         match self {
             Self::MapUndo { lease, taken, .. } | Self::Unpin { lease, taken } => {
                 Some((*lease, taken.iter().map(|(_, slice)| *slice).collect()))
             }
-            Self::ReturnUnpin { lease, slices } | Self::RevokedUnpin { lease, slices, .. } => {
-                Some((*lease, slices.clone()))
-            }
-            Self::SessionUnpin { slices } => Some((LeaseId(0), slices.clone())),
+            Self::End(end) if end.unpinned.is_none() => Some((end.lease, end.slices.clone())),
             _ => None,
         }
     }

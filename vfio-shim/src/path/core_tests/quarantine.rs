@@ -6,12 +6,12 @@ use crate::path::message::{OpId, RANGES_MAX, Reply, Secret};
 use crate::path::plan::{Quarantine, SlicePool};
 use crate::path::wire::IRQ_WORDS_MAX;
 
-fn free(pair: &Pair, at: usize) -> u64 {
+pub(super) fn free(pair: &Pair, at: usize) -> u64 {
     pair.hosts[at].core.pool().free_bytes()
 }
 
 /// What `status` tells: slices, bytes, interrupt words.
-fn held_back(pair: &Pair, at: usize) -> (usize, u64, u32) {
+pub(super) fn held_back(pair: &Pair, at: usize) -> (usize, u64, u32) {
     let Quarantine {
         slices,
         bytes,
@@ -20,11 +20,11 @@ fn held_back(pair: &Pair, at: usize) -> (usize, u64, u32) {
     (slices, bytes, words)
 }
 
-/// The borrower's mapper answers, and nothing else happens.
-fn mapper_answers(pair: &mut Pair) {
-    let event = pair.hosts[1].todo.pop_front().unwrap();
-    assert!(matches!(event, Event::Pinned(..)));
-    pair.handle(1, event);
+/// The borrower's worker lets go and its mapper answers, and nothing else happens.
+fn let_go_and_unpinned(pair: &mut Pair) {
+    let events = [(); 2].map(|()| pair.hosts[1].todo.pop_front().unwrap());
+    assert!(matches!(events, [Event::LetGo(_), Event::Pinned(..)]));
+    events.into_iter().for_each(|event| pair.handle(1, event));
 }
 
 #[test]
@@ -104,7 +104,7 @@ fn return_that_the_lender_refuses_frees_no_slice_before_it_says_revoked() {
     // The lender is at work on a revoke when the return arrives.
     let actions = pair.hosts[0].core.revoke(bdf(), "wanted back", now);
     let returned = pair.call(Call::Return(lease));
-    mapper_answers(&mut pair);
+    let_go_and_unpinned(&mut pair);
     pair.settle();
     for _ in 0..4 {
         pair.round();
@@ -350,6 +350,27 @@ fn lease_given_out_twice_changes_nothing_of_the_first() {
         "the first tenant's lease does not go back"
     );
     assert!(!refused(&alone.open(1, 0x10000)));
+}
+
+#[test]
+fn lease_whose_worker_has_not_let_go_is_not_given_out_again() {
+    let mut alone = Alone::new();
+    assert!(!refused(&alone.borrow(1, 3)));
+    let why = "wanted back".to_owned();
+    let actions = alone
+        .borrower
+        .revoked(OpId(9), LeaseId(1), why, &mut alone.pool);
+    let step = actions.iter().find_map(|action| match action {
+        BorrowerAction::Lost(step, ..) => Some(*step),
+        _ => None,
+    });
+    let step = step.expect("a lost lease");
+    let unpinned = alone.borrower.pinned(step, Ok(()), &mut alone.pool);
+    assert!(unpinned.is_empty(), "{unpinned:?}");
+    assert!(refused(&alone.borrow(1, 3)));
+    let let_go = alone.borrower.let_go(step, &mut alone.pool);
+    assert!(matches!(let_go[..], [BorrowerAction::Confirm(OpId(9), _)]));
+    assert!(!refused(&alone.borrow(1, 3)));
 }
 
 #[test]

@@ -6,12 +6,14 @@ use super::keep::{Keep, Orphaned};
 use super::mapper::{Mapper, MapperJob};
 use super::requests::Wish;
 use super::taking::{Take, TakeReply};
-use super::{CallReply, EngineConfig, EngineError, LeaseShared, Shared, Signals, lock};
+use super::{
+    CallReply, EngineConfig, EngineError, LET_GO_WAIT_MS, LeaseShared, Shared, Signals, lock,
+};
 use crate::model::{
     Access, Aperture, Bdf, DmaMap, Function, Memory, Runtime, Span, Task, WindowOffset,
 };
 use crate::ntb::NtbPort;
-use crate::path::borrower::{Answer, Call, CallError, LeaseStatus, Token};
+use crate::path::borrower::{Answer, Call, CallError, LeaseStatus, Step, Token};
 use crate::path::core::{Action, CoreConfig, Event, Inbox, PortCore, SessionInfo};
 use crate::path::grant::{LeasePool, ToPool};
 use crate::path::lender::{JobId, OfferState, OfferStatus};
@@ -169,7 +171,8 @@ pub(super) struct Control {
     /// Who waits for a function to be at rest.
     pub(super) takes: Vec<(Bdf, TakeReply)>,
     pool: Arc<dyn LeasePool>,
-    stopping: bool,
+    /// Since when.
+    stopping: Option<u64>,
 }
 
 fn spawn(
@@ -248,7 +251,7 @@ impl Control {
             leaving: BTreeMap::new(),
             takes: Vec::new(),
             pool,
-            stopping: false,
+            stopping: None,
         })
     }
 
@@ -305,11 +308,33 @@ impl Control {
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
             }
             self.tell_takers();
-            if self.stopping && self.core.is_idle() {
+            if self.is_stopped() {
                 break;
             }
         }
         self.end();
+    }
+
+    /// Whether nothing more is to come. A worker that does not let go is left to whoever opens the
+    /// NTB next: the kernel keeps that from all as long as one has it mapped.
+    fn is_stopped(&self) -> bool {
+        let Some(since_ms) = self.stopping else {
+            return false;
+        };
+        let late = || self.shared.now_ms() >= since_ms + LET_GO_WAIT_MS;
+        let left = || late() && self.core.waits_for_workers_alone();
+        if self.core.is_idle() {
+            return true;
+        }
+        if left() {
+            let why = CallError::Held;
+            tracing::error!(
+                port = self.config.name,
+                "the port ends without a worker: {why}"
+            );
+            return true;
+        }
+        false
     }
 
     fn input(&mut self, input: Input) {
@@ -329,7 +354,7 @@ impl Control {
             Input::Beat => {
                 self.look_for_raises();
                 self.look_for_orphans();
-                if self.stopping {
+                if self.stopping.is_some() {
                     return;
                 }
                 Event::Beat {
@@ -339,7 +364,7 @@ impl Control {
                 }
             }
             Input::Bell => Event::Bell(self.read_inbox()),
-            Input::LinkChange if self.stopping => return,
+            Input::LinkChange if self.stopping.is_some() => return,
             Input::LinkChange => Event::LinkChange(self.port.link_is_up()),
             Input::Event(event) => event,
             Input::Call(token, call, Some(of)) if !self.is_held(&call, &of) => {
@@ -363,7 +388,7 @@ impl Control {
                 return;
             }
             Input::Stop => {
-                self.stopping = true;
+                self.stopping.get_or_insert(now);
                 self.port.link_enable(false);
                 let actions = self.core.shut_down(now);
                 return self.perform(actions);
@@ -458,13 +483,26 @@ impl Control {
             }
             Action::Pool(message) => self.pool.tell(message),
             Action::Answer(token, result) => self.answer(token, result),
-            Action::Lost(lease, why) => {
-                let state = lock(&self.shared.borrowed).remove(&lease);
-                if let Some(state) = state {
-                    state.lose(why);
-                }
-            }
+            Action::Lost(step, lease, why) => self.lose(step, lease, why),
             Action::Gone(bdf) => self.gone(bdf),
+        }
+    }
+
+    /// The thread that its worker lets go by may stand for as long as that worker can: here nothing
+    /// waits for it.
+    fn lose(&self, step: Step, lease: LeaseId, why: String) {
+        let inbox = self.inbox.clone();
+        let has_let_go = Box::new(move || {
+            // A port that has stopped has nothing more to give out.
+            let _ = inbox.send(Input::Event(Event::LetGo(step)));
+        });
+        let state = lock(&self.shared.borrowed).remove(&lease);
+        match state {
+            Some(state) => {
+                state.lose(why);
+                state.when_let_go(has_let_go);
+            }
+            None => has_let_go(),
         }
     }
 

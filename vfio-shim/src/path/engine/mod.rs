@@ -16,6 +16,7 @@ mod executor;
 #[cfg(test)]
 mod forged_tests;
 mod guest_maps;
+mod hold;
 mod irq;
 mod keep;
 #[cfg(test)]
@@ -41,6 +42,7 @@ mod undo_tests;
 
 pub use borrowed::BorrowedFunction;
 pub use control::{BellStatus, LentStatus, PortStatus, SessionStatus, VectorStatus};
+pub use hold::{HasLetGo, LetGo};
 pub use keep::{Keep, Orphaned, ResetFailed, ScrubPlan, StopFunction};
 pub use path_port::{BorrowedPath, PathPort, Tell};
 pub use signals::Signals;
@@ -53,6 +55,7 @@ use super::message::{LeaseId, PoolEntry, Refusal};
 use crate::model::{Bdf, Function, MapError, OsRuntime, PortIova, Runtime, Task, UndoStep};
 use crate::ntb::NtbPort;
 use control::{Control, Input};
+use hold::Hold;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -61,6 +64,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 pub const MAP_WAIT_MS: u64 = 4_000;
 /// How long a lender's reset may take: xe's can take 5 s per GT, milliseconds.
 pub const RESET_WAIT_MS: u64 = 15_000;
+/// How long whoever ends a lease, or a port, waits for a worker to let go of what it had. What it
+/// did not let go of by then stays in quarantine, milliseconds.
+pub const LET_GO_WAIT_MS: u64 = 3_000;
 
 /// What a port's engine is told.
 #[derive(Clone, Debug)]
@@ -124,11 +130,9 @@ pub(crate) struct LeaseShared {
     pub(crate) lost: Mutex<Option<String>>,
     /// For whoever must not wait for an access under way, as its answer may be theirs to bring.
     pub(crate) is_lost: AtomicBool,
-    /// Makes a worker in another process let go of the lease's slices.
-    pub(crate) let_go: Mutex<Option<LetGo>>,
+    /// Who can reach the lease's slices besides this process.
+    pub(crate) hold: Mutex<Hold>,
 }
-
-type LetGo = Box<dyn FnOnce(&str) + Send>;
 
 impl LeaseShared {
     pub(crate) fn new(runtime: Arc<dyn Runtime>, signals: Signals) -> Arc<Self> {
@@ -137,33 +141,18 @@ impl LeaseShared {
             signals: Arc::new(signals),
             lost: Mutex::new(None),
             is_lost: AtomicBool::new(false),
-            let_go: Mutex::new(None),
+            hold: Mutex::default(),
         })
     }
 
-    /// When it returns, no load or store of the lease is under way and none begins.
-    pub(crate) fn lose(&self, why: String) {
+    /// When it returns, no load or store of the lease by this process is under way and none begins,
+    /// and a worker in another process is letting go.
+    pub(crate) fn lose(self: &Arc<Self>, why: String) {
         self.runtime.reach(UndoStep::Lost);
         let why = self.runtime.lock(&self.lost).get_or_insert(why).clone();
         self.is_lost.store(true, Ordering::SeqCst);
         self.signals.wake();
         self.ask_to_let_go(&why);
-    }
-
-    pub(crate) fn on_lost(&self, let_go: LetGo) {
-        *lock(&self.let_go) = Some(let_go);
-        let lost = self.runtime.lock(&self.lost).clone();
-        if let Some(why) = lost {
-            self.ask_to_let_go(&why);
-        }
-    }
-
-    fn ask_to_let_go(&self, why: &str) {
-        let let_go = lock(&self.let_go).take();
-        if let Some(let_go) = let_go {
-            self.runtime.reach(UndoStep::LetGo);
-            let_go(why);
-        }
     }
 }
 
@@ -405,7 +394,14 @@ impl Engine {
         if let Some(state) = state {
             state.lose("the lease was given back".into());
         }
+        let held = state.is_some_and(|state| !state.waits_until_let_go(LET_GO_WAIT_MS));
         self.shared.runtime.reach(UndoStep::Return);
+        if held {
+            // It goes on when that worker has let go, and nobody waits for it. What is known of the
+            // lease stays here until control, which may come to it later, has begun its end.
+            let _ = self.call_of(state, Call::Return(lease), 0);
+            return Err(CallError::Held);
+        }
         let ended = self.call_of(state, Call::Return(lease), RESET_WAIT_MS);
         let mut borrowed = lock(&self.shared.borrowed);
         let held = borrowed.get(&lease);

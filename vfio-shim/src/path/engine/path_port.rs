@@ -1,6 +1,8 @@
 //! A port as whoever serves a borrowed function reaches it: in this process, or from a worker's own.
 
-use super::{CallReply, Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, Signals};
+use super::{
+    CallReply, Engine, LET_GO_WAIT_MS, LeaseShared, LetGo, MAP_WAIT_MS, RESET_WAIT_MS, Signals,
+};
 use crate::model::{Aperture, BAR_COUNT, Mapping, WindowOffset};
 use crate::path::borrower::{Answer, Call, CallError, OpenedPath};
 use crate::path::message::{LeaseId, PoolEntry, Request};
@@ -155,10 +157,18 @@ impl BorrowedPath {
         self.state.signals.scanned()
     }
 
-    /// What has to be done before the lease's slices may be anybody else's; at once where it is
-    /// lost already. It is called once, by the thread that ends the lease, which waits for it.
-    pub fn on_lost(&self, let_go: Box<dyn FnOnce(&str) + Send>) {
+    /// How a worker is made to let go of the lease's slices, which are nobody else's before it has;
+    /// at once where the lease is lost already.
+    pub fn on_lost(&self, let_go: LetGo) {
         self.state.on_lost(let_go);
+    }
+
+    /// Waits until the worker of the lease, which is over, has let go; refused where it does not.
+    pub fn wait_let_go(&self) -> Result<(), CallError> {
+        match self.state.waits_until_let_go(LET_GO_WAIT_MS) {
+            true => Ok(()),
+            false => Err(CallError::Held),
+        }
     }
 
     /// Asks the lender for what it does at once, whatever lease the request names.
