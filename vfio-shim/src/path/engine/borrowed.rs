@@ -467,11 +467,12 @@ impl Function for BorrowedFunction {
         Ok(())
     }
 
+    /// Also where the lender could not arm them: triggers and masks are held here all the same.
     fn disable_irqs(&self, index: IrqIndex) -> Result<(), FunctionError> {
         let mut held = lock(&self.triggers);
         match index {
             IrqIndex::Req => held.request = None,
-            _ if held.armed == Some(index) => {
+            _ if is_message(index) && held.armed.is_none_or(|armed| armed == index) => {
                 let masked = held.vectors.iter().any(|vector| vector.masked);
                 for vector in &mut held.vectors {
                     vector.fd = None;

@@ -3,7 +3,7 @@
 use super::*;
 use crate::model::{Access, Aperture, DmaMap, FunctionIds, IrqIndex, Memory, RegionIndex, Span};
 use crate::ntb::soft::{
-    DESTINATION, DOORBELL, FaultPlan, IDENT, IDENT_VALUE, LENGTH, SCRATCH, SOURCE, STATUS,
+    DESTINATION, DOORBELL, Fault, FaultPlan, IDENT, IDENT_VALUE, LENGTH, SCRATCH, SOURCE, STATUS,
     STATUS_DONE, SoftFault, SoftFunction, SoftLink, SoftPortConfig, SoftSpace, VECTOR,
 };
 use crate::path::message::PoolState;
@@ -357,6 +357,24 @@ fn masks_end_with_a_reset_and_with_the_vectors_at_both_ends() {
     guest.drive();
     guest.copy(0, PAGE, 8);
     assert!(guest.interrupted(), "after the vectors were disabled");
+    rig.engines[1].give_back(guest.lease).unwrap();
+}
+
+#[test]
+fn masks_end_with_the_vectors_also_where_the_lender_could_not_arm_them() {
+    let rig = Rig::new();
+    let guest = rig.guest();
+    rig.function
+        .arm(FaultPlan::default().nth(Fault::SetIrqsFails, 1));
+    assert!(guest.function.reset().is_err(), "armed anew");
+    let function = &guest.function;
+    function
+        .mask_irqs(IrqIndex::Msix, VECTOR_USED, 1, true)
+        .unwrap();
+    function.disable_irqs(IrqIndex::Msix).unwrap();
+    guest.drive();
+    guest.copy(0, PAGE, 8);
+    assert!(guest.interrupted());
     rig.engines[1].give_back(guest.lease).unwrap();
 }
 
