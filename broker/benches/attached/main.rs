@@ -92,7 +92,7 @@ impl Ports {
         Self {
             mib: anonymous_mib(process),
             lender: count("ntb0-0000:"),
-            borrower: count("worker-"),
+            borrower: count("worker-") + count("let-go-"),
             descriptors: descriptors(process),
         }
     }

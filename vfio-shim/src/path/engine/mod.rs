@@ -151,7 +151,7 @@ impl LeaseShared {
         self.runtime.reach(UndoStep::Lost);
         let why = self.runtime.lock(&self.lost).get_or_insert(why).clone();
         self.is_lost.store(true, Ordering::SeqCst);
-        self.signals.wake();
+        self.signals.end();
         self.ask_to_let_go(&why);
     }
 }

@@ -4,7 +4,7 @@ use super::Tell;
 use rustix::event::{EventfdFlags, eventfd};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// One bit per vector, and an eventfd that wakes the worker.
 pub struct Signals {
@@ -15,6 +15,8 @@ pub struct Signals {
     seen: Box<[AtomicU64]>,
     /// Of a worker in another process.
     tell: Option<Tell>,
+    /// The lease is over.
+    ended: AtomicBool,
 }
 
 impl Signals {
@@ -30,6 +32,7 @@ impl Signals {
             scanned: zeros(),
             seen: zeros(),
             tell: None,
+            ended: AtomicBool::new(false),
         })
     }
 
@@ -42,8 +45,18 @@ impl Signals {
         })
     }
 
+    /// The lease is over, and nothing is raised any more: guest memory is about to be unpinned, and
+    /// the data behind a later interrupt would have gone nowhere.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
     /// A vector was raised. Many raises before the worker looks are one.
     pub fn raise(&self, vector: u32) {
+        if self.ended.load(Ordering::SeqCst) {
+            return;
+        }
         let Some(word) = self.bits.get(vector as usize / 64) else {
             return;
         };
@@ -101,5 +114,21 @@ impl Signals {
             .iter()
             .map(|count| count.load(Ordering::Relaxed))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_raised_after_the_end_comes_to_nobody() {
+        let signals = Signals::new(2).expect("an eventfd");
+        signals.raise(0);
+        signals.end();
+        signals.raise(1);
+        let mut taken = Vec::new();
+        signals.take(|vector| taken.push(vector));
+        assert_eq!((taken, signals.scanned()), (vec![0], vec![1, 0]));
     }
 }
