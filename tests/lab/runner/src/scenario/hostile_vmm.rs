@@ -13,12 +13,12 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::scope;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The VMMs are the agent's own clients: a guest would only make the hosts slower.
 pub const SCENARIO: Scenario = Scenario {
     name: "hostile-vmm",
-    checks: 3 + ATTACKS.len() + 6,
+    checks: 3 + ATTACKS.len() + 7,
     when: When::Full,
     own_model: None,
     deadline: Duration::from_secs(900),
@@ -94,6 +94,8 @@ const LOG: &str = "/run/witness.log";
 const OUTPUT: &str = "/run/witness.out";
 const STOP: &str = "/run/witness.stop";
 const REPORT: &str = "/run/hostile.log";
+/// Where the hostile VMM's file system is.
+const FUSE_DIR: &str = "/run/hostile";
 /// What the limits are here: an emulated host is slow, and they are to be reached. `memory_check`
 /// is off, as a look at the VMM's memory map for each of 65,536 maps would take most of the time.
 const EDITS: [(&str, &str); 4] = [
@@ -106,6 +108,14 @@ const EDITS: [(&str, &str); 4] = [
 const RATIO_MAX: f64 = 2.0;
 const ATTACK_TIMEOUT: Duration = Duration::from_secs(120);
 const TOLD_TIMEOUT: Duration = Duration::from_secs(30);
+/// `return`, where the worker does not end.
+const RETURN_TIMEOUT: Duration = Duration::from_secs(15);
+/// Whether each of the witness's next pieces is there.
+const PIECES: &str = "test $(wc -l < /run/witness.log) -ge";
+/// Ends every wait for a FUSE file system's server.
+const ABORT: &str = "mount -t fusectl fusectl /sys/fs/fuse/connections && \
+     for abort in /sys/fs/fuse/connections/*/abort; do echo 1 > $abort; done; \
+     umount /sys/fs/fuse/connections";
 const LOOK: Duration = Duration::from_millis(500);
 /// What a kernel says when something of it is broken.
 const KERNEL_FAULTS: &str = "BUG:|WARNING:|Oops|Call Trace|protection fault|blocked for more than|soft lockup|bad page|Bad page";
@@ -142,6 +152,8 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
             let name = format!("{} costs its own tenant alone", attack.what);
             checks.check(&name, || tenants.suffer(attack));
         }
+        let name = "a worker that stands in a file that does not close keeps nobody waiting";
+        checks.check(name, || tenants.outlive_a_stuck_worker());
     });
     checks.check("the port's heart has beaten all the time", || beats);
     checks.check("neither kernel has complained", || {
@@ -267,6 +279,46 @@ impl<'a> Tenants<'a> {
             "it did nothing: {report}"
         );
         Ok(format!("{report} {words}"))
+    }
+
+    /// No signal ends the wait of a worker that closes its VMM's FUSE file. Its lease is returned all
+    /// the same, its function is the next one's, and it ends when the file system does.
+    fn outlive_a_stuck_worker(&self) -> Result<String> {
+        let worker = self.lease(0)?["worker"]["pid"].as_u64();
+        let worker = worker.context("no worker")?;
+        let vmm = self
+            .b
+            .spawn(&["lab-agent", "hostile", SOCKET, "stuck", LOG], REPORT)?;
+        // In close(2).
+        let stands = format!("grep -q '^3 ' /proc/{worker}/task/*/syscall");
+        self.b.wait_until(&stands, TOLD_TIMEOUT)?;
+        let began = Instant::now();
+        let returned = self
+            .lending
+            .b
+            .try_verb(&["return", &self.fdids[0]], RETURN_TIMEOUT);
+        let (returned, took) = (returned?, began.elapsed());
+        ensure!(returned.code == Some(0), "`return` says {returned:?}");
+        self.b
+            .sh(&stands)
+            .context("the worker does not stand any more")?;
+        let log = self.b.text(LOG)?.lines().count();
+        self.b
+            .wait_until(&format!("{PIECES} {}", log + 10), TOLD_TIMEOUT)?;
+        self.lending.borrow(&self.fdids[0], SOCKET, &[])?;
+        self.b.run(&["lab-agent", "vfio-user", SOCKET, "good"])?;
+        self.b
+            .sh(&stands)
+            .context("the worker does not stand any more")?;
+        self.b.sh(ABORT)?;
+        self.b
+            .wait_until(&format!("test ! -e /proc/{worker}"), TOLD_TIMEOUT)?;
+        self.b.kill(vmm, 9)?;
+        self.b.wait(vmm, TOLD_TIMEOUT)?;
+        self.b.sh(&format!(
+            "umount -l {FUSE_DIR} && rmdir {FUSE_DIR} && rm {REPORT}"
+        ))?;
+        Ok(format!("`return` took {} ms", took.as_millis()))
     }
 
     fn wait_bite(&self, attack: &Attack) -> Result<()> {
