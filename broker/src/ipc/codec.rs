@@ -33,6 +33,9 @@ pub enum MessageError {
         /// By its kind.
         takes: usize,
     },
+    /// Descriptors of another kind than memory.
+    #[error("a message came with a descriptor that is no memfd or hugetlbfs file")]
+    NoMemory,
     /// A request that is not a worker's to make.
     #[error("a worker cannot ask for operation {0}")]
     NotForWorkers(u16),

@@ -6,6 +6,7 @@ use super::{
 };
 use rustix::{
     event::{PollFd, PollFlags},
+    fs::fcntl_get_seals,
     io::Errno,
     net::{
         AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -148,8 +149,12 @@ impl Channel {
         }
     }
 
-    /// The next datagram; `None` at the end.
-    fn receive(&self, room: &mut [u8]) -> Result<Option<(usize, Vec<OwnedFd>)>, ChannelError> {
+    /// The next datagram, if what came with it is all taken; `None` at the end.
+    fn receive(
+        &self,
+        room: &mut [u8],
+        takes: fn(&OwnedFd) -> bool,
+    ) -> Result<Option<(usize, Vec<OwnedFd>)>, ChannelError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut again = false;
@@ -171,6 +176,12 @@ impl Channel {
                 fds.extend(brought);
             }
         }
+        if !fds.iter().all(takes) {
+            // Closing a file waits for whoever serves it, which may be a VMM, and then this thread
+            // would stand in that for good. It goes with this process.
+            fds.into_iter().for_each(std::mem::forget);
+            return Err(MessageError::NoMemory.into());
+        }
         let cut = ReturnFlags::TRUNC | ReturnFlags::CTRUNC;
         if received.flags.intersects(cut) {
             return Err(MessageError::TooLong(received.bytes, fds.len()).into());
@@ -181,8 +192,15 @@ impl Channel {
 
     /// The next message; `None` when the other end has gone.
     pub fn hear<M: Datagram>(&self) -> Result<Option<M>, ChannelError> {
+        self.hear_with(|_| true)
+    }
+
+    fn hear_with<M: Datagram>(
+        &self,
+        takes: fn(&OwnedFd) -> bool,
+    ) -> Result<Option<M>, ChannelError> {
         let mut room = [0; MESSAGE_BYTES_MAX];
-        let Some((bytes, fds)) = self.receive(&mut room)? else {
+        let Some((bytes, fds)) = self.receive(&mut room, takes)? else {
             return Ok(None);
         };
         Ok(Some(M::decode(&room[..bytes], fds)?))
@@ -201,9 +219,13 @@ impl Channel {
         self.send(&message.encode()?, &message.fds(), wait)
     }
 
-    /// The next message of a worker; `None` when it has gone.
-    pub fn receive_from_worker(&self) -> Result<Option<ToPort>, ChannelError> {
-        self.hear()
+    /// The next message of a worker; `None` when it has gone. One that is not trusted brings memory
+    /// and nothing else: only that has seals, which the kernel tells without asking anybody.
+    pub fn receive_from_worker(&self, trusted: bool) -> Result<Option<ToPort>, ChannelError> {
+        match trusted {
+            true => self.hear(),
+            false => self.hear_with(|fd| fcntl_get_seals(fd).is_ok()),
+        }
     }
 
     /// The next message of the port; `None` when it has gone.

@@ -5,7 +5,10 @@ use crate::jail::Report;
 use proptest::{collection::vec, prelude::*};
 use rustix::{
     event::{EventfdFlags, eventfd},
+    fs::{MemfdFlags, memfd_create},
+    io::{Errno, read},
     net::{SendFlags, send},
+    pipe::{PipeFlags, pipe_with},
 };
 use std::os::fd::{AsFd, OwnedFd};
 use vfio_shim::{
@@ -158,7 +161,7 @@ fn every_message_arrives_as_it_was_sent_and_not_with_a_byte_less_or_more() {
     let like = |message: &dyn std::fmt::Debug| format!("{message:?}");
     for message in from_worker() {
         near.send_to_port(&message).unwrap();
-        let came = far.receive_from_worker().unwrap().unwrap();
+        let came = far.receive_from_worker(true).unwrap().unwrap();
         assert_eq!(came.encode().unwrap(), message.encode().unwrap());
         assert_eq!(came.fds().len(), message.fds().len(), "{}", like(&message));
         let bytes = message.encode().unwrap();
@@ -186,7 +189,7 @@ fn every_message_arrives_as_it_was_sent_and_not_with_a_byte_less_or_more() {
         );
     }
     drop(near);
-    assert!(far.receive_from_worker().unwrap().is_none(), "the end");
+    assert!(far.receive_from_worker(true).unwrap().is_none(), "the end");
 }
 
 /// `concat` of what cannot be copied.
@@ -209,7 +212,7 @@ fn limits_hold_and_one_more_is_refused() {
         check(PIECES_MAX),
     ] {
         near.send_to_port(&message).unwrap();
-        let came = far.receive_from_worker().unwrap().unwrap();
+        let came = far.receive_from_worker(true).unwrap().unwrap();
         assert_eq!(came.fds().len(), message.fds().len());
     }
     for message in [
@@ -231,7 +234,7 @@ fn limits_hold_and_one_more_is_refused() {
     assert!(config(2048).encode().is_ok() && config(2049).encode().is_err());
     for bytes in [MESSAGE_BYTES_MAX, MESSAGE_BYTES_MAX + 1] {
         send(near.as_fd(), &vec![0xff; bytes], SendFlags::empty()).unwrap();
-        let error = far.receive_from_worker().unwrap_err();
+        let error = far.receive_from_worker(true).unwrap_err();
         let cut = matches!(error, ChannelError::Message(MessageError::TooLong(..)));
         assert_eq!(cut, bytes > MESSAGE_BYTES_MAX, "{error}");
     }
@@ -315,4 +318,30 @@ proptest! {
             any_bytes(bytes, fds);
         }
     }
+}
+
+/// Closing it may take for ever, so it is not even closed.
+#[test]
+fn what_is_no_memory_is_refused_of_a_worker_and_nobody_waits_for_its_end() {
+    let (near, far) = Channel::pair().unwrap();
+    let memory = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    let (end, strange) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
+    for (files, good) in [
+        (vec![memory.try_clone().unwrap()], true),
+        (vec![memory, strange], false),
+    ] {
+        let part = MapPart {
+            last: true,
+            pieces: Vec::new(),
+            files,
+        };
+        near.send_to_port(&ToPort::Map(Token(1), part)).unwrap();
+        let came = far.receive_from_worker(false);
+        assert_eq!(came.is_ok(), good, "{came:?}");
+        let refused = came
+            .err()
+            .is_none_or(|error| matches!(error, ChannelError::Message(MessageError::NoMemory)));
+        assert!(refused);
+    }
+    assert_eq!(read(&end, &mut [0u8; 1]), Err(Errno::AGAIN), "still open");
 }

@@ -130,6 +130,7 @@ const CALLS: &[Call] = &[
     #[cfg(debug_assertions)]
     when("fcntl(F_GETFD)", libc::SYS_fcntl, Only::Is(1, libc::F_GETFD as u64), "whether what is closed is open"),
     when("fcntl(F_ADD_SEALS)", libc::SYS_fcntl, Only::Is(1, libc::F_ADD_SEALS as u64), "a worker's table cannot be cut off"),
+    when("fcntl(F_GET_SEALS)", libc::SYS_fcntl, Only::Is(1, libc::F_GET_SEALS as u64), "whether what a worker hands on is memory"),
     when("fcntl(F_DUPFD_CLOEXEC)", libc::SYS_fcntl, Only::Is(1, libc::F_DUPFD_CLOEXEC as u64), "what is handed to a worker"),
 ];
 

@@ -92,8 +92,10 @@ impl Hearing {
 
     /// Answers the worker until it is gone, or must go.
     fn serve(&mut self) -> Fault {
+        // As its VMM is: what it tells of that comes with the VMM's pidfd.
+        let trusted = self.worker.hold.mapped;
         loop {
-            let message = match self.worker.channel.receive_from_worker() {
+            let message = match self.worker.channel.receive_from_worker(trusted) {
                 Ok(Some(message)) => message,
                 Ok(None) => return Fault::Gone,
                 Err(error) => return error.into(),
