@@ -9,6 +9,7 @@ use apart::{Daemon, Rig};
 use rustix::process::Signal;
 use soft::{Vmm, freeze, signal, until};
 use std::time::{Duration, Instant};
+use sublet::config::Config;
 use sublet::daemon::{socket::ControlSocket, vocabulary::*};
 use sublet::pool::{Cause, LeaseStore, Move, RedbStore, Scrubbed};
 use sublet::port::{leases_socket, verbs_socket};
@@ -170,17 +171,21 @@ fn port_that_has_gone_costs_its_own_leases_and_the_other_port_goes_on() {
     vmm.copy(10).unwrap();
 }
 
+/// A port that takes calls, and never answers.
+fn hanging(config: &Config, name: &str) -> [ControlSocket; 2] {
+    std::fs::create_dir_all(config.port_folder(name)).unwrap();
+    [
+        ControlSocket::claim(&verbs_socket(config, name)).unwrap(),
+        ControlSocket::claim_packets(&leases_socket(config, name)).unwrap(),
+    ]
+}
+
 #[test]
 fn port_that_hangs_costs_its_own_lines_and_a_daemon_waits_for_none() {
     let mut rig = Rig::new(&["ntb0", "ntb1"]);
     rig.offer(0, "ntb0");
     rig.stop_port(4, "ntb1");
-    // Takes calls, and never answers.
-    let config = rig.lender_config();
-    let folder = config.port_folder("ntb1");
-    std::fs::create_dir_all(&folder).unwrap();
-    let _verbs = ControlSocket::claim(&verbs_socket(&config, "ntb1")).unwrap();
-    let _line = ControlSocket::claim_packets(&leases_socket(&config, "ntb1")).unwrap();
+    let _hanging = hanging(&rig.lender_config(), "ntb1");
     rig.lender.kill();
     rig.lender = rig.start_lender();
     for _ in 0..3 {
@@ -202,6 +207,75 @@ fn port_that_hangs_costs_its_own_lines_and_a_daemon_waits_for_none() {
             .any(|entry| entry.fdid == apart::fdid(0))
     );
     rig.borrow(0).unwrap();
+}
+
+const FULL: &str = "1 functions are borrowed for trust domain `lab`, its limit: return one first, \
+                    or raise limits.functions_per_domain";
+
+fn two_ports_with_one_function_for_a_domain() -> Rig {
+    let rig = Rig::limited(&["ntb0", "ntb1"], "functions_per_domain = 1");
+    rig.offer(0, "ntb0");
+    rig.offer(1, "ntb1");
+    rig
+}
+
+fn assert_full(refused: Result<BorrowedFunction, VerbError>, words: &str) {
+    let refused = refused.unwrap_err();
+    assert_eq!((refused.code, &refused.text[..]), (ErrorCode::Limit, words));
+}
+
+#[test]
+fn trust_domain_has_as_many_functions_over_all_ports_as_it_may_and_not_one_more() {
+    let mut rig = two_ports_with_one_function_for_a_domain();
+    rig.borrow(0).unwrap();
+    assert_full(rig.borrow(1), FULL);
+    rig.borrow_for(1, Some("other")).unwrap();
+    rig.give_back(1).unwrap();
+    rig.borrower.kill();
+    rig.start_borrower();
+    rig.wait_sessions();
+    assert_full(rig.borrow(1), FULL);
+    rig.give_back(0).unwrap();
+    rig.borrow(1).unwrap();
+    assert_full(rig.borrow(0), FULL);
+    // A port that has gone has nothing.
+    rig.stop_port(8, "ntb1");
+    rig.borrow(0).unwrap();
+}
+
+#[test]
+fn of_two_borrows_at_once_through_two_ports_the_limit_lets_one_in() {
+    let rig = two_ports_with_one_function_for_a_domain();
+    for _ in 0..4 {
+        let answers = std::thread::scope(|scope| {
+            let borrow = |at| {
+                scope.spawn({
+                    let rig = &rig;
+                    move || rig.borrow(at)
+                })
+            };
+            [0, 1].map(borrow).map(|verb| verb.join().unwrap())
+        });
+        let got = answers.iter().position(Result::is_ok).unwrap();
+        let [first, second] = answers;
+        assert_full(if got == 0 { second } else { first }, FULL);
+        rig.give_back(got).unwrap();
+    }
+}
+
+#[test]
+fn port_that_hangs_is_counted_with_what_it_may_have() {
+    let mut rig = two_ports_with_one_function_for_a_domain();
+    rig.stop_port(8, "ntb0");
+    let _hanging = hanging(&Config::load(&rig.borrower.file).unwrap(), "ntb0");
+    // It had nothing when it was last heard of.
+    rig.borrow(1).unwrap();
+    rig.give_back(1).unwrap();
+    rig.borrower.kill();
+    rig.start_borrower();
+    let silent = "Counted is what port `ntb0` last said, or the most that it may have, as it does \
+                  not answer: see `sublet status`";
+    assert_full(rig.borrow(1), &format!("{FULL}. {silent}"));
 }
 
 #[test]

@@ -264,6 +264,9 @@ pub struct BorrowedStatus {
     pub fdid: FdidText,
     /// The lease.
     pub lease: Hex64,
+    /// Whose it is; empty, where a port of an older build tells.
+    #[serde(default)]
+    pub trust_domain: String,
     /// Where a VMM finds it.
     pub socket: PathBuf,
     /// Where the guest session stands, in a word.

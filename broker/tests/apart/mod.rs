@@ -276,12 +276,27 @@ impl Rig {
         heartbeat_ms: u64,
     ) -> Self {
         let mut rig = Self::without_ports(names, functions, workers, heartbeat_ms);
-        for name in names {
-            rig.start_port(4, name);
-            rig.start_port(8, name);
-        }
-        rig.wait_sessions();
+        rig.start_ports(names);
         rig
+    }
+
+    /// With limits of the borrower's own.
+    pub fn limited(names: &[&'static str], limits: &str) -> Self {
+        let mut rig = Self::without_ports(names, 3, processes(), 50);
+        rig.borrower.kill();
+        let file = fs::read_to_string(&rig.borrower.file).unwrap();
+        fs::write(&rig.borrower.file, format!("{file}[limits]\n{limits}\n")).unwrap();
+        rig.start_borrower();
+        rig.start_ports(names);
+        rig
+    }
+
+    fn start_ports(&mut self, names: &[&'static str]) {
+        for name in names {
+            self.start_port(4, name);
+            self.start_port(8, name);
+        }
+        self.wait_sessions();
     }
 
     /// Daemons alone.
@@ -350,6 +365,10 @@ impl Rig {
 
     pub fn start_daemons(&mut self) {
         self.lender = self.start_lender();
+        self.start_borrower();
+    }
+
+    pub fn start_borrower(&mut self) {
         self.borrower = Daemon::start(&self.borrower.file, &control(self.dir.path(), 8));
     }
 
@@ -388,13 +407,22 @@ impl Rig {
     }
 
     pub fn borrow(&self, at: usize) -> Result<BorrowedFunction, VerbError> {
+        self.borrow_for(at, None)
+    }
+
+    /// For this trust domain; `None` = the port's own.
+    pub fn borrow_for(
+        &self,
+        at: usize,
+        domain: Option<&str>,
+    ) -> Result<BorrowedFunction, VerbError> {
         let told = self.borrower.verb(Verb::Borrow {
             fdid: fdid(at),
             socket: format!("{at}.vf").into(),
             ram: None,
             bars: None,
             trust_vmm: false,
-            trust_domain: None,
+            trust_domain: domain.map(str::to_owned),
         })?;
         match told {
             Outcome::Borrowed(told) => Ok(*told),

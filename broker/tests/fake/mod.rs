@@ -128,6 +128,7 @@ pub fn status() -> HostStatus {
         borrowed: vec![BorrowedStatus {
             fdid: fdid("44a01"),
             lease: Hex64(0x2a),
+            trust_domain: "lab".to_owned(),
             socket: "/run/sublet/vm.sock".into(),
             state: "attached".to_owned(),
             vmm_pid: Some(901),

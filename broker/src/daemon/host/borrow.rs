@@ -209,7 +209,8 @@ impl LocalHost {
     }
 
     /// Refused when as many as the configuration allows are borrowed for this trust domain, on
-    /// whichever ports, those included that other verbs are about to borrow.
+    /// whichever ports of this process, those included that other verbs are about to borrow. Of
+    /// ports apart, the daemon counts all (`router/tenants.rs`).
     fn check_room_of_domain(&self, state: &State, domain: &str) -> Result<(), VerbError> {
         let limit = self.config.limits.functions_per_domain as usize;
         let held = state.borrowed.values();
@@ -218,11 +219,7 @@ impl LocalHost {
         if held.count() + wished.count() < limit {
             return Ok(());
         }
-        let text = format!(
-            "{limit} functions are borrowed for trust domain `{domain}`, its limit: return one \
-             first, or raise limits.functions_per_domain"
-        );
-        Err(refuse(ErrorCode::Limit, text))
+        Err(no_room_for(domain, self.config.limits.functions_per_domain))
     }
 
     /// Refused when as many as the configuration allows are borrowed through this port, those
@@ -274,6 +271,14 @@ impl LocalHost {
             Some(error) => Err(from_call(&error)),
         }
     }
+}
+
+pub(in crate::daemon) fn no_room_for(domain: &str, limit: u32) -> VerbError {
+    let text = format!(
+        "{limit} functions are borrowed for trust domain `{domain}`, its limit: return one first, \
+         or raise limits.functions_per_domain"
+    );
+    refuse(ErrorCode::Limit, text)
 }
 
 /// A VMM with mapped BARs is as powerful as the port: it must be trusted, and all that goes

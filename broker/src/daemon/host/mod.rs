@@ -39,6 +39,7 @@ use vfio_shim::ntb::hw::IntelPort;
 use vfio_shim::path::{EngineError, LeasePool, PortStatus};
 use vfio_shim::sysfs::Sysfs;
 
+pub(in crate::daemon) use borrow::no_room_for;
 pub(crate) use folder::listen;
 pub use functions::{Functions, OpenFunction};
 pub(in crate::daemon) use lend::way_out;

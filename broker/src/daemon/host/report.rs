@@ -239,6 +239,7 @@ fn borrowed(fdid: Fdid, held: &Borrowed, view: View, refused: Refused) -> Borrow
     BorrowedStatus {
         fdid: FdidText::from(fdid),
         lease: Hex64(held.lease.0),
+        trust_domain: held.trust_domain.clone(),
         socket: held.socket.clone(),
         state: match (&lost, view.state) {
             (Some(_), _) => "lost",

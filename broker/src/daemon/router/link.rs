@@ -119,6 +119,11 @@ impl PortLink {
         }
     }
 
+    /// Whether anybody listens there. If not, no port of this name holds anything.
+    pub(super) fn is_there(&self) -> bool {
+        !connect(&self.verbs, SocketType::STREAM).is_err_and(|error| is_missing(&error))
+    }
+
     /// Nobody is there.
     fn away(&self, error: &io::Error) -> VerbError {
         if error.kind() == io::ErrorKind::WouldBlock {

@@ -8,6 +8,7 @@
 mod lend;
 mod link;
 mod report;
+mod tenants;
 
 use super::Host;
 use super::host::HostError;
@@ -20,6 +21,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use tenants::Tenants;
 use vfio_shim::model::{Bdf, Fdid};
 use vfio_shim::path::LeasePool;
 use vfio_shim::path::grant::ToPool;
@@ -38,6 +40,7 @@ pub struct Router {
     started: Instant,
     /// Functions that a lender's verb is at work on.
     busy: Mutex<BTreeSet<Bdf>>,
+    tenants: Tenants,
     links: Vec<PortLink>,
     pool: PoolService,
 }
@@ -88,6 +91,7 @@ impl Router {
             sandbox,
             started: Instant::now(),
             busy: Mutex::default(),
+            tenants: Tenants::new(config.limits, names.len()),
             links: names.iter().map(link).collect::<Result<_, _>>()?,
             pool,
         })
@@ -127,6 +131,19 @@ impl Router {
 
     /// How each port says that it stands.
     fn statuses(&self) -> Vec<Result<HostStatus, VerbError>> {
+        let round = self.tenants.round();
+        let statuses = self.ask_statuses();
+        let answers = statuses.iter().zip(&self.links);
+        let told = answers.map(|(status, link)| match status {
+            Ok(status) => Some(&status.borrowed[..]),
+            Err(_) if link.is_there() => None,
+            Err(_) => Some(&[][..]),
+        });
+        self.tenants.heard(round, &told.collect::<Vec<_>>());
+        statuses
+    }
+
+    fn ask_statuses(&self) -> Vec<Result<HostStatus, VerbError>> {
         let answers = self.ask_all(&Verb::Status, STATUS_DEADLINE).into_iter();
         let status = |(answer, link): (Result<Outcome, VerbError>, &PortLink)| match answer? {
             Outcome::Status(status) => Ok(*status),
@@ -146,16 +163,30 @@ impl Router {
         let own = fdid.node == self.config.node_id;
         let leading = |(at, status)| (leads(status) || own && status.is_ok()).then_some(at);
         let leading: Vec<usize> = statuses.iter().enumerate().filter_map(leading).collect();
-        match leading[..] {
-            [] => Err(report::no_way(fdid, &self.links, &statuses)),
-            [at] => self.links[at].ask(verb, VERB_DEADLINE),
+        let at = match leading[..] {
+            [] => return Err(report::no_way(fdid, &self.links, &statuses)),
+            [at] => at,
             // Several cables to one host: a function is offered through one of them.
             [first, ..] => {
                 let offers = |at: &&usize| self.links[**at].offers(fdid, LIST_DEADLINE);
-                let at = leading.iter().find(offers).copied().unwrap_or(first);
-                self.links[at].ask(verb, VERB_DEADLINE)
+                leading.iter().find(offers).copied().unwrap_or(first)
             }
-        }
+        };
+        self.borrow_at(at, fdid, verb)
+    }
+
+    /// Refused, if its trust domain has as many functions as it may, over all ports.
+    fn borrow_at(&self, at: usize, fdid: Fdid, verb: &Verb) -> Result<Outcome, VerbError> {
+        let domain = match verb {
+            Verb::Borrow { trust_domain, .. } => trust_domain.as_ref(),
+            _ => None,
+        };
+        let domain = domain.unwrap_or(&self.config.ports[at].trust_domain);
+        let names = self.links.iter().map(|link| link.name.as_str());
+        let wish = self.tenants.wish(fdid, domain, names)?;
+        let answer = self.links[at].ask(verb, VERB_DEADLINE);
+        wish.answered(at, &answer);
+        answer
     }
 
     /// Gives back at the port that has it.
