@@ -12,6 +12,7 @@ use rustix::{
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 use vfio_shim::{
@@ -25,6 +26,8 @@ use vmm_glue::vfio_user::memory_check::{Inode, MemoryError, MemoryMaps};
 const ADMIT_WAIT: Duration = Duration::from_secs(5);
 /// How long a function's opening and closing may take: a handover, and a driver's own time.
 const FUNCTION_WAIT: Duration = Duration::from_secs(30);
+/// How long a function's stop may take, which its lender waits for before it takes it back.
+const STOP_WAIT: Duration = Duration::from_secs(5);
 /// How long a look at a process's memory may take.
 const CHECK_WAIT: Duration = Duration::from_secs(5);
 
@@ -40,7 +43,47 @@ pub struct Keeper {
 struct Hold {
     keeper: Keeper,
     bdf: Bdf,
-    channel: Channel,
+    line: Arc<Line>,
+}
+
+/// The connection of an open function, until an answer does not come in time: what came later
+/// would be taken for the next one.
+#[derive(Debug)]
+struct Line {
+    path: PathBuf,
+    channel: Mutex<Option<Channel>>,
+}
+
+impl Line {
+    fn ask(&self, question: &ToKeeper, wait: Duration) -> Result<FromKeeper, VerbError> {
+        let mut channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = match &*channel {
+            Some(channel) => ask(channel, &self.path, question, wait),
+            None => Err(lost(&self.path, "its connection has ended")),
+        };
+        if answer.is_err() {
+            *channel = None;
+        }
+        answer
+    }
+}
+
+/// Stops a function that the keeper has opened for this process, for as long as it is open.
+#[derive(Debug)]
+pub struct Stopper(Weak<Line>);
+
+impl Stopper {
+    /// What it does ends until its next reset, where its PF's driver has a file for that.
+    pub fn stop(&self) -> Result<(), VerbError> {
+        let Some(line) = self.0.upgrade() else {
+            let text = "it is closed already, and its reset has stopped it: nothing is to be done";
+            return Err(VerbError::new(ErrorCode::WrongState, text));
+        };
+        match line.ask(&ToKeeper::Stop, STOP_WAIT)? {
+            FromKeeper::Done | FromKeeper::NoFile => Ok(()),
+            other => Err(unexpected(&line.path, other)),
+        }
+    }
 }
 
 fn lost(path: &Path, why: impl std::fmt::Display) -> VerbError {
@@ -50,6 +93,14 @@ fn lost(path: &Path, why: impl std::fmt::Display) -> VerbError {
         path.display()
     );
     VerbError::new(ErrorCode::Kernel, text)
+}
+
+/// A refusal, or an answer to something else.
+fn unexpected(path: &Path, answer: FromKeeper) -> VerbError {
+    match answer {
+        FromKeeper::Refused(refusal) => refusal,
+        _ => lost(path, "it answers something else"),
+    }
 }
 
 impl Keeper {
@@ -71,32 +122,34 @@ impl Keeper {
         let channel = connected().map_err(|errno| lost(path, io::Error::from(errno)))?;
         match hear(&channel, path, ADMIT_WAIT)? {
             FromKeeper::Done => Ok(channel),
-            FromKeeper::Refused(refusal) => Err(refusal),
-            FromKeeper::Opened(_) => Err(lost(path, "it answers something else")),
+            other => Err(unexpected(path, other)),
         }
     }
 
     /// Opens a function of the keeper's allow-list. What is kept with it gives it back, and waits
     /// for that.
     pub fn open(&self, bdf: Bdf) -> Result<OpenGroup, VerbError> {
+        self.open_to_lend(bdf).map(|(opened, _)| opened)
+    }
+
+    /// The same, and what stops it.
+    pub fn open_to_lend(&self, bdf: Bdf) -> Result<(OpenGroup, Stopper), VerbError> {
         let path = super::functions_socket(&self.folder);
         let channel = self.connect(&path)?;
-        match ask(&channel, &path, &ToKeeper::Open(bdf), FUNCTION_WAIT)? {
-            FromKeeper::Opened(opened) => {
-                let keeper = self.clone();
-                let hold = Hold {
-                    keeper,
-                    bdf,
-                    channel,
-                };
-                Ok(OpenGroup {
-                    kept: Some(Box::new(hold)),
-                    ..opened
-                })
-            }
-            FromKeeper::Done => Err(lost(&path, "it answers something else")),
-            FromKeeper::Refused(refusal) => Err(refusal),
-        }
+        let opened = match ask(&channel, &path, &ToKeeper::Open(bdf), FUNCTION_WAIT)? {
+            FromKeeper::Opened(opened) => opened,
+            other => return Err(unexpected(&path, other)),
+        };
+        let channel = Mutex::new(Some(channel));
+        let line = Arc::new(Line { path, channel });
+        let stopper = Stopper(Arc::downgrade(&line));
+        let keeper = self.clone();
+        let hold = Hold { keeper, bdf, line };
+        let opened = OpenGroup {
+            kept: Some(Box::new(hold)),
+            ..opened
+        };
+        Ok((opened, stopper))
     }
 }
 
@@ -132,17 +185,16 @@ fn hear(channel: &Channel, path: &Path, wait: Duration) -> Result<FromKeeper, Ve
 impl Hold {
     /// Gives the function back, by the keeper that is there now.
     fn give_back(&self) -> Result<(), VerbError> {
-        let path = super::functions_socket(&self.keeper.folder);
+        let path = &self.line.path;
         let close = ToKeeper::Close(self.bdf);
-        let answer = match ask(&self.channel, &path, &close, FUNCTION_WAIT) {
+        let answer = match self.line.ask(&close, FUNCTION_WAIT) {
             // The keeper that has opened it has ended: another one may be there.
-            Err(_) => ask(&self.keeper.connect(&path)?, &path, &close, FUNCTION_WAIT)?,
+            Err(_) => ask(&self.keeper.connect(path)?, path, &close, FUNCTION_WAIT)?,
             Ok(answer) => answer,
         };
         match answer {
             FromKeeper::Done => Ok(()),
-            FromKeeper::Refused(refusal) => Err(refusal),
-            FromKeeper::Opened(_) => Err(lost(&path, "it answers something else")),
+            other => Err(unexpected(path, other)),
         }
     }
 }
@@ -172,10 +224,31 @@ impl MemoryMaps for Keeper {
             let question = ToKeeper::CheckShared(check);
             match ask(&channel, &path, &question, CHECK_WAIT).map_err(told)? {
                 FromKeeper::Done => {}
-                FromKeeper::Refused(refusal) => return Err(told(refusal)),
-                FromKeeper::Opened(_) => return Err(told(lost(&path, "it answers nonsense"))),
+                other => return Err(told(unexpected(&path, other))),
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answer_that_comes_too_late_is_not_taken_for_the_next_one() {
+        let (own, keepers) = Channel::pair().unwrap();
+        let line = Line {
+            path: "/run/keeper".into(),
+            channel: Mutex::new(Some(own)),
+        };
+        let late = line.ask(&ToKeeper::Stop, Duration::ZERO).unwrap_err();
+        assert!(late.text.contains("nothing within 0ns"), "{late}");
+        let asked: Option<ToKeeper> = keepers.hear().unwrap();
+        assert_eq!(asked, Some(ToKeeper::Stop));
+        let heard = keepers.say(&FromKeeper::Done, false).unwrap();
+        assert_eq!(heard, Sent::Closed, "nobody reads it any more");
+        let ended = line.ask(&ToKeeper::Stop, Duration::ZERO).unwrap_err();
+        assert!(ended.text.contains("its connection has ended"), "{ended}");
     }
 }

@@ -253,6 +253,26 @@ impl Holds {
         }
     }
 
+    /// Stops a function that this client has open until its next reset; `false` = its PF's driver
+    /// has no file for that.
+    pub(super) fn stop(&self, client: Client, bdf: Bdf) -> Result<bool, VerbError> {
+        let its = |owner: &Option<Client>| *owner == Some(client);
+        let Some((mut turn, owner, guard)) = self.take_back(bdf, its) else {
+            let text = format!("the keeper has {bdf} open for this connection no more: open it");
+            return Err(refuse(ErrorCode::WrongState, text));
+        };
+        turn.then = Some(Entry::Held(owner, guard));
+        let sysfs = &self.ground.sysfs;
+        let file = sysfs.xe_stop(bdf);
+        let Some(file) = file.map_err(|error| refusals::from_sysfs(&error))? else {
+            return Ok(false);
+        };
+        let stopped = sysfs.stop_xe_vf(&file);
+        stopped.map_err(|error| refusals::from_sysfs(&error))?;
+        tracing::info!(%bdf, pid = client.pid, "stopped");
+        Ok(true)
+    }
+
     /// Gives a function back that this client has opened, or one whose client had the last keeper.
     /// The client has closed it; what is not closed in time is refused, and stays as it is.
     pub(super) fn close(&self, client: Client, bdf: Bdf) -> Result<(), VerbError> {

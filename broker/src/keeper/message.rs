@@ -19,6 +19,9 @@ pub enum ToKeeper {
     /// Bind it to vfio-pci where it is not, and hand its group over. One function for each
     /// connection: what has been bound is undone when the connection ends.
     Open(Bdf),
+    /// Stop what the function of this connection does until its next reset, where its PF's driver
+    /// has a file for that: xe has one, and its write takes root.
+    Stop,
     /// The asker has closed it: give it back to what had it before.
     Close(Bdf),
     /// Whether a process maps these ranges shared; asked at the other socket.
@@ -32,6 +35,8 @@ pub enum FromKeeper {
     Opened(OpenGroup),
     /// Done; of a check: it is so.
     Done,
+    /// Of a stop: there is no such file, and nothing was done.
+    NoFile,
     /// Refused, with cause and mend.
     Refused(VerbError),
 }
@@ -40,10 +45,12 @@ mod kind {
     pub const OPEN: u16 = 1;
     pub const CLOSE: u16 = 2;
     pub const CHECK_SHARED: u16 = 3;
+    pub const STOP: u16 = 4;
 
     pub const OPENED: u16 = 33;
     pub const DONE: u16 = 34;
     pub const REFUSED: u16 = 35;
+    pub const NO_FILE: u16 = 36;
 }
 
 fn put_bdf(w: &mut Writer, bdf: Bdf) {
@@ -75,6 +82,7 @@ impl Datagram for ToKeeper {
                 w.u16(kind::OPEN);
                 put_bdf(&mut w, *bdf);
             }
+            Self::Stop => w.u16(kind::STOP),
             Self::Close(bdf) => {
                 w.u16(kind::CLOSE);
                 put_bdf(&mut w, *bdf);
@@ -96,6 +104,7 @@ impl Datagram for ToKeeper {
         let mut r = Reader::new(bytes);
         let message = match r.u16()? {
             kind::OPEN => Self::Open(get_bdf(&mut r)?),
+            kind::STOP => Self::Stop,
             kind::CLOSE => Self::Close(get_bdf(&mut r)?),
             kind::CHECK_SHARED => Self::CheckShared(get_check(&mut r)?),
             other => return Err(bad("kind", other)),
@@ -111,6 +120,7 @@ impl Datagram for FromKeeper {
         match self {
             Self::Opened(_) => w.u16(kind::OPENED),
             Self::Done => w.u16(kind::DONE),
+            Self::NoFile => w.u16(kind::NO_FILE),
             Self::Refused(refusal) => {
                 w.u16(kind::REFUSED);
                 put_refusal(&mut w, refusal)?;
@@ -122,7 +132,7 @@ impl Datagram for FromKeeper {
     fn fds(&self) -> Vec<BorrowedFd<'_>> {
         match self {
             Self::Opened(opened) => vec![opened.group.as_fd(), opened.container.as_fd()],
-            Self::Done | Self::Refused(_) => Vec::new(),
+            Self::Done | Self::NoFile | Self::Refused(_) => Vec::new(),
         }
     }
 
@@ -144,6 +154,7 @@ impl Datagram for FromKeeper {
                 check_fds(fds.len(), 0)?;
                 match kind {
                     kind::DONE => Self::Done,
+                    kind::NO_FILE => Self::NoFile,
                     kind::REFUSED => Self::Refused(get_refusal(&mut r)?),
                     other => return Err(bad("kind", other)),
                 }

@@ -33,6 +33,7 @@ fn fds(count: usize) -> Vec<OwnedFd> {
 fn questions() -> Vec<ToKeeper> {
     vec![
         ToKeeper::Open(bdf("0000:01:00.1")),
+        ToKeeper::Stop,
         ToKeeper::Close(bdf("ffff:ff:1f.7")),
         ToKeeper::CheckShared(check(PIECES_MAX, 42)),
     ]
@@ -49,6 +50,7 @@ fn answers() -> Vec<(FromKeeper, usize)> {
     vec![
         (FromKeeper::Opened(opened), 2),
         (FromKeeper::Done, 0),
+        (FromKeeper::NoFile, 0),
         (FromKeeper::Refused(refused), 0),
     ]
 }

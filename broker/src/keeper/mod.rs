@@ -1,7 +1,7 @@
 //! The keeper: the only process that needs root. It binds and opens what its configuration names, for one user's processes.
 //!
 //! ```text
-//! sublet keeper --functions.sock--> a thread for each connection: bind, open, hand over, give back
+//! sublet keeper --functions.sock--> a thread for each connection: bind, open, hand over, stop, give back
 //!   (root, no capability, Landlock: sysfs and /dev/vfio)
 //!   \- sublet keeper-checks --checks.sock--> whether a process maps memory shared
 //!        (root, CAP_SYS_PTRACE alone, sees /proc and nothing else)
@@ -20,11 +20,13 @@ mod role;
 mod serve;
 mod socket;
 #[cfg(test)]
-mod tests;
+mod stop_tests;
+#[cfg(test)]
+pub(crate) mod tests;
 mod user;
 
 pub use checks::run as run_checks;
-pub use client::Keeper;
+pub use client::{Keeper, Stopper};
 pub use holds::{Ground, Opener, Waits};
 pub use message::{FromKeeper, ToKeeper};
 pub(crate) use message::{get_refusal, put_refusal};
@@ -111,20 +113,23 @@ fn journal_folder(folder: &Path) -> PathBuf {
     folder.join("bound")
 }
 
-/// What the keeper reads and writes, and nothing else: of sysfs what binds and tells, and VFIO.
-fn kept(folder: &Path) -> Kept {
+/// What the keeper reads and writes below `top`, and nothing else: of sysfs what binds, stops and
+/// tells, and VFIO.
+fn kept(folder: &Path, top: &Path) -> Kept {
     let reach = [
-        (Reach::Read as fn(PathBuf) -> Reach, "/sys"),
-        (Reach::Write, "/sys/bus/pci"),
-        (Reach::Write, "/sys/devices"),
-        (Reach::Device, "/dev/vfio"),
+        (Reach::Read as fn(PathBuf) -> Reach, "sys"),
+        (Reach::Write, "sys/bus/pci"),
+        (Reach::Write, "sys/devices"),
+        (Reach::Device, "dev/vfio"),
     ];
-    let there = reach.into_iter().filter_map(|(how, path)| {
-        if !Path::new(path).exists() {
+    let there = reach.into_iter().filter_map(|(how, below)| {
+        let path = top.join(below);
+        if !path.exists() {
+            let path = path.display();
             tracing::warn!("there is no {path}: modprobe vfio-pci, and start the keeper again");
             return None;
         }
-        Some(how(path.into()))
+        Some(how(path))
     });
     let own = Reach::Own(folder.to_owned());
     Kept {
@@ -155,7 +160,7 @@ pub fn run(
     let checks = Checks::start(program, sandbox, &checks_socket(&folder), uid)?;
     let own = [&functions, checks.process()].map(AsRawFd::as_raw_fd);
     let own: Vec<i32> = own.into_iter().chain([0, 1, 2]).collect();
-    let confined = confine_but(role, sandbox, &own, &kept(&folder))?;
+    let confined = confine_but(role, sandbox, &own, &kept(&folder, Path::new("/")))?;
     let stop = stop_signals().map_err(kernel("take signals"))?;
     let holds = Holds::new(config, Ground::of_the_kernel(), journal, Waits::default());
     let holds = Arc::new(holds.map_err(kernel("read its journal"))?);

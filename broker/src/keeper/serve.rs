@@ -211,6 +211,7 @@ impl Connection {
                 self.open = Some(bdf);
                 Ok(FromKeeper::Opened(opened))
             }
+            (ToKeeper::Stop, Service::Functions(holds)) => self.stop(&holds),
             (ToKeeper::Close(bdf), Service::Functions(holds)) => {
                 holds.close(self.client, bdf)?;
                 self.open = self.open.filter(|open| *open != bdf);
@@ -221,6 +222,17 @@ impl Connection {
                 let text = "that is asked at the keeper's other socket";
                 Err(refuse(ErrorCode::BadRequest, text))
             }
+        }
+    }
+
+    fn stop(&self, holds: &Holds) -> Result<FromKeeper, VerbError> {
+        let bdf = self.open.ok_or_else(|| {
+            let text = "this connection has no function open: ask on the one that opened it";
+            refuse(ErrorCode::BadRequest, text)
+        })?;
+        match holds.stop(self.client, bdf)? {
+            true => Ok(FromKeeper::Done),
+            false => Ok(FromKeeper::NoFile),
         }
     }
 }

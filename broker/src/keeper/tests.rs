@@ -39,15 +39,17 @@ use vmm_glue::vfio_user::memory_check::{Inode, MemoryMaps};
 /// Longer than anything here takes; a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
 const NTB: &str = "0000:02:00.0";
-const VF: &str = "0000:01:00.1";
-const OTHER: &str = "0000:01:00.2";
+/// The PF of both VFs, where there is one.
+pub(crate) const PF: &str = "0000:01:00.0";
+pub(crate) const VF: &str = "0000:01:00.1";
+pub(crate) const OTHER: &str = "0000:01:00.2";
 const FORBIDDEN: &str = "0000:03:00.0";
 
-fn bdf(text: &str) -> Bdf {
+pub(crate) fn bdf(text: &str) -> Bdf {
     text.parse().unwrap()
 }
 
-fn put(path: &Path, text: &str) {
+pub(crate) fn put(path: &Path, text: &str) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, text).unwrap();
 }
@@ -57,20 +59,29 @@ fn put(path: &Path, text: &str) {
 type Groups = Mutex<BTreeMap<Bdf, OwnedFd>>;
 
 /// A host of files. It outlives its keepers, as the kernel does.
-struct Machine {
-    dir: tempfile::TempDir,
+pub(crate) struct Machine {
+    dir: PathBuf,
+    _made: Option<tempfile::TempDir>,
     groups: Arc<Groups>,
     /// What was written, file by file.
-    writes: Arc<Mutex<Vec<String>>>,
+    pub(crate) writes: Arc<Mutex<Vec<String>>>,
 }
 
 impl Machine {
-    fn new() -> Self {
-        let machine = Self {
-            dir: tempfile::tempdir().unwrap(),
+    /// The one that is there already.
+    pub(crate) fn at(dir: &Path) -> Self {
+        Self {
+            dir: dir.to_owned(),
+            _made: None,
             groups: Arc::default(),
             writes: Arc::default(),
-        };
+        }
+    }
+
+    pub(crate) fn new() -> Self {
+        let made = tempfile::tempdir().unwrap();
+        let mut machine = Self::at(made.path());
+        machine._made = Some(made);
         for driver in ["vfio-pci", "nvme"] {
             for file in ["bind", "unbind"] {
                 put(
@@ -86,15 +97,53 @@ impl Machine {
         machine
     }
 
-    fn sys(&self, below: &str) -> PathBuf {
-        self.dir.path().join("sys").join(below)
+    /// The folder that stands for `/`.
+    pub(crate) fn top(&self) -> &Path {
+        &self.dir
     }
 
-    fn folder(&self) -> PathBuf {
-        self.dir.path().join("keeper")
+    pub(crate) fn sys(&self, below: &str) -> PathBuf {
+        self.dir.join("sys").join(below)
     }
 
-    fn function(&self, bdf: &str, group: usize) {
+    pub(crate) fn folder(&self) -> PathBuf {
+        self.dir.join("keeper")
+    }
+
+    pub(crate) fn config(&self) -> Config {
+        let folder = self.folder();
+        let text = format!(
+            "[node]\nid = 4\nname = \"a\"\n[keeper]\nfolder = {folder:?}\n[[port]]\nname = \"n\"\n\
+             bdf = \"{NTB}\"\npeers = \"cable\"\ntrust_domain = \"t\"\n[policy]\nallow = [\"01:00.*\"]\n"
+        );
+        Config::parse(Path::new("test.toml"), &text).unwrap()
+    }
+
+    /// Makes these the VFs of [`PF`], which xe drives, each with the file that stops it.
+    pub(crate) fn xe_vfs(&self, vfs: &[&str]) {
+        let pf = self.sys(&format!("bus/pci/devices/{PF}"));
+        let real = self.sys(&format!("devices/pci0000:00/{PF}"));
+        fs::create_dir_all(&real).unwrap();
+        symlink(&real, &pf).unwrap();
+        self.function(PF, 9);
+        fs::create_dir_all(self.sys("bus/pci/drivers/xe")).unwrap();
+        self.bind_to(PF, "xe");
+        put(&pf.join("sriov_numvfs"), &format!("{}\n", vfs.len()));
+        for (index, vf) in vfs.iter().enumerate() {
+            let device = self.sys(&format!("bus/pci/devices/{vf}"));
+            symlink(&pf, device.join("physfn")).unwrap();
+            symlink(&device, pf.join(format!("virtfn{index}"))).unwrap();
+            put(&self.xe_stop(index + 1), "");
+        }
+    }
+
+    /// What stops the VF of that number.
+    pub(crate) fn xe_stop(&self, number: usize) -> PathBuf {
+        let pf = self.sys(&format!("bus/pci/devices/{PF}"));
+        pf.join(format!("sriov_admin/vf{number}/stop"))
+    }
+
+    pub(crate) fn function(&self, bdf: &str, group: usize) {
         let dir = self.sys(&format!("bus/pci/devices/{bdf}"));
         for name in [
             "vendor",
@@ -113,13 +162,13 @@ impl Machine {
         symlink(&group, dir.join("iommu_group")).unwrap();
     }
 
-    fn bind_to(&self, bdf: &str, driver: &str) {
+    pub(crate) fn bind_to(&self, bdf: &str, driver: &str) {
         let link = self.sys(&format!("bus/pci/devices/{bdf}/driver"));
         symlink(self.sys(&format!("bus/pci/drivers/{driver}")), link).unwrap();
     }
 
     /// sysfs that does what a kernel does on bind, unbind and probe.
-    fn sysfs(&self) -> Sysfs {
+    pub(crate) fn sysfs(&self) -> Sysfs {
         let root = self.sys("");
         let writes = Arc::clone(&self.writes);
         let groups = Arc::clone(&self.groups);
@@ -188,11 +237,11 @@ impl Machine {
         (driver, text.trim().replace("(null)", ""))
     }
 
-    fn is_bound(&self, bdf: &str) -> bool {
+    pub(crate) fn is_bound(&self, bdf: &str) -> bool {
         self.binding(bdf) == (Some("vfio-pci".to_owned()), "vfio-pci".to_owned())
     }
 
-    fn is_as_before(&self, bdf: &str) -> bool {
+    pub(crate) fn is_as_before(&self, bdf: &str) -> bool {
         self.binding(bdf) == (None, String::new()) && self.records().is_empty()
     }
 
@@ -219,7 +268,7 @@ fn is_open(groups: &Groups, bdf: Bdf) -> bool {
     !fds[0].revents().contains(PollFlags::HUP)
 }
 
-fn until(what: &str, mut look: impl FnMut() -> bool) {
+pub(super) fn until(what: &str, mut look: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !look() {
         assert!(Instant::now() < deadline, "{what} did not come true");
@@ -258,7 +307,7 @@ impl MemoryMaps for Shared {
 }
 
 /// A keeper in threads of this process: all of it but its sandbox.
-struct Running {
+pub(crate) struct Running {
     stop: OwnedFd,
     threads: Vec<JoinHandle<()>>,
     shared: Arc<Shared>,
@@ -274,11 +323,7 @@ const SHORT: Waits = Waits {
 impl Running {
     fn start(machine: &Machine, uid: u32, waits: Waits, tended: bool) -> Self {
         let folder = machine.folder();
-        let text = format!(
-            "[node]\nid = 4\nname = \"a\"\n[keeper]\nfolder = {folder:?}\n[[port]]\nname = \"n\"\n\
-             bdf = \"{NTB}\"\npeers = \"cable\"\ntrust_domain = \"t\"\n[policy]\nallow = [\"01:00.*\"]\n"
-        );
-        let config = Config::parse(Path::new("test.toml"), &text).unwrap();
+        let config = machine.config();
         socket::claim_folder(&folder).unwrap();
         let journal = Journal::open(&journal_folder(&folder)).unwrap();
         let holds = Holds::new(config, machine.ground(), journal, waits).unwrap();
@@ -310,12 +355,12 @@ impl Running {
         }
     }
 
-    fn of(machine: &Machine) -> Self {
+    pub(crate) fn of(machine: &Machine) -> Self {
         Self::start(machine, geteuid().as_raw(), SHORT, true)
     }
 
     /// Listens no more. Its connections are as they were: the test ends them where it wants to.
-    fn stop(self) {
+    pub(crate) fn stop(self) {
         rustix::io::write(&self.stop, &1u64.to_ne_bytes()).unwrap();
         for thread in self.threads {
             thread.join().unwrap();
@@ -324,7 +369,7 @@ impl Running {
 }
 
 /// A client that says what it likes.
-struct Raw(Channel);
+pub(crate) struct Raw(Channel);
 
 impl Raw {
     fn connect(path: &Path) -> Self {
@@ -338,25 +383,25 @@ impl Raw {
         self.0.hear().unwrap()
     }
 
-    fn admitted(path: &Path) -> Self {
+    pub(crate) fn admitted(path: &Path) -> Self {
         let this = Self::connect(path);
         assert!(matches!(this.hear(), Some(FromKeeper::Done)));
         this
     }
 
-    fn ask(&self, question: &ToKeeper) -> FromKeeper {
+    pub(crate) fn ask(&self, question: &ToKeeper) -> FromKeeper {
         self.0.say(question, true).unwrap();
         self.hear().expect("an answer")
     }
 
-    fn refused(&self, question: &ToKeeper) -> VerbError {
+    pub(crate) fn refused(&self, question: &ToKeeper) -> VerbError {
         match self.ask(question) {
             FromKeeper::Refused(refusal) => refusal,
             other => panic!("not refused: {other:?}"),
         }
     }
 
-    fn opened(&self, bdf: Bdf) -> OpenGroup {
+    pub(crate) fn opened(&self, bdf: Bdf) -> OpenGroup {
         match self.ask(&ToKeeper::Open(bdf)) {
             FromKeeper::Opened(opened) => opened,
             other => panic!("not opened: {other:?}"),

@@ -3,7 +3,7 @@
 use super::refuse;
 use crate::daemon::refusals::{from_bind, from_lend, from_open, from_sysfs};
 use crate::daemon::vocabulary::{ErrorCode, VerbError};
-use crate::keeper::Keeper;
+use crate::keeper::{Keeper, Stopper};
 use crate::warden::Warden;
 use std::any::Any;
 use std::io;
@@ -61,17 +61,22 @@ impl KernelFunctions {
         }
     }
 
-    /// Bound and opened, and what undoes that.
-    fn open_vfio(&self, bdf: Bdf, driver: &str) -> Result<(VfioFunction, Kept), VerbError> {
+    /// Bound and opened, and what undoes that: with a keeper the function itself, which it stops.
+    fn open_vfio(
+        &self,
+        bdf: Bdf,
+        driver: &str,
+    ) -> Result<(VfioFunction, Kept, Option<Stopper>), VerbError> {
         if let Some(keeper) = &self.keeper {
-            let opened = VfioFunction::open_with(bdf, &self.sysfs, keeper.open(bdf)?);
-            let function = opened.map_err(|error| from_open(&error))?;
-            return Ok((function, None));
+            let (opened, stopper) = keeper.open_to_lend(bdf)?;
+            let function = VfioFunction::open_with(bdf, &self.sysfs, opened);
+            let function = function.map_err(|error| from_open(&error))?;
+            return Ok((function, None, Some(stopper)));
         }
         let bind = BindGuard::bind(&self.sysfs, bdf, driver, false);
         let bind = bind.map_err(|error| from_bind(&error))?;
         let function = VfioFunction::open(bdf, &self.sysfs).map_err(|error| from_open(&error))?;
-        Ok((function, Some(Box::new(bind))))
+        Ok((function, Some(Box::new(bind)), None))
     }
 }
 
@@ -113,17 +118,16 @@ impl KernelFunctions {
         Ok(driver.map(|driver| Box::new(move || orphaned(&sysfs, pf, &driver)) as Orphaned))
     }
 
-    fn stop(&self, bdf: Bdf) -> Result<Option<StopFunction>, VerbError> {
-        if self.keeper.is_some() {
-            // The write takes root, and is none of a keeper's tasks.
-            return Ok(None);
-        }
+    /// The write takes root: the keeper's, where it has opened the function.
+    fn stop(&self, bdf: Bdf, stopper: Option<Stopper>) -> Result<Option<StopFunction>, VerbError> {
         let file = self.sysfs.xe_stop(bdf);
         let file = file.map_err(|error| from_sysfs(&error))?;
-        Ok(file.map(|file| {
-            let sysfs = self.sysfs.clone();
-            let stop = move || sysfs.stop_xe_vf(&file).map_err(io::Error::other);
-            Box::new(stop) as StopFunction
+        let sysfs = self.sysfs.clone();
+        Ok(file.map(|file| match stopper {
+            Some(keeper) => Box::new(move || keeper.stop().map_err(io::Error::other)),
+            None => {
+                Box::new(move || sysfs.stop_xe_vf(&file).map_err(io::Error::other)) as StopFunction
+            }
         }))
     }
 }
@@ -178,7 +182,7 @@ impl Functions for KernelFunctions {
     fn open(&self, bdf: Bdf) -> Result<OpenFunction, VerbError> {
         let xe = self.xe_vf(bdf)?;
         let waits = self.sysfs.xe_vfio_driver().filter(|_| xe.is_some());
-        let (function, kept) = self.open_vfio(bdf, waits.unwrap_or("vfio-pci"))?;
+        let (function, kept, stopper) = self.open_vfio(bdf, waits.unwrap_or("vfio-pci"))?;
         let config = function
             .config_space()
             .map_err(|error| refuse(ErrorCode::Kernel, words(&error)))?;
@@ -187,7 +191,7 @@ impl Functions for KernelFunctions {
             serial: ConfigView::new(&config).map_or(0, |view| view.serial()),
             keep: Keep {
                 scrub: scrub_plan(xe, waits),
-                stop: self.stop(bdf)?,
+                stop: self.stop(bdf, stopper)?,
                 reset_failed: xe.and_then(|xe| self.reset_failed(xe)),
                 orphaned: self.orphaned(bdf)?,
                 quarantine: None,
@@ -234,5 +238,56 @@ mod tests {
         let plan = scrub_plan(xe, Some("xe-vfio-pci"));
         assert_eq!(plan, ScrubPlan::DriverWaits);
         assert_eq!(scrub_plan(xe, None), ScrubPlan::Wait { ms: 12_000 });
+    }
+
+    #[test]
+    fn vf_of_xe_is_stopped_by_the_keeper_before_it_is_reset_and_one_without_a_file_by_nobody() {
+        use super::super::tests::{Rig, VF, bdf};
+        use crate::keeper::tests::{Machine, Running};
+        use std::{fs, sync::mpsc};
+        use vfio_shim::path::{PoolEntry, PoolState};
+        let machine = Machine::new();
+        machine.xe_vfs(&[VF]);
+        let running = Running::of(&machine);
+        let keeper = Keeper::at(&machine.folder());
+        let (opened, stopper) = keeper.open_to_lend(bdf(VF)).unwrap();
+        let functions = KernelFunctions::new(machine.sysfs(), Some(keeper), None);
+        let stop = functions.stop(bdf(VF), Some(stopper)).unwrap();
+        let stop = stop.expect("it has a file");
+        let rig = Rig::new();
+        let (told, seen) = mpsc::channel();
+        let (function, file) = (rig.function.clone(), machine.xe_stop(1));
+        let keep = Keep {
+            stop: Some(Box::new(move || {
+                stop()?;
+                let written = fs::read_to_string(&file)?;
+                told.send((written, function.resets()))
+                    .map_err(io::Error::other)
+            })),
+            ..Keep::default()
+        };
+        let entry = PoolEntry {
+            bdf: bdf(VF),
+            ids: FunctionIds::default(),
+            state: PoolState::Available,
+            irq_count: 4,
+            bar_bytes: 0,
+            serial: 0,
+        };
+        let [lender, borrower] = rig.hosts.each_ref().map(|host| &host.ports[0].engine);
+        lender.withdraw(bdf(VF)).unwrap();
+        let offered: Arc<dyn Function> = rig.function.clone();
+        lender.offer_with(entry, offered, keep).unwrap();
+        borrower.borrow(bdf(VF), None).unwrap();
+        assert_eq!(seen.try_iter().count(), 0);
+        let before = rig.function.resets();
+        let revoked = lender.revoke_and_wait(bdf(VF), "wanted back", 10_000);
+        revoked.unwrap();
+        assert_eq!(seen.try_recv(), Ok(("1".to_owned(), before)));
+        assert_eq!(rig.function.resets(), before + 1);
+        fs::remove_file(machine.xe_stop(1)).unwrap();
+        assert!(functions.stop(bdf(VF), None).unwrap().is_none());
+        drop(opened);
+        running.stop();
     }
 }
