@@ -2,11 +2,10 @@
 
 use crate::fake::{FakeFunction, Faults};
 use rustix::{
-    event::{EventfdFlags, eventfd},
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
     fs::{MemfdFlags, ftruncate, memfd_create},
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
 };
-use std::sync::Arc;
 use std::{
     io::{IoSlice, Read},
     mem::MaybeUninit,
@@ -15,6 +14,8 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
+    sync::Arc,
+    time::Duration,
 };
 use vmm_glue::vfio_user::{
     BarMode, Holders, MemoryCheck, Options, Peers, SessionShared, Vmm, serve_connection,
@@ -22,6 +23,8 @@ use vmm_glue::vfio_user::{
 
 /// The most eventfds that go with one request.
 const EVENTS_MAX: usize = 4;
+/// A session whose VMM reads nothing stands in its answer by then.
+const STOPS_AFTER: Duration = Duration::from_millis(200);
 
 /// What a session meets beside its bytes: each bit is one thing.
 #[derive(Clone, Copy, Default)]
@@ -169,6 +172,10 @@ pub fn feed(bytes: &[u8], scene: Scene) -> Vec<String> {
             if !stops_late {
                 return None;
             }
+            // Where it has ended by itself there is nothing to stop.
+            let mut ended = [PollFd::new(&near, PollFlags::HUP)];
+            let wait = Timespec::try_from(STOPS_AFTER).expect("a time");
+            let _ = poll(&mut ended, Some(&wait));
             rustix::io::write(stop, &1u64.to_ne_bytes()).expect("an eventfd");
             Some(near)
         });
