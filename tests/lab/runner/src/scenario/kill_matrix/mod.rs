@@ -117,6 +117,7 @@ fn set_up<'a>(
         lending = Some(started);
         Ok(session)
     })?;
+    pci::nvme_online(&pair.a.agent, WITNESS_CONTROLLER, 2, 1)?;
     let rig = Rig {
         lab,
         lending: lending.context("no daemons")?,

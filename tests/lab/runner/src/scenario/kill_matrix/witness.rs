@@ -1,7 +1,7 @@
 //! Witnesses: a tenant beside the one who is struck, or at a third host that does nothing else, whose checksummed I/O goes on; and bystanders, whose memory is nobody's.
 
 use super::cell::Witnessed;
-use super::hosts::{SECOND_PORT, WITNESS_BDF, WITNESS_CONTROLLER};
+use super::hosts::{SECOND_PORT, WITNESS_BDF};
 use super::rig::Rig;
 use crate::host::{Host, HostSpec, NTB_BDF, VF_BDF};
 use crate::pci;
@@ -42,9 +42,6 @@ impl Rig<'_> {
                 VF_BDF
             }
         };
-        if place == Witnessed::Beside {
-            pci::nvme_online(&self.pair.a.agent, WITNESS_CONTROLLER, 2, 1)?;
-        }
         let third = match place {
             Witnessed::Beside => None,
             _ => Some(self.third(place)?),
