@@ -51,7 +51,7 @@ use super::borrower::{Answer, Call, CallError, OpenedPath, Token};
 use super::grant::{LeasePool, VolatilePool};
 use super::lender::OfferState;
 use super::limits::Limits;
-use super::message::{LeaseId, PoolEntry, Refusal};
+use super::message::{LeaseId, PoolEntry, Refusal, Request};
 use crate::model::{Bdf, Function, MapError, OsRuntime, PortIova, Runtime, Task, UndoStep};
 use crate::ntb::NtbPort;
 use control::{Control, Input};
@@ -390,6 +390,7 @@ impl Engine {
         lease: LeaseId,
         state: Option<&Arc<LeaseShared>>,
     ) -> Result<(), CallError> {
+        self.stop_function(lease, state);
         // Whoever still has its BARs reads ones before the lender gives the slices to another.
         if let Some(state) = state {
             state.lose("the lease was given back".into());
@@ -412,6 +413,17 @@ impl Engine {
             borrowed.remove(&lease);
         }
         ended.map(|_| ())
+    }
+
+    /// Stops the function's DMA before its guest's memory is unpinned, and before anybody is told
+    /// that it is: else its work goes on into nothing, and each access is a fault of the IOMMU. A
+    /// lender that does not answer in time stops it as the lease ends.
+    fn stop_function(&self, lease: LeaseId, state: Option<&Arc<LeaseShared>>) {
+        let request = Request::BusMaster {
+            lease,
+            enable: false,
+        };
+        let _ = self.call_of(state, Call::Forward(lease, request), MAP_WAIT_MS);
     }
 
     /// What its threads stand on.

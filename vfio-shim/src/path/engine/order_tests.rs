@@ -1,9 +1,11 @@
-//! The order in which a relay touches the NTB: fence, word, bell, with nothing missing and nothing swapped; and a turn for each beside a peer that rings without end.
+//! The order in which a relay touches the NTB: fence, word, bell, with nothing missing and nothing swapped; a turn for each beside a peer that rings without end; and a function that stands before its guest's memory goes.
 
 use super::soft_tests::{bdf, until};
 use super::*;
 use crate::model::contract::Driver;
-use crate::model::{AddressSpace, Aperture, FunctionIds, Mapping, PortIova};
+use crate::model::{
+    AddressSpace, Aperture, DmaMap, FunctionIds, MapError, Mapping, PortIova, RegionIndex, Span,
+};
 use crate::ntb::soft::function_tests::ENGINE;
 use crate::ntb::soft::{FaultPlan, SoftFunction, SoftLink, SoftPort, SoftPortConfig};
 use crate::ntb::{PortError, PortInfo};
@@ -21,6 +23,10 @@ enum Touch {
     Word,
     ReadBack,
     Bell,
+    /// Memory is taken out of the port's address space, with the lent function's DMA on or off.
+    Unmap {
+        dma: bool,
+    },
 }
 
 type Story = Arc<Mutex<Vec<Touch>>>;
@@ -36,6 +42,35 @@ struct Watched {
     story: Story,
     /// The peer rings faster than anybody takes.
     endless: Arc<AtomicBool>,
+    lent: Arc<SoftFunction>,
+}
+
+impl AddressSpace for Watched {
+    fn usable(&self) -> Vec<Span> {
+        self.port.address_space().usable()
+    }
+
+    fn available(&self) -> u32 {
+        self.port.address_space().available()
+    }
+
+    fn map(&self, maps: &[DmaMap<'_>]) -> Result<(), MapError> {
+        self.port.address_space().map(maps)
+    }
+
+    fn unmap(&self, span: Span) -> Result<u64, MapError> {
+        let dma = masters(&*self.lent);
+        lock(&self.story).push(Touch::Unmap { dma });
+        self.port.address_space().unmap(span)
+    }
+}
+
+/// The bus master bit of its Command register (PCI 3.0 section 6.2.2).
+fn masters(function: &dyn Function) -> bool {
+    let mut command = [0; 2];
+    let read = function.region_read(RegionIndex::CONFIG, 4, &mut command);
+    read.unwrap();
+    u16::from_le_bytes(command) & 1 << 2 != 0
 }
 
 struct WatchedWindow {
@@ -139,7 +174,7 @@ impl NtbPort for Watched {
     }
 
     fn address_space(&self) -> &dyn AddressSpace {
-        self.port.address_space()
+        self
     }
 
     fn window_fd(&self, index: usize) -> Option<(BorrowedFd<'_>, u64)> {
@@ -160,12 +195,14 @@ fn engine(port: Arc<dyn NtbPort>, node: u16) -> Arc<Engine> {
     Engine::start(port, config).unwrap()
 }
 
-/// Two hosts, the first with a watched port on a chip that promises so much, and a function that
-/// the second has borrowed.
+/// Two hosts with watched ports on chips that promise so much, and a function of the first that the
+/// second has borrowed.
 struct Hosts {
-    _engines: [Arc<Engine>; 2],
+    engines: [Arc<Engine>; 2],
     borrowed: Arc<BorrowedFunction>,
+    /// The lender's port.
     story: Story,
+    borrower: Story,
     endless: Arc<AtomicBool>,
     far: Arc<SoftPort>,
 }
@@ -175,19 +212,23 @@ fn hosts(doorbell_ordered: bool) -> Hosts {
         window_bytes: [WINDOW_BYTES; 2],
     };
     let link = SoftLink::faulty([config; 2], FaultPlan::default()).unwrap();
-    let (story, endless) = (Story::default(), Arc::<AtomicBool>::default());
-    let info = PortInfo {
-        doorbell_ordered,
-        ..link.port(0).info().clone()
+    let lent = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
+    let stories = [Story::default(), Story::default()];
+    let endless = Arc::<AtomicBool>::default();
+    let watched = |side: usize| Watched {
+        port: link.port(side),
+        info: PortInfo {
+            doorbell_ordered,
+            ..link.port(side).info().clone()
+        },
+        story: Arc::clone(&stories[side]),
+        endless: match side {
+            0 => Arc::clone(&endless),
+            _ => Arc::default(),
+        },
+        lent: Arc::clone(&lent),
     };
-    let watched = Watched {
-        port: link.port(0),
-        info,
-        story: Arc::clone(&story),
-        endless: Arc::clone(&endless),
-    };
-    let engines = [engine(Arc::new(watched), 1), engine(link.port(1), 2)];
-    let function = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
+    let engines = [0, 1].map(|side| engine(Arc::new(watched(side)), side as u16 + 1));
     let entry = PoolEntry {
         bdf: bdf(),
         ids: FunctionIds::default(),
@@ -196,15 +237,16 @@ fn hosts(doorbell_ordered: bool) -> Hosts {
         bar_bytes: 8192,
         serial: 0,
     };
-    let lent: Arc<dyn Function> = function;
     engines[0].offer(entry, lent).unwrap();
     let (_, _, borrowed) = until("the function can be borrowed", || {
         engines[1].borrow(bdf(), None).ok()
     });
+    let [story, borrower] = stories;
     Hosts {
-        _engines: engines,
+        engines,
         borrowed,
         story,
+        borrower,
         endless,
         far: link.port(1),
     }
@@ -258,4 +300,26 @@ fn interrupts_are_relayed_beside_a_peer_that_rings_without_end() {
     // Without a turn for others its irq thread would not even end.
     hosts.endless.store(false, Ordering::SeqCst);
     assert!(relayed);
+}
+
+#[test]
+fn function_stands_before_its_guests_memory_is_unpinned() {
+    let hosts = hosts(true);
+    let driver = Driver::new(&*hosts.borrowed, ENGINE);
+    driver.start();
+    driver.copy(4096, 8192, 8);
+    assert!(driver.interrupted());
+    lock(&hosts.borrower).clear();
+    hosts.engines[1]
+        .give_back_function(&hosts.borrowed)
+        .unwrap();
+    let unmaps = |touch: &Touch| matches!(touch, Touch::Unmap { .. });
+    let story = lock(&hosts.borrower).clone();
+    let unmapped: Vec<_> = story.into_iter().filter(unmaps).collect();
+    assert!(!unmapped.is_empty());
+    assert!(
+        unmapped
+            .iter()
+            .all(|touch| *touch == Touch::Unmap { dma: false })
+    );
 }
