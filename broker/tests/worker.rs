@@ -10,7 +10,7 @@ use soft::{Rig, Vmm, descriptors, freeze, lives, signal, status, try_freeze, unt
 use std::{
     env, fs,
     io::{BufRead, BufReader},
-    os::unix::{fs::PermissionsExt, process::ExitStatusExt},
+    os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
     process::{Command, Stdio, exit},
 };
@@ -46,6 +46,8 @@ fn the_process_of_the_other_tests() {
             confined.seal().unwrap();
             // What its libraries do at times that no test can bring about from outside.
             shut::one_thread();
+            // As for the port's answer.
+            shut::waits();
             exit(0);
         }
         "hostile" => hostile(argument),
@@ -65,18 +67,9 @@ fn harness_waits() -> bool {
     })
 }
 
-/// A program that is this one in a part; `$PARENT` in it is the process that starts it.
+/// A program that is this one in a part.
 fn program(dir: &Path, part: &str) -> PathBuf {
-    let path = dir.join("worker.sh");
-    let me = env::current_exe().unwrap();
-    let part = part.replace("$PARENT", "$(echo $2 | cut -d= -f2)");
-    let text = format!(
-        "#!/bin/sh\n{PART}=\"{part}\" exec {} --exact the_process_of_the_other_tests --nocapture\n",
-        me.display()
-    );
-    fs::write(&path, text).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    path
+    shut::program(dir, PART, part)
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::daemon::log;
 use crate::{
     daemon::vocabulary::{ErrorCode, VerbError},
     jail::Sandbox,
-    keeper::{self, KeeperError},
+    keeper::{self, Ground, KeeperError},
 };
 use std::path::{Path, PathBuf};
 
@@ -48,7 +48,8 @@ impl Args {
         log();
         // The process beside it is of the same build, whatever lies at its path by then.
         let program = Path::new("/proc/self/exe");
-        let ended = keeper::run(&self.config, program, self.sandbox, &keeper::ROLE);
+        let ground = Ground::of_the_kernel();
+        let ended = keeper::run(&self.config, ground, program, self.sandbox, &keeper::ROLE);
         ended.map_err(|error| refusal(&error))
     }
 }
@@ -56,7 +57,7 @@ impl Args {
 impl ChecksArgs {
     pub fn run(&self) -> Result<(), VerbError> {
         log();
-        let ended = keeper::run_checks(self.parent, self.user, self.sandbox);
+        let ended = keeper::run_checks(self.parent, self.user, self.sandbox, &keeper::CHECKS);
         ended.map_err(|error| refusal(&error))
     }
 }

@@ -5,11 +5,10 @@
 
 use super::{
     KeeperError, kernel,
-    role::CHECKS,
     serve::{self, Service},
     socket,
 };
-use crate::jail::{Kept, Sandbox, confine_but, keep_from_children};
+use crate::jail::{Kept, Role, Sandbox, confine_but, keep_from_children};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, PidfdFlags, getppid, pidfd_open},
@@ -79,7 +78,12 @@ impl Checks {
 }
 
 /// Runs the process; its socket is its standard input.
-pub fn run(parent: i32, uid: u32, sandbox: Sandbox) -> Result<(), KeeperError> {
+pub fn run(
+    parent: i32,
+    uid: u32,
+    sandbox: Sandbox,
+    role: &'static Role,
+) -> Result<(), KeeperError> {
     // Not by a signal at its death: Landlock would keep the keeper from sending one.
     let keeper = Pid::from_raw(parent).filter(|parent| getppid() == Some(*parent));
     let keeper = keeper.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
@@ -97,7 +101,7 @@ pub fn run(parent: i32, uid: u32, sandbox: Sandbox) -> Result<(), KeeperError> {
         root: shut_in.then_some("/proc"),
         ..Kept::default()
     };
-    let confined = confine_but(&CHECKS, sandbox, &[0, 1, 2, keeper.as_raw_fd()], &kept)?;
+    let confined = confine_but(role, sandbox, &[0, 1, 2, keeper.as_raw_fd()], &kept)?;
     let report = confined.seal_before_threads()?;
     tracing::info!(?report, "looking at memory");
     let maps = PathBuf::from(if shut_in { "/" } else { "/proc" });

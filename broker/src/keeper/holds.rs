@@ -16,6 +16,7 @@ use crate::{
 };
 use std::{
     collections::BTreeMap,
+    path::PathBuf,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -31,6 +32,8 @@ const DRIVER: &str = "vfio-pci";
 
 /// What the keeper does its work on.
 pub struct Ground {
+    /// The folder that has `sys` and `dev`.
+    pub top: PathBuf,
     /// The kernel's tree of functions.
     pub sysfs: Sysfs,
     /// Opens the group of a function.
@@ -45,6 +48,7 @@ impl Ground {
     pub fn of_the_kernel() -> Self {
         let door = Door::default();
         Self {
+            top: PathBuf::from("/"),
             sysfs: Sysfs::default(),
             open: Box::new(move |bdf, sysfs| door.open(bdf, sysfs)),
         }

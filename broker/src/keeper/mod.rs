@@ -138,9 +138,11 @@ fn kept(folder: &Path, top: &Path) -> Kept {
     }
 }
 
-/// Runs the keeper until SIGTERM or SIGINT. What it has bound stays so: clients go on.
+/// Runs the keeper until SIGTERM or SIGINT. What it has bound stays so: clients go on. `program`
+/// is `sublet`, for the process beside it.
 pub fn run(
     config: &Path,
+    ground: Ground,
     program: &Path,
     sandbox: Sandbox,
     role: &'static Role,
@@ -160,9 +162,9 @@ pub fn run(
     let checks = Checks::start(program, sandbox, &checks_socket(&folder), uid)?;
     let own = [&functions, checks.process()].map(AsRawFd::as_raw_fd);
     let own: Vec<i32> = own.into_iter().chain([0, 1, 2]).collect();
-    let confined = confine_but(role, sandbox, &own, &kept(&folder, Path::new("/")))?;
+    let confined = confine_but(role, sandbox, &own, &kept(&folder, &ground.top))?;
     let stop = stop_signals().map_err(kernel("take signals"))?;
-    let holds = Holds::new(config, Ground::of_the_kernel(), journal, Waits::default());
+    let holds = Holds::new(config, ground, journal, Waits::default());
     let holds = Arc::new(holds.map_err(kernel("read its journal"))?);
     let tending = Arc::clone(&holds);
     let thread = std::thread::Builder::new().name("orphans".into());

@@ -1,31 +1,13 @@
-//! A function that is stopped by the keeper: the file of its own VF is written, in the keeper's sandbox too, and no other.
+//! A function that is stopped by the keeper: the file of its own VF is written, and no other.
 
 use super::{
-    holds::Holds,
-    journal::Journal,
     message::{FromKeeper, ToKeeper},
-    serve::{self, Service},
     tests::*,
     *,
 };
-use crate::{daemon::vocabulary::ErrorCode, jail::keep_from_children};
-use rustix::{
-    event::{EventfdFlags, eventfd},
-    process::geteuid,
-};
-use std::{
-    env, fs,
-    os::unix::fs::symlink,
-    process::{Child, Command, Stdio, exit},
-    sync::Mutex,
-};
-use vfio_shim::{
-    sysfs::Sysfs,
-    vfio::{OpenError, OpenGroup},
-};
-
-/// Where the tree is of which a child of this program is the keeper.
-const TREE: &str = "SUBLET_KEEPER_TEST_TREE";
+use crate::daemon::vocabulary::ErrorCode;
+use std::{fs, os::unix::fs::symlink};
+use vfio_shim::vfio::OpenGroup;
 
 /// What was written to files of [`PF`]'s own.
 fn stops(machine: &Machine) -> Vec<String> {
@@ -103,85 +85,4 @@ fn stop_that_the_kernel_refuses_is_told_in_its_words_and_the_connection_goes_on(
     drop(kept);
     assert!(machine.is_as_before(VF));
     running.stop();
-}
-
-/// A keeper of a tree, as a process in the sandbox of the real one.
-fn keeper_of(tree: &Path) -> ! {
-    let machine = Machine::at(tree);
-    let folder = machine.folder();
-    // Made here: a sealed keeper only opens what is there.
-    let group = || eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-    let function = Mutex::new(Some(OpenGroup {
-        group: group(),
-        container: group(),
-        kept: None,
-    }));
-    let open = move |bdf, _: &Sysfs| {
-        let driver = "no driver".to_owned();
-        let once = function.lock().unwrap().take();
-        once.ok_or(OpenError::NotVfio { bdf, driver })
-    };
-    let ground = Ground {
-        sysfs: machine.sysfs(),
-        open: Box::new(open),
-    };
-    let journal = Journal::open(&journal_folder(&folder)).unwrap();
-    let uid = geteuid().as_raw();
-    let listener = socket::listen_at(&functions_socket(&folder), uid).unwrap();
-    let open = fs::read_dir("/proc/self/fd").unwrap();
-    let number = |entry: io::Result<fs::DirEntry>| entry.unwrap().file_name().into_string();
-    let own: Vec<i32> = open
-        .map(|fd| number(fd).unwrap().parse().unwrap())
-        .collect();
-    let confined = confine_but(&ROLE, Sandbox::On, &own, &kept(&folder, tree)).unwrap();
-    let holds = Holds::new(machine.config(), ground, journal, Waits::default()).unwrap();
-    confined.seal_before_threads().unwrap();
-    fs::File::create(tree.join("not-a-keepers")).unwrap_err();
-    serve::serve(
-        listener.as_fd(),
-        uid,
-        &Service::Functions(Arc::new(holds)),
-        &[],
-    )
-    .unwrap();
-    exit(0);
-}
-
-/// Killed when it goes.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-#[test]
-fn keeper_in_its_sandbox_stops_a_vf() {
-    if let Some(tree) = env::var_os(TREE) {
-        keeper_of(Path::new(&tree));
-    }
-    let machine = Machine::new();
-    machine.xe_vfs(&[VF, OTHER]);
-    // The stand-in for the kernel makes links when it binds, which is nothing that a keeper may.
-    machine.bind_to(OTHER, "vfio-pci");
-    socket::claim_folder(&machine.folder()).unwrap();
-    keep_from_children();
-    let mut command = Command::new(env::current_exe().unwrap());
-    let name = "keeper::stop_tests::keeper_in_its_sandbox_stops_a_vf";
-    command.args(["--exact", name, "--nocapture"]);
-    command.env(TREE, machine.top()).stdin(Stdio::null());
-    let mut keeper = Process(command.spawn().unwrap());
-    let path = functions_socket(&machine.folder());
-    until("it serves", || {
-        assert_eq!(keeper.0.try_wait().unwrap(), None, "it has ended");
-        path.exists()
-    });
-    let (_opened, stopper) = Keeper::at(&machine.folder())
-        .open_to_lend(bdf(OTHER))
-        .unwrap();
-    stopper.stop().unwrap();
-    let written = [1, 2].map(|vf| fs::read_to_string(machine.xe_stop(vf)).unwrap());
-    assert_eq!(written, ["", "1"]);
 }

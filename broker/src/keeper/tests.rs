@@ -1,5 +1,11 @@
 //! The keeper over real sockets, on a tree of files whose kernel is played, and on groups that are pipes.
 
+#[allow(dead_code, reason = "each test program uses a part of it")]
+#[path = "../../tests/tree/mod.rs"]
+mod tree;
+
+pub(crate) use tree::{OTHER, PF, VF};
+
 use super::{
     holds::Holds,
     journal::Journal,
@@ -23,12 +29,14 @@ use rustix::{
 use std::{
     collections::BTreeMap,
     fs,
+    ops::Deref,
     os::{fd::OwnedFd, unix::fs::symlink},
     path::Path,
     sync::{Condvar, Mutex},
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+use tree::{FORBIDDEN, NTB, Tree, put};
 use vfio_shim::{
     model::{Bdf, Span},
     sysfs::Sysfs,
@@ -38,133 +46,42 @@ use vmm_glue::vfio_user::memory_check::{Inode, MemoryMaps};
 
 /// Longer than anything here takes; a test that waits this long has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
-const NTB: &str = "0000:02:00.0";
-/// The PF of both VFs, where there is one.
-pub(crate) const PF: &str = "0000:01:00.0";
-pub(crate) const VF: &str = "0000:01:00.1";
-pub(crate) const OTHER: &str = "0000:01:00.2";
-const FORBIDDEN: &str = "0000:03:00.0";
 
 pub(crate) fn bdf(text: &str) -> Bdf {
     text.parse().unwrap()
-}
-
-pub(crate) fn put(path: &Path, text: &str) {
-    fs::create_dir_all(path.parent().unwrap()).unwrap();
-    fs::write(path, text).unwrap();
 }
 
 /// The read ends of all groups that were opened: one is busy until its write end is closed
 /// everywhere, as the kernel's is until its last descriptor is.
 type Groups = Mutex<BTreeMap<Bdf, OwnedFd>>;
 
-/// A host of files. It outlives its keepers, as the kernel does.
+/// A host of files, whose kernel is played. It outlives its keepers, as the kernel does.
 pub(crate) struct Machine {
-    dir: PathBuf,
-    _made: Option<tempfile::TempDir>,
+    tree: Tree,
     groups: Arc<Groups>,
     /// What was written, file by file.
     pub(crate) writes: Arc<Mutex<Vec<String>>>,
 }
 
+impl Deref for Machine {
+    type Target = Tree;
+    fn deref(&self) -> &Tree {
+        &self.tree
+    }
+}
+
 impl Machine {
-    /// The one that is there already.
-    pub(crate) fn at(dir: &Path) -> Self {
+    pub(crate) fn new() -> Self {
         Self {
-            dir: dir.to_owned(),
-            _made: None,
+            tree: Tree::new(),
             groups: Arc::default(),
             writes: Arc::default(),
         }
     }
 
-    pub(crate) fn new() -> Self {
-        let made = tempfile::tempdir().unwrap();
-        let mut machine = Self::at(made.path());
-        machine._made = Some(made);
-        for driver in ["vfio-pci", "nvme"] {
-            for file in ["bind", "unbind"] {
-                put(
-                    &machine.sys(&format!("bus/pci/drivers/{driver}/{file}")),
-                    "",
-                );
-            }
-        }
-        put(&machine.sys("bus/pci/drivers_probe"), "");
-        for (group, bdf) in [NTB, VF, OTHER, FORBIDDEN].into_iter().enumerate() {
-            machine.function(bdf, group);
-        }
-        machine
-    }
-
-    /// The folder that stands for `/`.
-    pub(crate) fn top(&self) -> &Path {
-        &self.dir
-    }
-
-    pub(crate) fn sys(&self, below: &str) -> PathBuf {
-        self.dir.join("sys").join(below)
-    }
-
-    pub(crate) fn folder(&self) -> PathBuf {
-        self.dir.join("keeper")
-    }
-
     pub(crate) fn config(&self) -> Config {
-        let folder = self.folder();
-        let text = format!(
-            "[node]\nid = 4\nname = \"a\"\n[keeper]\nfolder = {folder:?}\n[[port]]\nname = \"n\"\n\
-             bdf = \"{NTB}\"\npeers = \"cable\"\ntrust_domain = \"t\"\n[policy]\nallow = [\"01:00.*\"]\n"
-        );
+        let text = self.config_text(geteuid().as_raw());
         Config::parse(Path::new("test.toml"), &text).unwrap()
-    }
-
-    /// Makes these the VFs of [`PF`], which xe drives, each with the file that stops it.
-    pub(crate) fn xe_vfs(&self, vfs: &[&str]) {
-        let pf = self.sys(&format!("bus/pci/devices/{PF}"));
-        let real = self.sys(&format!("devices/pci0000:00/{PF}"));
-        fs::create_dir_all(&real).unwrap();
-        symlink(&real, &pf).unwrap();
-        self.function(PF, 9);
-        fs::create_dir_all(self.sys("bus/pci/drivers/xe")).unwrap();
-        self.bind_to(PF, "xe");
-        put(&pf.join("sriov_numvfs"), &format!("{}\n", vfs.len()));
-        for (index, vf) in vfs.iter().enumerate() {
-            let device = self.sys(&format!("bus/pci/devices/{vf}"));
-            symlink(&pf, device.join("physfn")).unwrap();
-            symlink(&device, pf.join(format!("virtfn{index}"))).unwrap();
-            put(&self.xe_stop(index + 1), "");
-        }
-    }
-
-    /// What stops the VF of that number.
-    pub(crate) fn xe_stop(&self, number: usize) -> PathBuf {
-        let pf = self.sys(&format!("bus/pci/devices/{PF}"));
-        pf.join(format!("sriov_admin/vf{number}/stop"))
-    }
-
-    pub(crate) fn function(&self, bdf: &str, group: usize) {
-        let dir = self.sys(&format!("bus/pci/devices/{bdf}"));
-        for name in [
-            "vendor",
-            "device",
-            "subsystem_vendor",
-            "subsystem_device",
-            "class",
-            "revision",
-        ] {
-            put(&dir.join(name), "0x0\n");
-        }
-        put(&dir.join("driver_override"), "(null)\n");
-        put(&dir.join("reset_method"), "flr\n");
-        let group = self.sys(&format!("kernel/iommu_groups/{group}"));
-        fs::create_dir_all(group.join("devices").join(bdf)).unwrap();
-        symlink(&group, dir.join("iommu_group")).unwrap();
-    }
-
-    pub(crate) fn bind_to(&self, bdf: &str, driver: &str) {
-        let link = self.sys(&format!("bus/pci/devices/{bdf}/driver"));
-        symlink(self.sys(&format!("bus/pci/drivers/{driver}")), link).unwrap();
     }
 
     /// sysfs that does what a kernel does on bind, unbind and probe.
@@ -223,34 +140,10 @@ impl Machine {
             })
         };
         Ground {
+            top: self.top().to_owned(),
             sysfs: self.sysfs(),
             open: Box::new(open),
         }
-    }
-
-    /// Driver and override of a function.
-    fn binding(&self, bdf: &str) -> (Option<String>, String) {
-        let dir = self.sys(&format!("bus/pci/devices/{bdf}"));
-        let driver = fs::read_link(dir.join("driver")).ok();
-        let driver = driver.map(|path| path.file_name().unwrap().to_string_lossy().into_owned());
-        let text = fs::read_to_string(dir.join("driver_override")).unwrap();
-        (driver, text.trim().replace("(null)", ""))
-    }
-
-    pub(crate) fn is_bound(&self, bdf: &str) -> bool {
-        self.binding(bdf) == (Some("vfio-pci".to_owned()), "vfio-pci".to_owned())
-    }
-
-    pub(crate) fn is_as_before(&self, bdf: &str) -> bool {
-        self.binding(bdf) == (None, String::new()) && self.records().is_empty()
-    }
-
-    fn records(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.folder().join("bound")).unwrap();
-        let names = entries.map(|entry| entry.unwrap().file_name());
-        names
-            .map(|name| name.to_string_lossy().into_owned())
-            .collect()
     }
 }
 
@@ -552,13 +445,7 @@ fn client_that_comes_back_at_once_gets_what_its_dead_self_had() {
 fn orphan(machine: &Machine) -> OpenGroup {
     let opened = (machine.ground().open)(bdf(VF), &machine.sysfs());
     opened.expect_err("not bound yet");
-    let record = machine.folder().join("bound").join(VF);
-    put(&record, r#"{"driver":null,"driver_override":null}"#);
-    put(
-        &machine.sys(&format!("bus/pci/devices/{VF}/driver_override")),
-        "vfio-pci\n",
-    );
-    machine.bind_to(VF, "vfio-pci");
+    machine.orphan(VF);
     (machine.ground().open)(bdf(VF), &machine.sysfs()).unwrap()
 }
 

@@ -3,9 +3,10 @@
 use super::soft::{signal, until};
 use rustix::process::Signal;
 use std::{
-    env,
-    os::unix::process::CommandExt,
+    env, fs,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     panic::catch_unwind,
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     sync::mpsc,
     time::Duration,
@@ -28,12 +29,35 @@ pub fn without(role: &Role, name: &str) -> &'static Role {
     }))
 }
 
+/// What makes this test program `the_process_of_the_other_tests`. The harness waits for one thread
+/// without an end: it needs none of the calls that the tests are about.
+pub const THIS_PROGRAM: [&str; 4] = [
+    "--exact",
+    "the_process_of_the_other_tests",
+    "--nocapture",
+    "--test-threads=1",
+];
+
 /// This test program again, as `the_process_of_the_other_tests`.
 pub fn this_program() -> Command {
     let mut command = Command::new(env::current_exe().unwrap());
-    command.args(["--exact", "the_process_of_the_other_tests", "--nocapture"]);
+    command.args(THIS_PROGRAM);
     command.stdin(Stdio::null()).stdout(Stdio::null());
     command
+}
+
+/// A program that is this one, with this variable so set; `$PARENT` in it is the process that
+/// starts it, as its second argument tells.
+pub fn program(dir: &Path, variable: &str, set: &str) -> PathBuf {
+    let path = dir.join("program.sh");
+    let me = env::current_exe().unwrap();
+    let set = set.replace("$PARENT", "$(echo $2 | cut -d= -f2)");
+    let arguments = THIS_PROGRAM.join(" ");
+    let me = me.display();
+    let text = format!("#!/bin/sh\n{variable}=\"{set}\" exec {me} {arguments}\n");
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
 }
 
 /// Runs a part that ends by itself.
@@ -49,32 +73,45 @@ pub fn ended(mut command: Command) -> ExitStatus {
     })
 }
 
-/// What the allocator does under load, and a wait that only yields; a clock that only the kernel
-/// can read.
-pub fn one_thread() {
+/// What the allocator does under load; a clock that only the kernel can read.
+pub fn allocates() {
     let small: Vec<Vec<u8>> = (0..20_000).map(|_| vec![1; 200]).collect();
     let mut large = vec![1u8; 1 << 20];
     for _ in 0..4 {
         large.reserve_exact(large.capacity() + (1 << 20));
     }
     drop((small, large));
-    std::thread::yield_now();
     let _ = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
 }
 
-/// The same in several threads; a lock that others hold; a panic that is caught and tells where it
-/// was.
-pub fn threads() {
-    one_thread();
+/// The same, and a wait that only yields.
+pub fn one_thread() {
+    allocates();
+    std::thread::yield_now();
+}
+
+/// This in several threads; a panic that is caught, and tells where it was if it is told to.
+pub fn several_threads(each: fn()) {
+    each();
     std::thread::scope(|scope| {
         for _ in 0..4 {
-            scope.spawn(one_thread);
+            scope.spawn(each);
         }
     });
+    let _ = catch_unwind(|| panic!("on purpose"));
+}
+
+/// A lock that others hold, for a while.
+pub fn waits() {
     let (_alive, never) = mpsc::channel::<()>();
     let _ = never.recv_timeout(Duration::from_millis(100));
+}
+
+/// What a role does at times that answers other processes in threads.
+pub fn threads() {
+    several_threads(one_thread);
+    waits();
     let _ = rustix::process::geteuid();
-    let _ = catch_unwind(|| panic!("on purpose"));
 }
 
 /// Becomes this program, on a kernel without Landlock.
