@@ -23,6 +23,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio, exit},
+    sync::Arc,
     time::Duration,
 };
 use sublet::{
@@ -109,6 +110,10 @@ fn ports(dir: &Path, role: &'static Role, sandbox: Sandbox) {
                 served.unwrap();
             });
         }
+    });
+    // A thread that lets a worker go may have it a little longer than its port.
+    until("nobody has the warden but this", || {
+        (Arc::strong_count(&warden) == 1).then_some(())
     });
     drop(warden);
 }

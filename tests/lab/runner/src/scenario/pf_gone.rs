@@ -8,7 +8,7 @@ use crate::guest::{Guest, GuestSpec};
 use crate::host::{PF_BDF, VF_BDF};
 use crate::lab::{Lab, Pair};
 use crate::pci;
-use crate::sublet::{Lending, Workers};
+use crate::sublet::{Daemon, Lending, Workers};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::time::{Duration, Instant};
@@ -52,10 +52,10 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         guest.kill()?;
         lending.b.verb(&["return", &fdid])?;
         make_vf(&pair.a.agent)?;
-        lending.a.verb(&["available", VF_BDF])?;
+        let offered = offer_again(&lending.a)?;
         lending.borrow(&fdid, SOCKET, &[])?;
         next = Some(steps::boot(lab, &pair, spec(lab, "h")?)?);
-        Ok("")
+        Ok(offered)
     })?;
     let guest = next.context("no guest")?;
     checks.check("what its new guest writes lies in host a's blocks", || {
@@ -81,6 +81,22 @@ fn spec(lab: &Lab, name: &str) -> Result<GuestSpec> {
     let mut spec = GuestSpec::stock(name, &lab.vmm()?);
     spec.modules.insert(0, IO_TIMEOUT.to_owned());
     Ok(spec)
+}
+
+/// Whoever removes VFs has the lock that a reset takes. If that is refused meanwhile, the function is
+/// in quarantine, and stays so when it is made again.
+fn offer_again(lender: &Daemon) -> Result<&'static str> {
+    let Err(refused) = lender.verb(&["available", VF_BDF]) else {
+        return Ok("its reset came before its removal");
+    };
+    let refused = format!("{refused:#}");
+    ensure!(
+        refused.contains("is in quarantine: the kernel refused to reset"),
+        "{refused}"
+    );
+    lender.verb(&["quarantine", "retry", VF_BDF])?;
+    lender.verb(&["available", VF_BDF])?;
+    Ok("its removal came before its reset: out of quarantine by `retry`")
 }
 
 fn make_vf(host_a: &Agent) -> Result<()> {
