@@ -84,7 +84,8 @@ pub trait NtbPort: Send + Sync {
     fn link_is_up(&self) -> bool;
 
     /// Points inbound window `index` at `bytes` bytes from `base` of this port's container.
-    /// Closed first, so that at no moment the old base goes with the new limit.
+    /// With another base it is closed first, so that at no moment the old base goes with the new
+    /// limit; with the same one it only gets another size.
     fn window_open(&self, index: usize, base: PortIova, bytes: u64) -> Result<(), PortError>;
     /// Closes inbound window `index`: the peer's stores are dropped, its loads give ones.
     fn window_close(&self, index: usize);

@@ -179,8 +179,9 @@ impl Gen4 {
         self.check(XLMT + at, ["IM23XLMT", "IM45XLMT"][index], bar.physical)
     }
 
-    /// Closed, then the base, then the limit: at no moment does the old base go with the new
-    /// limit. A register that does not take its value leaves the window closed.
+    /// With another base it is closed first, then the base is written, then the limit: at no moment
+    /// does the old base go with the new limit. With the same base only its size changes. A register
+    /// that does not take its value leaves the window closed.
     pub fn open(&self, index: usize, base: PortIova, bytes: u64) -> Result<(), PortError> {
         let Some((bar, at)) = self.window(index) else {
             let what = "window's size in firmware";
@@ -197,9 +198,11 @@ impl Gen4 {
                 value: base.0,
             });
         }
-        self.close(index)?;
-        self.write64(XBASE + at, base.0);
-        self.check(XBASE + at, ["IM23XBASE", "IM45XBASE"][index], base.0)?;
+        if self.read64(XBASE + at) != base.0 {
+            self.close(index)?;
+            self.write64(XBASE + at, base.0);
+            self.check(XBASE + at, ["IM23XBASE", "IM45XBASE"][index], base.0)?;
+        }
         let limit = bar.physical + bytes;
         self.write64(XLMT + at, limit);
         let opened = self.check(XLMT + at, ["IM23XLMT", "IM45XLMT"][index], limit);

@@ -431,7 +431,7 @@ impl Control {
         match action {
             Action::CloseWindow => self.port.window_close(0),
             Action::PrepareMailbox(nonce) => self.prepare_mailbox(nonce),
-            Action::OpenWindow => self.open_window(),
+            Action::OpenWindow => self.open_window(MAILBOX_BYTES),
             Action::Post(set) => self.post(&set),
             Action::WriteSlot(slot) => self.write_slot(&slot),
             Action::WriteStatus(status) => self.window.write(STATUS_OFFSET, &status),
@@ -440,6 +440,7 @@ impl Control {
                 session,
                 peer_nonce,
             } => {
+                self.open_window(self.config.window_bytes);
                 tracing::info!(
                     port = self.config.name,
                     "link session {session:#018x} is open"
@@ -563,8 +564,10 @@ impl Control {
         }
     }
 
-    fn open_window(&self) {
-        let (base, bytes) = (self.config.window_base, self.config.window_bytes);
+    /// The mailbox alone until a session is open: with that the peer has stopped what still ran into
+    /// the slices of the last one. Before, it would be a fault of this IOMMU for each access.
+    fn open_window(&self, bytes: u64) {
+        let base = self.config.window_base;
         if let Err(error) = self.port.window_open(0, base, bytes) {
             tracing::error!(port = self.config.name, %error, "the inbound window stays closed");
         }

@@ -307,6 +307,38 @@ fn pulled_cable_loses_the_lease_undoes_both_hosts_and_a_new_borrow_works() {
 }
 
 #[test]
+fn function_that_goes_on_when_the_link_is_back_meets_a_shut_window_and_not_the_borrowers_iommu() {
+    let rig = Rig::new();
+    let guest = rig.guest();
+    // The lender's software does not get to stop its function.
+    rig.link.host(0).freeze();
+    rig.link.cut();
+    until("the lease is lost", || guest.function.lost());
+    until("its memory is unpinned", || {
+        (rig.maps()[1] == 1).then_some(())
+    });
+    rig.link.plug();
+    until("the borrower has its mailbox open", || {
+        let status = rig.engines[1].status().unwrap();
+        (status.link == "agreeing with the peer").then_some(())
+    });
+    let store = |register, value: &[u8]| rig.function.region_write(BAR, register, value).unwrap();
+    store(SOURCE, &0u64.to_le_bytes());
+    store(DESTINATION, &PAGE.to_le_bytes());
+    store(LENGTH, &64u32.to_le_bytes());
+    store(DOORBELL, &1u32.to_le_bytes());
+    until("it has copied", || {
+        let mut status = [0; 4];
+        rig.function.region_read(BAR, STATUS, &mut status).unwrap();
+        (u32::from_le_bytes(status) == STATUS_DONE).then_some(())
+    });
+    let faults = rig.link.port(1).space().fault_count();
+    rig.link.host(0).thaw();
+    rig.wait_for_pool();
+    assert_eq!(faults, 0);
+}
+
+#[test]
 fn cable_out_and_in_again_at_once_still_ends_the_session() {
     let rig = Rig::new();
     let guest = rig.guest();
