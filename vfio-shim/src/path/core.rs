@@ -76,7 +76,7 @@ pub enum Action {
     CloseWindow,
     /// Zero the own mailbox, then store the nonce.
     PrepareMailbox(u64),
-    /// Open the inbound window.
+    /// Open the inbound window as far as its mailbox; with `SessionOpened` all of it.
     OpenWindow,
     /// Post to the peer's scratchpads.
     Post(ScratchpadSet),
