@@ -35,7 +35,6 @@ const USAGE: &str = "usage: lab-agent COMMAND
   interrupts BDF                    /proc/interrupts of one device, as JSON
   vfio-user SOCKET CASE             a client without a VMM; cases: good, version, early, oversized,
                                     private, became-private, file, short, read-only, reserved, window
-  vfio-user SOCKET tenant FIFO      memory full of a pattern, looked at when the FIFO is written
   vfio-user SOCKET vmm FIFO LBA     drives the function as the FIFO says: open, map, work, look, go, end
   witness SOCKET STOP LOG           a tenant at work until the file STOP is there; a line for each piece
   hostile SOCKET CASE LOG           a VMM that means harm, and what it costs the witness of this log;
@@ -90,7 +89,6 @@ fn run(words: &[&str]) -> Result<()> {
         }
         ["dio", "read", dev, offset, bytes] => dio::read(dev, number(offset)?, number(bytes)?),
         ["interrupts", bdf] => interrupts::print(bdf),
-        ["vfio-user", socket, "tenant", gate] => vfio_user::tenant(socket, gate),
         ["vfio-user", socket, "vmm", orders, lba] => vmm::run(socket, orders, number(lba)?),
         ["vfio-user", socket, case] => vfio_user::run(socket, case),
         ["witness", socket, stop, log] => witness::run(socket, stop, log),

@@ -14,7 +14,6 @@ use std::fs::File;
 use std::io::{ErrorKind, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -38,8 +37,6 @@ const COMMAND_ENABLE: u16 = 6;
 /// NVMe Base Specification 2.0, 3.1.3: the version's property.
 const VS_OFFSET: u64 = 8;
 pub(crate) const RAM_BYTES: u64 = 2 << 20;
-/// What a tenant's memory is full of.
-const PATTERN: u32 = 0x5ca1_ab1e;
 /// More than the lab's windows hold; none of it is ever touched.
 const RAM_TOO_LARGE: u64 = 4 << 30;
 /// Where x86 devices write to raise an interrupt: no IOMMU maps it.
@@ -240,26 +237,6 @@ pub(crate) fn trigger() -> Vec<u8> {
     [20, EVENTFD_TRIGGER, MSIX, 0, 1]
         .map(u32::to_le_bytes)
         .concat()
-}
-
-/// A tenant beside the one under test: its memory is full of a pattern and mapped for its function
-/// until somebody writes to the FIFO `gate`, and must be as it was then.
-pub fn tenant(socket: &str, gate: &str) -> Result<()> {
-    let mut client = Client::connect(socket)?;
-    let ram = Memory::new(RAM_BYTES, MapFlags::SHARED)?;
-    let file = File::from(ram.fd.try_clone()?);
-    let pattern = PATTERN.to_le_bytes().repeat(RAM_BYTES as usize / 4);
-    file.write_all_at(&pattern, 0)?;
-    client.agree()?;
-    client.ask(DMA_MAP, &dma_map(0, ram.bytes), &[ram.fd.as_fd()])?;
-    client.enable(true)?;
-    println!("planted");
-    std::fs::read(gate).with_context(|| format!("cannot wait at {gate}"))?;
-    let mut now = vec![0; RAM_BYTES as usize];
-    file.read_exact_at(&mut now, 0)?;
-    ensure!(now == pattern, "the tenant's memory has changed");
-    println!("untouched");
-    Ok(())
 }
 
 /// Runs one case against the server at `socket`.

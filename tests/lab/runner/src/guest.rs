@@ -229,8 +229,6 @@ struct Paths {
     control: String,
 }
 
-/// A kernel that panics before its serial driver is there says so by earlyprintk: its VMM ends then as
-/// if all was well.
 fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
     let mib = spec.memory_mib;
     let memory = match spec.memory {
@@ -252,7 +250,7 @@ fn qemu(spec: &GuestSpec, paths: &Paths, cache: &Path) -> Vec<String> {
         -serial file:{console}
         -kernel {kernel}
         -initrd {initramfs}
-        -append console=ttyS0 earlyprintk=ttyS0 quiet {QUICK} {cmdline}
+        -append console=ttyS0 quiet {QUICK} {cmdline}
         -device virtio-serial-pci
         -chardev socket,id=agent,path={agent},server=on,wait=off
         -device virtserialport,chardev=agent,name={PORT_NAME}

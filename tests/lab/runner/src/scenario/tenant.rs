@@ -1,59 +1,76 @@
-//! A second tenant of the same port: a client with its own function and its own memory, full of a pattern.
+//! A second tenant of the same port: a client with its own function, at work all the time, beside memory that is full of a pattern.
+//!
+//! No second guest: QEMU's TCG does not stand two of them. With two that had no device at all, one of
+//! them at work, the host ended by itself (a triple fault) while the other booted.
 
+use super::client::Client;
 use super::steps::Attached;
 use crate::host::NTB_BDF;
 use crate::pci;
-use anyhow::{Context, Result, ensure};
-use std::time::Duration;
+use anyhow::{Context, Result};
 
 /// The VF after the guest's.
-const NEIGHBOUR_BDF: &str = "0000:01:00.2";
+const BDF: &str = "0000:01:00.2";
+const CONTROLLER: u32 = 2;
 const SOCKET: &str = "/run/sublet/neighbour.sock";
-/// The client looks at its memory when somebody writes here.
-const GATE: &str = "/run/neighbour.gate";
-const LOG: &str = "/run/neighbour.log";
-/// What its memory is full of.
-const PATTERN: &str = "5ca1ab1e";
+/// Where its pieces lie, in blocks of 512 bytes: behind what a guest uses of the namespace, which
+/// both have.
+const LBA: u64 = 48 << 11;
+/// What its memory is full of that nobody may write: `lab-agent`'s canary.
+const PATTERN: &str = "ca4a4e50";
 /// RAM slices begin where their guest-physical address does, modulo this.
 const STEP: u64 = 2 << 20;
 const WINDOW_BYTES: u64 = 1 << 30;
-const READY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The neighbour, while its memory is mapped.
 pub struct Neighbour {
-    fdid: String,
-    pid: u32,
+    client: Client,
+    /// Its function.
+    pub fdid: String,
     /// Where host A's outbound window leads to its memory.
     pub address: u64,
 }
 
 impl Neighbour {
-    /// Borrows the second function, maps memory behind it, and finds it through the window.
+    /// Borrows the second function, goes to work, and is found through the window.
     pub fn move_in(attached: &Attached) -> Result<Self> {
         let (a, b) = (&attached.pair.a.agent, &attached.pair.b.agent);
-        pci::bind(a, NEIGHBOUR_BDF, "vfio-pci")?;
-        let fdid = attached.lending.offer_function(NEIGHBOUR_BDF)?;
+        pci::nvme_online(a, CONTROLLER, 2, 1)?;
+        pci::bind(a, BDF, "vfio-pci")?;
+        let fdid = attached.lending.offer_function(BDF)?;
         attached.lending.borrow(&fdid, SOCKET, &[])?;
-        b.sh(&format!("mkfifo {GATE}"))?;
-        let pid = b.spawn(&["lab-agent", "vfio-user", SOCKET, "tenant", GATE], LOG)?;
-        b.wait_until(&format!("grep -q planted {LOG}"), READY_TIMEOUT)?;
+        let client = Client::start(b, "neighbour", SOCKET, LBA)?;
+        client.order("open")?;
+        client.order("map")?;
+        client.tell("go")?;
+        client.goes_on(2)?;
         let address = find(attached)?;
-        Ok(Neighbour { fdid, pid, address })
+        Ok(Neighbour {
+            client,
+            fdid,
+            address,
+        })
+    }
+
+    /// Another piece comes back as it was written, and its memory is as it was: it looks at all of
+    /// that after each piece.
+    pub fn goes_on(&self) -> Result<()> {
+        // The piece that is on its way may have been looked at before.
+        self.client.goes_on(2).context("the neighbour")
     }
 
     /// Its memory is as it was; it moves out.
     pub fn move_out(self, attached: &Attached) -> Result<String> {
-        let (a, b) = (&attached.pair.a.agent, &attached.pair.b.agent);
-        b.sh(&format!("echo > {GATE}"))?;
-        let code = b.wait(self.pid, READY_TIMEOUT)?;
-        let log = b.text(LOG)?;
-        ensure!(code == Some(0), "the client ended with {code:?}: {log}");
-        b.sh(&format!("rm {GATE} {LOG}"))?;
+        let a = &attached.pair.a.agent;
+        self.goes_on()?;
+        let pieces = self.client.pieces()?;
+        self.client.end()?;
         attached.lending.b.verb(&["return", &self.fdid])?;
-        attached.lending.a.verb(&["unavailable", NEIGHBOUR_BDF])?;
-        attached.lending.a.verb(&["remove", NEIGHBOUR_BDF])?;
-        pci::unbind(a, NEIGHBOUR_BDF)?;
-        Ok(log)
+        attached.lending.a.verb(&["unavailable", BDF])?;
+        attached.lending.a.verb(&["remove", BDF])?;
+        pci::unbind(a, BDF)?;
+        pci::nvme_offline(a, CONTROLLER)?;
+        Ok(format!("{pieces} pieces of 4 KiB"))
     }
 }
 
