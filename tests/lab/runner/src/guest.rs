@@ -4,9 +4,9 @@ use crate::agent::Agent;
 use crate::cache::Cache;
 use crate::host::{Host, QUICK, vfio_user_device};
 use crate::initramfs::{Initramfs, PORT_NAME, Port};
-use crate::log::{self, NESTED_FAULT};
+use crate::log::{self, NESTED_FAULTS};
 use crate::program::arguments;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -169,11 +169,10 @@ impl Guest {
             if let Ok(code) = self.host.wait(self.pid, Duration::ZERO) {
                 return Err(error).context(format!("the VMM ended with {code:?}"));
             }
-            // A VMM that met it stands still for ever.
-            ensure!(
-                !log::any_contains(&self.dir, &NESTED_FAULT),
-                "the VMM met a fault of TCG"
-            );
+            // A VMM that met one stands still for ever, or has no host any more.
+            if let Some(fault) = log::first_of(&self.dir, &NESTED_FAULTS) {
+                bail!("a fault of TCG: {fault}");
+            }
             ensure!(
                 Instant::now() < deadline,
                 "not up within {BOOT_TIMEOUT:?}: {error:#}"

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use lab::check::Checks;
 use lab::lab::{Lab, Options};
-use lab::log::{self, NESTED_FAULT};
+use lab::log::{self, NESTED_FAULTS};
 use lab::scenario::{self, Scenario, When};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -52,11 +52,8 @@ fn run(args: &[String]) -> Result<bool> {
     for attempt in 1..=TRIES_MAX {
         let tried = attempt_once(scenario, &options)?;
         let (passed, failed) = tried.counts;
-        if failed > 0 && tried.nested_fault && attempt < TRIES_MAX {
-            println!(
-                "retry {attempt} of {name}: the log has `{}`",
-                NESTED_FAULT[0]
-            );
+        if let (Some(fault), true) = (tried.nested_fault, failed > 0 && attempt < TRIES_MAX) {
+            println!("retry {attempt} of {name}: the log has `{fault}`");
             continue;
         }
         let retried = attempt - 1;
@@ -92,8 +89,8 @@ fn options(words: &[String]) -> Result<Options> {
 struct Try {
     /// Passed and failed.
     counts: (usize, usize),
-    /// Whether the one known fault of others was seen.
-    nested_fault: bool,
+    /// The known fault of others that was seen.
+    nested_fault: Option<&'static str>,
 }
 
 fn attempt_once(scenario: &Scenario, options: &Options) -> Result<Try> {
@@ -116,7 +113,7 @@ fn attempt_once(scenario: &Scenario, options: &Options) -> Result<Try> {
     let (passed, failed) = checks.counts();
     // An error outside of every check, or a check too many, is a failure as well.
     let failed = failed.max(usize::from(outcome.is_err() || miscounted < 0));
-    let nested_fault = log::any_contains(&lab.dir, &NESTED_FAULT);
+    let nested_fault = log::first_of(&lab.dir, &NESTED_FAULTS);
     println!(
         "{} took {:.1} s",
         scenario.name,

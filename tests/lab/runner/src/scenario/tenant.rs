@@ -1,7 +1,6 @@
 //! A second tenant of the same port: a client with its own function, at work all the time, beside memory that is full of a pattern.
 //!
-//! No second guest: QEMU's TCG does not stand two of them. With two that had no device at all, one of
-//! them at work, the host ended by itself (a triple fault) while the other booted.
+//! No second guest: TCG's nested SVM does not stand two of them (`NESTED_FAULTS` in `log`).
 
 use super::client::Client;
 use super::steps::Attached;
