@@ -1,7 +1,7 @@
 //! A tenant without a guest, or a bystander without a function: started, told what to do, and asked what came of it.
 
 use crate::agent::Agent;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::time::{Duration, Instant};
 
 /// Longer than the client itself waits for an answer.
@@ -86,7 +86,9 @@ impl Client {
     /// How many pieces came back right; none may have come back wrong.
     pub fn pieces(&self) -> Result<u64> {
         let said = self.agent.text(&self.log)?;
-        ensure!(!said.contains("failed"), "{said}");
+        if let Some(failed) = said.lines().find(|line| line.contains("failed")) {
+            bail!("{failed}");
+        }
         Ok(said.lines().filter(|line| *line == "right").count() as u64)
     }
 
