@@ -148,10 +148,13 @@ fn add_processes(snapshot: &mut Snapshot) {
 }
 
 /// Descriptors by what they are, without the numbers that differ from one time to the next.
+/// One that is closed while they are listed is none.
 fn descriptors(dir: &Path) -> BTreeMap<String, usize> {
     let mut fds = BTreeMap::new();
     for name in names(dir.join("fd")) {
-        let target = fs::read_link(dir.join("fd").join(name)).unwrap_or_default();
+        let Ok(target) = fs::read_link(dir.join("fd").join(name)) else {
+            continue;
+        };
         let target = target.display().to_string();
         let kind = target
             .split_once(":[")

@@ -4,7 +4,7 @@ use crate::cache::Cache;
 use crate::guest::{Guest, GuestSpec, Vmm};
 use crate::host::{Host, HostSpec, RUN_IN_HOST};
 use crate::ntb::{Half, Ntb};
-use crate::snapshot::Snapshot;
+use crate::snapshot::{self, Both, Snapshot};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -143,8 +143,13 @@ impl Lab {
 }
 
 impl Pair {
+    /// Both hosts at rest: what later looks are compared with.
+    pub fn snapshot(&self) -> Result<Both> {
+        snapshot::both_at_rest(|| self.look())
+    }
+
     /// Both hosts as they are now, with what the NTB may reach in each.
-    pub fn snapshot(&self) -> Result<(Snapshot, Snapshot)> {
+    pub fn look(&self) -> Result<Both> {
         let take = |host: &Host, half| {
             let mut snapshot = Snapshot::take(&host.agent)?;
             if let Some(ntb) = self.ntb.as_ref().filter(|ntb| ntb.is_model()) {
@@ -156,10 +161,8 @@ impl Pair {
     }
 
     /// Both hosts are as they were: every scenario's last check.
-    pub fn ensure_unchanged(&self, before: &(Snapshot, Snapshot)) -> Result<&'static str> {
-        let after = self.snapshot()?;
-        before.0.ensure_equal(&after.0).context("host a")?;
-        before.1.ensure_equal(&after.1).context("host b")?;
+    pub fn ensure_unchanged(&self, before: &Both) -> Result<&'static str> {
+        snapshot::ensure_both_equal(before, || self.look())?;
         let foreign = self.ntb.as_ref().is_some_and(|ntb| !ntb.is_model());
         Ok(if foreign { FOREIGN_NTB } else { "" })
     }

@@ -3,10 +3,13 @@
 use crate::agent::Agent;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use std::time::{Duration, Instant};
 
 /// A daemon's own heap may grow a little between two times; its mappings and pins may not.
 const RESIDENT_GROWTH_KIB_MAX: u64 = 4096;
 const DIFFERENCES_SHOWN_MAX: usize = 20;
+/// A daemon at rest opens a file for a moment now and then. What is left is there for longer.
+const MOMENT_MAX: Duration = Duration::from_secs(2);
 
 /// One host at one time.
 #[derive(Clone, Debug)]
@@ -49,6 +52,39 @@ impl Snapshot {
         );
         Ok(())
     }
+}
+
+/// Host a and host b at one time.
+pub type Both = (Snapshot, Snapshot);
+
+/// Looks at both hosts until they are as before, for as long as a moment lasts.
+pub fn ensure_both_equal(before: &Both, look: impl Fn() -> Result<Both>) -> Result<()> {
+    let end = Instant::now() + MOMENT_MAX;
+    loop {
+        let equal = compare(before, &look()?);
+        if equal.is_ok() || Instant::now() >= end {
+            return equal;
+        }
+    }
+}
+
+/// Looks at both hosts until two looks in a row are alike: what later ones are compared with.
+pub fn both_at_rest(look: impl Fn() -> Result<Both>) -> Result<Both> {
+    let end = Instant::now() + MOMENT_MAX;
+    let mut last = look()?;
+    loop {
+        let now = look()?;
+        match compare(&last, &now) {
+            Ok(()) => return Ok(now),
+            Err(error) if Instant::now() >= end => return Err(error.context("never at rest")),
+            Err(_) => last = now,
+        }
+    }
+}
+
+fn compare(before: &Both, now: &Both) -> Result<()> {
+    before.0.ensure_equal(&now.0).context("host a")?;
+    before.1.ensure_equal(&now.1).context("host b")
 }
 
 fn differ(path: &str, before: &Value, after: &Value, into: &mut Vec<String>) {
@@ -96,8 +132,9 @@ fn differ(path: &str, before: &Value, after: &Value, into: &mut Vec<String>) {
 
 #[cfg(test)]
 mod tests {
-    use super::Snapshot;
+    use super::{Both, Snapshot, both_at_rest, ensure_both_equal};
     use serde_json::json;
+    use std::cell::Cell;
 
     #[test]
     fn every_kind_of_difference_is_named() {
@@ -133,6 +170,44 @@ mod tests {
         };
         assert!(at(1, 7).ensure_equal(&at(2, 7)).is_ok());
         assert!(at(1, 7).ensure_equal(&at(1, 8)).is_err());
+    }
+
+    /// Host b has one descriptor more in its first `moment` looks.
+    fn looks(moment: usize) -> impl Fn() -> anyhow::Result<Both> {
+        let looks = Cell::new(0);
+        move || {
+            looks.set(looks.get() + 1);
+            let fds = if looks.get() <= moment { 8 } else { 7 };
+            Ok((Snapshot(json!({})), Snapshot(json!({"fds": fds}))))
+        }
+    }
+
+    #[test]
+    fn what_lasts_a_moment_is_no_difference_and_what_stays_is() {
+        let rest = looks(0)().unwrap();
+        ensure_both_equal(&rest, looks(3)).unwrap();
+        let error = ensure_both_equal(&rest, looks(usize::MAX)).unwrap_err();
+        assert_eq!(
+            format!("{error:#}"),
+            "host b: 1 differences: /fds was 7, is 8"
+        );
+    }
+
+    #[test]
+    fn host_is_at_rest_when_two_looks_are_alike() {
+        assert!(
+            both_at_rest(looks(1))
+                .unwrap()
+                .1
+                .ensure_equal(&looks(0)().unwrap().1)
+                .is_ok()
+        );
+        let restless = Cell::new(0);
+        let error = both_at_rest(|| {
+            restless.set(restless.get() + 1);
+            Ok((Snapshot(json!(restless.get())), Snapshot(json!(0))))
+        });
+        assert!(format!("{:#}", error.unwrap_err()).starts_with("never at rest: host a"));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::guest::GuestSpec;
 use crate::host::VF_BDF;
 use crate::lab::Lab;
 use crate::pci;
+use crate::snapshot;
 use crate::sublet::{USER, Workers, ensure_no_lost_interrupt, trapped_accesses};
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
@@ -86,11 +87,12 @@ fn detach(checks: &mut Checks, attached: Attached) -> Result<()> {
         || {
             guest.shut_down()?;
             lending.b.verb(&["return", &fdid])?;
-            let mut now = pair.snapshot()?;
-            now.0.forget_programs(" keeper");
-            now.1.forget_programs(" keeper");
-            idle.0.ensure_equal(&now.0).context("host a")?;
-            idle.1.ensure_equal(&now.1).context("host b")?;
+            snapshot::ensure_both_equal(&idle, || {
+                let mut now = pair.look()?;
+                now.0.forget_programs(" keeper");
+                now.1.forget_programs(" keeper");
+                Ok(now)
+            })?;
             Ok("")
         },
     );

@@ -5,7 +5,7 @@ use super::rig::{Rig, TRUTH_TIMEOUT};
 use super::stages::{END_TIMEOUT, SOCKET, VERB_LOG};
 use crate::host::VF_BDF;
 use crate::pci;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{self, Both};
 use crate::sublet::PORT;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -157,14 +157,12 @@ impl Rig<'_> {
     /// Both hosts are as before the first cell.
     pub fn ensure_nothing_left(&self) -> Result<()> {
         let idle = self.idle.as_ref().context("no snapshot")?;
-        let now = self.snapshot()?;
-        idle.0.ensure_equal(&now.0).context("host a")?;
-        idle.1.ensure_equal(&now.1).context("host b")
+        snapshot::ensure_both_equal(idle, || self.look())
     }
 
     /// A keeper that was started anew has no connections of old.
-    pub fn snapshot(&self) -> Result<(Snapshot, Snapshot)> {
-        let mut now = self.pair.snapshot()?;
+    pub fn look(&self) -> Result<Both> {
+        let mut now = self.pair.look()?;
         now.0.forget_programs(" keeper");
         now.1.forget_programs(" keeper");
         Ok(now)

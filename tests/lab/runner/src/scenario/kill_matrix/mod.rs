@@ -16,7 +16,7 @@ use crate::check::Checks;
 use crate::host::Host;
 use crate::lab::{Lab, Pair};
 use crate::pci;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{self, Both};
 use crate::sublet::{Lending, Workers};
 use anyhow::{Context, Result, ensure};
 use cell::{Cell, DEEDS, Plan, STAGES, Stage, VICTIMS, Witnessed};
@@ -88,11 +88,7 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
 }
 
 /// Two hosts with all their processes, a function that is offered, and nobody that uses it.
-fn set_up<'a>(
-    lab: &'a Lab,
-    checks: &mut Checks,
-    seed: u64,
-) -> Result<(Rig<'a>, (Snapshot, Snapshot))> {
+fn set_up<'a>(lab: &'a Lab, checks: &mut Checks, seed: u64) -> Result<(Rig<'a>, Both)> {
     let ntb = lab.ntb(&[])?;
     let cables = [lab.cable("ntb-ac", &[])?, lab.cable("ntb-bc", &[])?];
     let specs = hosts::specs(lab, &ntb, &cables)?;
@@ -163,7 +159,7 @@ fn strike_all(
     if rig.usual.is_empty() {
         checks.must("each stage's usual length is known", || rig.measure())?;
     }
-    rig.idle = Some(rig.snapshot()?);
+    rig.idle = Some(snapshot::both_at_rest(|| rig.look())?);
     for cell in cells {
         let passed = checks.check(&cell.name(), || rig.strike(cell));
         table.enter(cell, passed.is_some());

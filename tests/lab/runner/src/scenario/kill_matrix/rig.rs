@@ -7,7 +7,7 @@ use crate::host::HostSpec;
 use crate::lab::{Lab, Pair};
 use crate::ntb::Ntb;
 use crate::scenario::client::Client;
-use crate::snapshot::Snapshot;
+use crate::snapshot::Both;
 use crate::sublet::Lending;
 use anyhow::{Context, Result, ensure};
 use std::time::Duration;
@@ -33,7 +33,7 @@ pub struct Rig<'a> {
     pub guest: Option<Guest>,
     pub guests: usize,
     /// With the function offered, and nobody's.
-    pub idle: Option<(Snapshot, Snapshot)>,
+    pub idle: Option<Both>,
     pub specs: [HostSpec; 2],
     pub pair: Pair,
     /// From each host to the third.
