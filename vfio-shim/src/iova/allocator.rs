@@ -128,8 +128,9 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
         Err(full)
     }
 
-    /// Sets `len` contiguous bytes aside for one owner.
-    pub fn reserve(&mut self, owner: O, len: u64, modulus: u64) -> Result<Span, SpanError> {
+    /// Sets `len` contiguous bytes aside for one owner, at a multiple of the first of `moduli` (as
+    /// of `allocate`) for which room is found.
+    pub fn reserve(&mut self, owner: O, len: u64, moduli: &[u64]) -> Result<Span, SpanError> {
         if self.reserved.contains_key(&owner) {
             return Err(SpanError::Reserved);
         }
@@ -140,9 +141,10 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
         let Some(len) = whole_pages(len) else {
             return Err(full);
         };
-        let aligned = self.common.find(len, 0, modulus);
-        let found = aligned.or_else(|| self.common.find(len, 0, GRANULE));
-        let Some((run, at)) = found else {
+        let mut found = moduli
+            .iter()
+            .map(|&modulus| self.common.find(len, 0, modulus));
+        let Some((run, at)) = found.find_map(|found| found) else {
             return Err(full);
         };
         let span = Span::new(at, len).ok_or(full)?;

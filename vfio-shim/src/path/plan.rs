@@ -119,7 +119,7 @@ impl SlicePool {
         let len = bytes
             .checked_next_multiple_of(TWO_MIB)
             .unwrap_or(u64::MAX - (TWO_MIB - 1));
-        let reserved = self.spans.reserve(owner, len, ONE_GIB);
+        let reserved = self.spans.reserve(owner, len, &MODULI);
         reserved
             .map(|_| ())
             .map_err(|error| self.refuse(error, len, "the guest's RAM"))
@@ -239,6 +239,16 @@ mod tests {
         SlicePool::open(refusal.figure)
             .reserve(LEASE, 256 << 20)
             .unwrap();
+    }
+
+    /// At 64 KiB, behind the mailbox, both IOMMUs would take 4 KiB pages for all of a guest's RAM.
+    #[test]
+    fn reservation_without_room_at_a_gib_agrees_with_the_guest_modulo_2_mib() {
+        let mut pool = SlicePool::open(256 << 20);
+        pool.reserve(LEASE, 128 << 20).unwrap();
+        let ram = Span::new(0, 128 << 20).unwrap();
+        let offset = pool.allocate_ram(LEASE, ram).unwrap();
+        assert_eq!(offset, WindowOffset(TWO_MIB));
     }
 
     #[test]
