@@ -18,6 +18,14 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 const LOOK_AFTER_VMM: Duration = Duration::from_secs(3);
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 const SIGKILL: i32 = 9;
+/// What the host's VMMs and programs do, a line for each thread: its state, its ticks as a user and
+/// in the kernel, the guest's of them, and where it waits. A guest that stands still tells nothing.
+const THREADS: &str = r#"for p in /proc/[0-9]*; do
+    case "$(tr '\0' ' ' < "$p/cmdline" 2>/dev/null)" in *qemu*|*sublet*) ;; *) continue ;; esac
+    for t in "$p"/task/*; do
+        echo "$t $(cat "$t/comm"): $(sed 's/.*) //' "$t/stat" | cut -d' ' -f1,12,13,41) $(cat "$t/wchan")"
+    done
+done"#;
 
 /// Which program runs the guest.
 #[derive(Clone, Debug)]
@@ -173,10 +181,13 @@ impl Guest {
             if let Some(fault) = log::first_of(&self.dir, &NESTED_FAULTS) {
                 bail!("a fault of TCG: {fault}");
             }
-            ensure!(
-                Instant::now() < deadline,
-                "not up within {BOOT_TIMEOUT:?}: {error:#}"
-            );
+            if Instant::now() >= deadline {
+                let threads = self.host.sh(THREADS);
+                let threads = threads.unwrap_or_else(|error| format!("{error:#}"));
+                let log = self.dir.join(format!("stuck-{}.log", self.pid));
+                std::fs::write(log, threads)?;
+                bail!("not up within {BOOT_TIMEOUT:?}: {error:#}");
+            }
         }
     }
 
