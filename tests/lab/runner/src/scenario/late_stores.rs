@@ -209,38 +209,36 @@ impl Rig<'_> {
         let (pid, host) = self.process(victim)?;
         host.kill(pid, SIGSTOP)?;
         host.wait_until(&format!("grep -q '^State:.T' /proc/{pid}/status"), WAIT)?;
-        let thaw = || host.kill(pid, SIGCONT);
         match victim {
-            Victim::Vmm => {
-                self.revoke()?;
-                let next = self.lend_on()?;
-                thaw()?;
-                self.stores_go_on(&self.attached.guest)?;
-                self.take_over(next)
-            }
+            Victim::Vmm => self.revoke()?,
             Victim::Worker => {
                 self.revoke()?;
                 // A store of it could only come later, from a process that is no more.
                 let gone = host.wait_until(&format!("! kill -0 {pid}"), WAIT);
                 gone.context("the worker outlives its lease, standing still")?;
-                let next = self.lend_on()?;
-                self.take_over(next)
             }
             Victim::BorrowerPort => {
                 self.revoke()?;
                 // Its worker does not know yet, and stores.
                 self.stores_go_on(&self.attached.guest)?;
                 self.registers()?.ensure_reset()?;
-                thaw()?;
-                let next = self.lend_on()?;
-                self.take_over(next)
+                host.kill(pid, SIGCONT)?;
             }
-            Victim::LenderPort => {
-                self.revoke_of_frozen_port(pid)?;
-                let next = self.lend_on()?;
-                self.take_over(next)
-            }
+            Victim::LenderPort => self.revoke_of_frozen_port(pid)?,
         }
+        let next = self.lend_on_beside()?;
+        self.take_over(next)
+    }
+
+    /// The old tenant stands still until the next is up, as TCG's nested SVM does not stand a guest
+    /// that boots beside one at work; then its stores come.
+    fn lend_on_beside(&mut self) -> Result<Next> {
+        let (old, b) = self.process(Victim::Vmm)?;
+        b.kill(old, SIGSTOP)?;
+        let next = self.lend_on()?;
+        b.kill(old, SIGCONT)?;
+        self.stores_go_on(&self.attached.guest)?;
+        Ok(next)
     }
 
     /// Stopped, with the lender's registers in its guest's page tables.
