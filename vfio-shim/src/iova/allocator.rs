@@ -141,10 +141,8 @@ impl<O: Copy + Ord + Debug> SpanAllocator<O> {
         let Some(len) = whole_pages(len) else {
             return Err(full);
         };
-        let mut found = moduli
-            .iter()
-            .map(|&modulus| self.common.find(len, 0, modulus));
-        let Some((run, at)) = found.find_map(|found| found) else {
+        let mut moduli = moduli.iter();
+        let Some((run, at)) = moduli.find_map(|&modulus| self.common.find(len, 0, modulus)) else {
             return Err(full);
         };
         let span = Span::new(at, len).ok_or(full)?;

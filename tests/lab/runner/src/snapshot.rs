@@ -30,7 +30,7 @@ impl Snapshot {
     }
 
     /// Leaves out the programs whose command line has this word: one was started anew meanwhile.
-    pub fn forget_programs(&mut self, word: &str) {
+    fn forget_programs(&mut self, word: &str) {
         if let Some(programs) = self.0["daemons"].as_object_mut() {
             programs.retain(|command, _| !command.contains(word));
         }
@@ -56,6 +56,13 @@ impl Snapshot {
 
 /// Host a and host b at one time.
 pub type Both = (Snapshot, Snapshot);
+
+/// Both without the programs that have this word: see [`Snapshot::forget_programs`].
+pub fn without_programs((mut a, mut b): Both, word: &str) -> Both {
+    a.forget_programs(word);
+    b.forget_programs(word);
+    (a, b)
+}
 
 /// Looks at both hosts until they are as before, for as long as a moment lasts.
 pub fn ensure_both_equal(before: &Both, look: impl Fn() -> Result<Both>) -> Result<()> {
@@ -195,13 +202,9 @@ mod tests {
 
     #[test]
     fn host_is_at_rest_when_two_looks_are_alike() {
-        assert!(
-            both_at_rest(looks(1))
-                .unwrap()
-                .1
-                .ensure_equal(&looks(0)().unwrap().1)
-                .is_ok()
-        );
+        let rest = looks(0)().unwrap();
+        let found = both_at_rest(looks(1)).unwrap();
+        rest.1.ensure_equal(&found.1).unwrap();
         let restless = Cell::new(0);
         let error = both_at_rest(|| {
             restless.set(restless.get() + 1);

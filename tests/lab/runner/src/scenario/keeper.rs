@@ -67,8 +67,7 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         },
     );
     // A keeper that was started anew has no connections of old.
-    attached.idle.0.forget_programs(" keeper");
-    attached.idle.1.forget_programs(" keeper");
+    attached.idle = snapshot::without_programs(attached.idle, " keeper");
     detach(checks, attached)
 }
 
@@ -88,10 +87,7 @@ fn detach(checks: &mut Checks, attached: Attached) -> Result<()> {
             guest.shut_down()?;
             lending.b.verb(&["return", &fdid])?;
             snapshot::ensure_both_equal(&idle, || {
-                let mut now = pair.look()?;
-                now.0.forget_programs(" keeper");
-                now.1.forget_programs(" keeper");
-                Ok(now)
+                Ok(snapshot::without_programs(pair.look()?, " keeper"))
             })?;
             Ok("")
         },

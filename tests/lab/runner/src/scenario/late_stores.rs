@@ -227,22 +227,32 @@ impl Rig<'_> {
             Victim::LenderPort => self.revoke_of_frozen_port(pid)?,
         }
         let next = self.lend_on_beside()?;
-        if victim == Victim::Vmm {
-            self.stores_go_on(&self.attached.guest)?;
-        }
+        self.late_stores_come(victim)?;
         self.take_over(next)
     }
 
     /// The old tenant stands still until the next is up, as TCG's nested SVM does not stand a guest
-    /// that boots beside one at work; then its stores come. A QEMU that loses its worker may end by
-    /// itself, with an assertion of its own: then there is nobody to stop.
+    /// that boots beside one at work.
     fn lend_on_beside(&mut self) -> Result<Next> {
         let (old, b) = self.process(Victim::Vmm)?;
+        // One that has ended by itself is none to stop.
         let tell = |signal| b.sh(&format!("kill -{signal} {old} 2>/dev/null || :"));
         tell(SIGSTOP)?;
         let next = self.lend_on()?;
         tell(SIGCONT)?;
         Ok(next)
+    }
+
+    /// The old tenant's stores go on beside the next. A QEMU that loses its worker while it runs may
+    /// end by an assertion of its own instead.
+    fn late_stores_come(&self, victim: Victim) -> Result<()> {
+        let Err(error) = self.stores_go_on(&self.attached.guest) else {
+            return Ok(());
+        };
+        ensure!(victim != Victim::Vmm, "no late store: {error:#}");
+        let (old, b) = self.process(Victim::Vmm)?;
+        let ended = b.wait(old, Duration::ZERO).map(drop);
+        ended.with_context(|| format!("neither stores nor an end: {error:#}"))
     }
 
     /// Stopped, with the lender's registers in its guest's page tables.

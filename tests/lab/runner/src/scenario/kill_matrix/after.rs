@@ -162,9 +162,6 @@ impl Rig<'_> {
 
     /// A keeper that was started anew has no connections of old.
     pub fn look(&self) -> Result<Both> {
-        let mut now = self.pair.look()?;
-        now.0.forget_programs(" keeper");
-        now.1.forget_programs(" keeper");
-        Ok(now)
+        Ok(snapshot::without_programs(self.pair.look()?, " keeper"))
     }
 }
