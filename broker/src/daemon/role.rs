@@ -85,7 +85,7 @@ const CALLS: &[Call] = &[
     any("sigaltstack", libc::SYS_sigaltstack, "a thread's start and end"),
     any("gettid", libc::SYS_gettid, "a thread's start"),
     any("sched_getaffinity", libc::SYS_sched_getaffinity, "a thread's stack"),
-    any("mprotect", libc::SYS_mprotect, "the guard page of a thread's stack, and the allocator"),
+    when("mprotect, nothing that runs", libc::SYS_mprotect, Only::Without(2, PROT_EXEC), "the guard page of a thread's stack, and the allocator"),
     any("madvise", libc::SYS_madvise, "a thread's stack, after its end, and the allocator"),
     any("prctl", libc::SYS_prctl, "a thread's name"),
     any("exit", libc::SYS_exit, "a thread's end"),

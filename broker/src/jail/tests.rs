@@ -200,6 +200,31 @@ fn each_entry_of_a_list_is_needed() {
     }
 }
 
+#[test]
+fn no_role_makes_a_page_that_runs() {
+    let roles = [
+        &crate::daemon::ROLE,
+        &crate::port::ROLE,
+        &crate::worker::ROLE,
+        &crate::keeper::ROLE,
+        &crate::keeper::CHECKS,
+    ];
+    let nothing_that_runs = Only::Without(2, libc::PROT_EXEC as u64);
+    for role in roles {
+        for call in role.calls {
+            match call.number {
+                libc::SYS_mmap | libc::SYS_mprotect => {
+                    assert_eq!(call.only, nothing_that_runs, "{}: {}", role.name, call.name);
+                }
+                libc::SYS_pkey_mprotect | libc::SYS_shmat | libc::SYS_personality => {
+                    panic!("{}: {}", role.name, call.name);
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
 /// Makes the kernel answer one system call as a kernel without it does.
 fn take_away(number: i64, errno: i32) {
     let filter = seccompiler::SeccompFilter::new(
