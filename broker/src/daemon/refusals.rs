@@ -37,6 +37,7 @@ pub(crate) fn from_bind(error: &BindError) -> VerbError {
 pub(crate) fn from_open(error: &OpenError) -> VerbError {
     let code = match error {
         OpenError::NotViable { .. } => ErrorCode::GroupInUse,
+        OpenError::Busy { .. } => ErrorCode::Busy,
         _ => ErrorCode::Kernel,
     };
     VerbError::new(code, words(error))

@@ -4,6 +4,7 @@
 //! (nothing) --open--> Busy --bound--> Held by a connection --close, connection's end--> Busy --> (nothing)
 //!                                     Held by nobody (found in the journal) --open--> Held by a connection
 //! ```
+//! An open that fails leaves what was nobody's so: it may be in use by a client of the last keeper.
 //! Whoever moves an entry to Busy does the slow work without the lock, and wakes who waits.
 
 use super::journal::Journal;
@@ -178,6 +179,7 @@ impl Holds {
     pub(super) fn open(&self, client: Client, bdf: Bdf) -> Result<OpenGroup, VerbError> {
         self.check_allowed(bdf)?;
         let (mut turn, guard) = self.take_for(client, bdf)?;
+        let is_orphan = guard.is_some();
         let guard = match guard {
             Some(guard) => guard,
             None => self.bind(bdf)?,
@@ -190,7 +192,11 @@ impl Holds {
             }
             Err(error) => {
                 let refused = refusals::from_open(&error);
-                self.restore(bdf, guard);
+                // Nobody's function may be somebody's still: it is for `tend_orphans` to find out.
+                match is_orphan || matches!(error, OpenError::Busy { .. }) {
+                    true => turn.then = Some(Entry::Held(None, guard)),
+                    false => self.restore(bdf, guard),
+                }
                 Err(refused)
             }
         }
@@ -342,19 +348,28 @@ impl Holds {
         }
     }
 
-    /// Gives back what clients of the last keeper had, each as soon as nobody has it open any more;
-    /// returns when there is none. Those clients live on with what they hold, and may come back.
+    /// What is bound for no connection; waits until there is such a one.
+    fn orphans(&self) -> Vec<Bdf> {
+        let of_nobody = |(bdf, entry): (&Bdf, &Entry)| match entry {
+            Entry::Held(None, _) => Some(*bdf),
+            _ => None,
+        };
+        let mut entries = self.entries();
+        loop {
+            let orphans: Vec<Bdf> = entries.iter().filter_map(of_nobody).collect();
+            if !orphans.is_empty() {
+                return orphans;
+            }
+            let waited = self.changed.wait(entries);
+            entries = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// For good: gives back what clients of the last keeper had, each as soon as nobody has it open
+    /// any more. Those clients live on with what they hold, and may come back.
     pub(super) fn tend_orphans(&self) {
         loop {
-            let of_nobody = |(bdf, entry): (&Bdf, &Entry)| match entry {
-                Entry::Held(None, _) => Some(*bdf),
-                _ => None,
-            };
-            let orphans: Vec<Bdf> = self.entries().iter().filter_map(of_nobody).collect();
-            if orphans.is_empty() {
-                return;
-            }
-            for bdf in orphans {
+            for bdf in self.orphans() {
                 if let Some((turn, owner, guard)) = self.take_back(bdf, Option::is_none) {
                     // Refused = still open, and that is how it should be.
                     let given = self.give_back(turn, owner, guard, Some(Duration::ZERO));
@@ -376,22 +391,16 @@ impl Holds {
         let bdf = turn.bdf;
         let deadline = Instant::now() + wait.unwrap_or(self.waits.release);
         let mut told = false;
-        while let Err(OpenError::Busy { group, .. }) = (self.ground.open)(bdf, &self.ground.sysfs) {
+        while let Err(error) = self.ensure_free(bdf) {
             let late = Instant::now() >= deadline;
             if late && wait.is_some() {
                 turn.then = Some(Entry::Held(owner, guard));
-                let text = format!(
-                    "{bdf} is still open in some process: end what `fuser -v /dev/vfio/{group}` \
-                     names, and try again"
-                );
-                return Err(refuse(ErrorCode::Busy, text));
+                return Err(refusals::from_open(&error));
             }
             if late && !told {
                 told = true;
-                tracing::error!(
-                    %bdf, "its process has gone, and another one has it open: it is given back \
-                     when what `fuser -v /dev/vfio/{group}` names has ended"
-                );
+                let error = words(&error);
+                tracing::error!(%bdf, error, "its process has gone, and it cannot be given back yet");
             }
             let step = if told {
                 self.waits.idle_step
@@ -411,6 +420,16 @@ impl Holds {
                 tracing::error!(%bdf, "{}", words(&error));
                 Err(refuse(ErrorCode::Kernel, words(&error)))
             }
+        }
+    }
+
+    /// Says that nobody has the group open. What does not say so is no yes: an unbinding would
+    /// take the function from under its holder, and wait for it.
+    fn ensure_free(&self, bdf: Bdf) -> Result<(), OpenError> {
+        match (self.ground.open)(bdf, &self.ground.sysfs) {
+            Ok(_) | Err(OpenError::NotVfio { .. }) => Ok(()),
+            Err(_) if !self.ground.sysfs.exists(bdf) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 

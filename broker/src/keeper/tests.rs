@@ -32,7 +32,10 @@ use std::{
     ops::Deref,
     os::{fd::OwnedFd, unix::fs::symlink},
     path::Path,
-    sync::{Condvar, Mutex},
+    sync::{
+        Condvar, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -215,11 +218,15 @@ const SHORT: Waits = Waits {
 
 impl Running {
     fn start(machine: &Machine, uid: u32, waits: Waits, tended: bool) -> Self {
+        Self::on(machine, machine.ground(), uid, waits, tended)
+    }
+
+    fn on(machine: &Machine, ground: Ground, uid: u32, waits: Waits, tended: bool) -> Self {
         let folder = machine.folder();
         let config = machine.config();
         socket::claim_folder(&folder).unwrap();
         let journal = Journal::open(&journal_folder(&folder)).unwrap();
-        let holds = Holds::new(config, machine.ground(), journal, waits).unwrap();
+        let holds = Holds::new(config, ground, journal, waits).unwrap();
         let holds = Arc::new(holds);
         let shared = Arc::new(Shared::default());
         let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
@@ -461,6 +468,51 @@ fn next_keeper_gives_back_what_the_killed_one_had_bound_when_its_client_has_gone
     }
     drop(opened);
     until("the function is given back", || machine.is_as_before(VF));
+    running.stop();
+}
+
+#[test]
+fn function_of_a_killed_keepers_client_is_not_taken_from_it_by_anothers_open() {
+    let machine = Machine::new();
+    let opened = orphan(&machine);
+    let running = Running::of(&machine);
+    let other = Raw::admitted(&functions_socket(&machine.folder()));
+    for _ in 0..3 {
+        let refused = other.refused(&ToKeeper::Open(bdf(VF)));
+        assert_eq!(refused.code, ErrorCode::Busy, "{refused}");
+        assert!(machine.is_bound(VF), "unbound under its holder");
+    }
+    drop(opened);
+    until("the function is given back", || machine.is_as_before(VF));
+    running.stop();
+}
+
+#[test]
+fn function_is_not_unbound_by_a_keeper_that_cannot_look_whether_it_is_open() {
+    let machine = Machine::new();
+    let blind = Arc::new(AtomicBool::new(false));
+    let (mut ground, is_blind) = (machine.ground(), Arc::clone(&blind));
+    let open = ground.open;
+    ground.open = Box::new(move |bdf, sysfs| match is_blind.load(Ordering::Relaxed) {
+        true => Err(OpenError::Kernel {
+            act: "open",
+            object: "/dev/vfio/1".into(),
+            source: std::io::Error::from_raw_os_error(libc::EMFILE),
+        }),
+        false => open(bdf, sysfs),
+    });
+    let running = Running::on(&machine, ground, geteuid().as_raw(), SHORT, true);
+    let client = Raw::admitted(&functions_socket(&machine.folder()));
+    let opened = client.opened(bdf(VF));
+    blind.store(true, Ordering::Relaxed);
+    let refused = client.refused(&ToKeeper::Close(bdf(VF)));
+    assert!(refused.text.contains("/dev/vfio/1"), "{refused}");
+    assert!(machine.is_bound(VF), "unbound under its holder");
+    blind.store(false, Ordering::Relaxed);
+    drop(opened);
+    let closed = client.ask(&ToKeeper::Close(bdf(VF)));
+    assert!(matches!(closed, FromKeeper::Done), "{closed:?}");
+    assert!(machine.is_as_before(VF));
     running.stop();
 }
 
