@@ -33,7 +33,8 @@ pub const FUNCTIONS_MAX: usize = 4096;
 pub const RETRY_MS: u64 = 1_000;
 /// How soon a port is told again that a lease has expired, milliseconds.
 pub const EXPIRE_AGAIN_MS: u64 = 1_000;
-/// Greatest epoch that is believed of a port; a store that counts from there on does not overflow.
+/// Greatest epoch that is believed of a port, unless the store has counted further itself: from
+/// there on it does not overflow.
 pub const EPOCH_MAX: u64 = 1 << 62;
 
 /// What the clocks say.
@@ -346,7 +347,10 @@ impl LeaseMachine {
     fn connected(&mut self, port: &str, holds: Vec<Held>, now: Now, out: &mut Vec<Action>) {
         // It may have come back before anybody saw it go.
         self.away(port);
-        for held in holds.into_iter().filter(|held| held.epoch <= EPOCH_MAX) {
+        // A port that was taken over may have said the greatest: what is granted after that is
+        // believed of the others.
+        let most = EPOCH_MAX.max(self.epoch_last);
+        for held in holds.into_iter().filter(|held| held.epoch <= most) {
             self.epoch_last = self.epoch_last.max(held.epoch);
             let known = self.entries.contains_key(&held.function);
             if !known && self.entries.len() >= FUNCTIONS_MAX {

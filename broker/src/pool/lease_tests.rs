@@ -196,7 +196,14 @@ fn port_that_claims_what_is_not_its_own_or_cannot_be_gets_nothing() {
     assert!(rig.pool.status(rig.now).len() == 1, "z is not believed");
     rig.connected("ntb0", vec![hold("a", epoch), hold("b", EPOCH_MAX)]);
     assert_eq!(rig.lease("a").state, LeaseState::Open);
-    assert_eq!(rig.granted("ntb0", "c"), EPOCH_MAX + 1);
+    let next = rig.granted("ntb0", "c");
+    assert_eq!(next, EPOCH_MAX + 1);
+    // Nor is what another port has said the end of what this one has.
+    rig.connected("ntb1", vec![hold("y", EPOCH_MAX)]);
+    let port = "ntb0".to_owned();
+    rig.handle(Event::Away { port });
+    rig.connected("ntb0", vec![hold("a", epoch), hold("c", next)]);
+    assert_eq!(rig.lease("c").state, LeaseState::Open);
 }
 
 #[test]
