@@ -102,6 +102,8 @@ struct Offer {
     refused: Refused,
     /// Whether its driver can stop what it does.
     stops: bool,
+    /// Offered to be put back, and for nobody to borrow.
+    mends_only: bool,
 }
 
 enum Pending {
@@ -211,6 +213,7 @@ impl Lender {
             wanted: None,
             refused: Refused::default(),
             stops: false,
+            mends_only: false,
         };
         self.offers.insert(offer.entry.bdf, offer);
         Ok(())

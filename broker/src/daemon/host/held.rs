@@ -79,8 +79,8 @@ impl LocalHost {
         }
     }
 
-    /// Nobody else hears of the offer: it is in quarantine, and withdrawn at once. Past the wait
-    /// it stays offered, as the undoing goes on.
+    /// Nobody can borrow it by this offer, which is withdrawn at once. Past the wait it stays, as
+    /// the undoing goes on, and is as one that the kernel took away when that is done.
     fn put_back_unoffered(&self, bdf: Bdf, held: HeldBack) -> Result<Outcome, VerbError> {
         let port = self.ports.first();
         let port = port.ok_or_else(|| refuse(ErrorCode::Config, "no port can open it"))?;

@@ -239,6 +239,25 @@ fn close_that_failed_keeps_the_bar_slices_and_the_function() {
 }
 
 #[test]
+fn function_that_was_offered_to_be_put_back_is_nobodys_when_it_is() {
+    let mut pair = ready();
+    let lender = &mut pair.hosts[0].core.lender;
+    lender.hold_back(bdf(), (LeaseId(1), "its reset failed".into()));
+    let borrow = |pair: &mut Pair| match pair.ask(Call::Borrow(bdf(), None)) {
+        Err(CallError::Refused(refusal)) => refusal.code,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(borrow(&mut pair), RefusalCode::Quarantine);
+    let actions = pair.hosts[0].core.retry(bdf(), pair.now).unwrap();
+    actions.into_iter().for_each(|action| pair.act(0, action));
+    pair.settle();
+    let lender = &pair.hosts[0].core.lender;
+    assert!(matches!(lender.state(bdf()), Some(OfferState::Gone(_))));
+    assert_eq!(borrow(&mut pair), RefusalCode::UnknownFunction);
+    pair.hosts[0].core.lender.withdraw(bdf()).unwrap();
+}
+
+#[test]
 fn answer_without_a_form_on_the_wire_is_one_tenants_refusal_and_no_sessions_end() {
     let mut pair = Pair::new(7);
     let mut info = function_info();

@@ -7,6 +7,9 @@ use crate::path::message::{LeaseId, Refusal, RefusalCode};
 use crate::path::plan::{Owner, SlicePool};
 use crate::path::work::{FunctionWork, WorkOutcome};
 
+/// Why a function that was offered to be put back is not there for borrowers.
+const PUT_BACK: &str = "offered to be put back alone, and that is done";
+
 /// The slices of a lease whose undoing failed: they are behind this host's function still.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Left {
@@ -89,9 +92,11 @@ impl Lender {
         Ok(vec![offer.mended(Undone::Cleared(by.to_owned()))])
     }
 
-    /// It was in quarantine when it was offered: since this lease, and why.
+    /// It was in quarantine when it was offered, since this lease and so why: it is put back, and
+    /// nobody borrows it by this offer.
     pub fn hold_back(&mut self, bdf: Bdf, (lease, why): (LeaseId, String)) {
         if let Some(offer) = self.offers.get_mut(&bdf) {
+            offer.mends_only = true;
             offer.hold_back(lease, why, self.now_ms);
         }
     }
@@ -116,7 +121,12 @@ impl Lender {
                 }
                 // What the borrower has not confirmed yet is freed when it does.
                 offer.left = None;
-                vec![offer.mended(undone)]
+                let told = offer.mended(undone);
+                if offer.mends_only {
+                    // Before anybody hears of it: its withdrawal is a step of its own.
+                    offer.state = OfferState::Gone(PUT_BACK.to_owned());
+                }
+                vec![told]
             }
         }
     }
