@@ -175,7 +175,10 @@ fn ask(
 fn hear(channel: &Channel, path: &Path, wait: Duration) -> Result<FromKeeper, VerbError> {
     match channel.wait(wait) {
         Ok(true) => {}
-        Ok(false) => return Err(lost(path, format!("nothing within {wait:?}"))),
+        Ok(false) => {
+            let lost = lost(path, format!("nothing within {wait:?}"));
+            return Err(VerbError::new(ErrorCode::Timeout, lost.text));
+        }
         Err(error) => return Err(failed(path, error)),
     }
     let heard = channel.hear().map_err(|error| failed(path, error))?;
@@ -212,7 +215,7 @@ impl MemoryMaps for Keeper {
     /// Each time by a connection of its own: one tenant's process that cannot be looked at does not
     /// hold up another's.
     fn check_shared(&self, pid: i32, ranges: &[(Inode, Span)]) -> Result<(), MemoryError> {
-        let told = |error: VerbError| MemoryError::Told(error.text);
+        let told = MemoryError::from;
         let path = super::checks_socket(&self.folder);
         let channel = self.connect(&path).map_err(told)?;
         for some in ranges.chunks(PIECES_MAX) {

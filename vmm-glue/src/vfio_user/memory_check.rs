@@ -66,6 +66,9 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// Whoever looks for this process has not answered in time, and may be at it still.
+    #[error("{0}")]
+    Unanswered(String),
     /// Whoever looks for this process found it so.
     #[error("{0}")]
     Told(String),

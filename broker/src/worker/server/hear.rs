@@ -1,5 +1,6 @@
 //! The thread that starts one worker, hears it until it is gone or must go, and undoes what it leaves.
 
+use super::looks::Looks;
 use super::{Launch, Process, WorkerServer, lock};
 use crate::ipc::{
     Answered, Channel, ChannelError, FILES_MAX, MapPart, Sent, ToPort, ToWorker, Token,
@@ -9,7 +10,7 @@ use std::{
     sync::{Arc, atomic::Ordering, mpsc},
 };
 use vfio_shim::{
-    model::{Span, UndoStep},
+    model::UndoStep,
     path::{
         CallError,
         borrower::{Answer, GuestMap},
@@ -17,16 +18,13 @@ use vfio_shim::{
         words,
     },
 };
-use vmm_glue::vfio_user::{
-    Endpoint, Vmm,
-    memory_check::{Inode, MemoryMaps},
-};
+use vmm_glue::vfio_user::{Endpoint, Vmm, memory_check::MemoryMaps};
 
 /// The thread that starts and serves one worker.
 pub(super) struct Hearing {
     worker: Arc<WorkerServer>,
     endpoint: Endpoint,
-    memory_maps: Arc<dyn MemoryMaps>,
+    looks: Looks,
     ready: Option<mpsc::Sender<Result<(), String>>>,
     /// A map call whose last part has not come yet.
     map: Option<MapCall>,
@@ -63,7 +61,7 @@ impl Hearing {
         Self {
             worker,
             endpoint,
-            memory_maps,
+            looks: Looks::new(memory_maps),
             ready: Some(ready),
             map: None,
             rate,
@@ -184,15 +182,9 @@ impl Hearing {
                 (token, Ok(Answer::Bytes(data)))
             }
             ToPort::Check(token, check) => {
-                let file =
-                    |(device, number, range): (u64, u64, Span)| (Inode { device, number }, range);
-                let ranges: Vec<_> = check.ranges.into_iter().map(file).collect();
-                let shared = self.memory_maps.check_shared(check.pid, &ranges);
-                let shared = shared.map(|()| Answer::Done);
-                (
-                    token,
-                    shared.map_err(|error| CallError::Gone(words(&error))),
-                )
+                let shared = self.looks.check(check).map(|()| Answer::Done);
+                let shared = shared.map_err(|error| CallError::Gone(words(&error)));
+                (token, shared)
             }
         };
         self.answer(token, result)

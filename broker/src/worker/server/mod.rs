@@ -6,6 +6,7 @@
 
 mod hear;
 mod hold;
+mod looks;
 #[cfg(test)]
 mod tests;
 
