@@ -24,11 +24,12 @@ use crate::daemon::host::{self, HostError, Workers};
 use crate::daemon::socket::ControlSocket;
 use crate::daemon::{DaemonError, Host, Signals};
 use crate::jail::{Kept, Role, confine_but};
-use crate::warden::{Programs, Warden, end_left_behind, holders_folder};
+use crate::warden::{OwnVmms, Programs, Warden, holders_folder};
+use rustix::process::geteuid;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vfio_shim::path::LeasePool;
@@ -107,8 +108,8 @@ impl<'a> Claimed<'a> {
             folder,
         };
         // No other port serves this NTB now: who has its window has it from one that is no more.
-        let left = end_left_behind(&holders_folder(&config.port_folder(name)));
-        left.map_err(HostError::from)?;
+        let left = OwnVmms::new(Some(holders_folder(&config.port_folder(name))));
+        left.end_left_behind().map_err(HostError::from)?;
         Ok(claimed)
     }
 
@@ -161,8 +162,23 @@ impl Folder {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             other => other?,
         }
+        ensure_own(path)?;
         Ok(Self { made })
     }
+}
+
+/// Whoever else could write there could name processes that this port ends, and take its sockets.
+fn ensure_own(folder: &Path) -> io::Result<()> {
+    let found = fs::symlink_metadata(folder)?;
+    let own = geteuid().as_raw();
+    if found.is_dir() && found.uid() == own && found.mode() & 0o022 == 0 {
+        return Ok(());
+    }
+    let (path, owner) = (folder.display(), found.uid());
+    Err(io::Error::other(format!(
+        "{path} belongs to user {owner} or can be written by others than its owner: it must be a \
+         folder of this process's own (user {own}), mode 0700. Remove it, and start the port again"
+    )))
 }
 
 impl Drop for Folder {

@@ -115,7 +115,8 @@ impl Warden {
         // With this end of it here, no end would come.
         drop(asked);
         if !answered.wait(wait).map_err(failed)? {
-            return Err(self.lost(format!("nothing within {wait:?}")));
+            let lost = self.lost(format!("nothing within {wait:?}"));
+            return Err(VerbError::new(ErrorCode::Timeout, lost.text));
         }
         match answered.hear().map_err(failed)? {
             Some(Answer::Refused(refusal)) => Err(refusal),
@@ -261,15 +262,17 @@ impl MemoryMaps for Warden {
             let range = |(inode, range): &(Inode, Span)| (inode.device, inode.number, *range);
             let ranges = some.iter().map(range).collect();
             let checked = self.done(Question::CheckShared(Check { pid, ranges }));
-            checked.map_err(|error| MemoryError::Told(error.text))?;
+            checked.map_err(MemoryError::from)?;
         }
         Ok(())
     }
 }
 
 impl Vmms for Warden {
-    fn begin(&self, pid: i32) -> Result<(), HolderError> {
-        let begun = self.done(Question::Begin(pid));
+    fn begin(&self, pid: i32, process: &OwnedFd) -> Result<(), HolderError> {
+        let process = process.try_clone();
+        let process = process.map_err(|error| HolderError::Told(error.to_string()))?;
+        let begun = self.done(Question::Begin(pid, process));
         begun.map_err(|error| HolderError::Told(error.text))
     }
 

@@ -38,7 +38,7 @@ pub enum Question {
     /// Whether a process maps these ranges shared.
     CheckShared(Check),
     /// A VMM is about to have the window: write it down, if it can be ended.
-    Begin(i32),
+    Begin(i32, OwnedFd),
     /// End this VMM, unless it has let go of every device.
     End(i32, OwnedFd),
     /// This VMM has the window no more.
@@ -107,7 +107,7 @@ impl Datagram for Asked {
             Question::Kill(pid) => of_process(kind::KILL, *pid),
             Question::Ended(pid) => of_process(kind::ENDED, *pid),
             Question::MapsDevice(pid) => of_process(kind::MAPS_DEVICE, *pid),
-            Question::Begin(pid) => of_process(kind::BEGIN, *pid),
+            Question::Begin(pid, _) => of_process(kind::BEGIN, *pid),
             Question::End(pid, _) => of_process(kind::END, *pid),
             Question::Forget(pid) => of_process(kind::FORGET, *pid),
             Question::CheckShared(check) => {
@@ -130,7 +130,9 @@ impl Datagram for Asked {
 
     fn fds(&self) -> Vec<BorrowedFd<'_>> {
         let mut fds = vec![self.reply.as_fd()];
-        if let Question::Start(more) | Question::End(_, more) = &self.question {
+        if let Question::Start(more) | Question::Begin(_, more) | Question::End(_, more) =
+            &self.question
+        {
             fds.push(more.as_fd());
         }
         fds
@@ -142,17 +144,17 @@ impl Datagram for Asked {
         let came = fds.len();
         let mut fds = fds.into_iter();
         let (reply, more) = (fds.next(), fds.next());
-        let takes = 1 + usize::from(matches!(kind, kind::START | kind::END));
+        let takes = 1 + usize::from(matches!(kind, kind::START | kind::BEGIN | kind::END));
         check_fds(came, takes)?;
         let missing = MessageError::Fds { came, takes };
         let question = match (kind, more) {
             (kind::START, Some(channel)) => Question::Start(channel),
+            (kind::BEGIN, Some(process)) => Question::Begin(r.u32()? as i32, process),
             (kind::END, Some(process)) => Question::End(r.u32()? as i32, process),
             (kind::KILL, _) => Question::Kill(r.u32()? as i32),
             (kind::ENDED, _) => Question::Ended(r.u32()? as i32),
             (kind::MAPS_DEVICE, _) => Question::MapsDevice(r.u32()? as i32),
             (kind::CHECK_SHARED, _) => Question::CheckShared(get_check(&mut r)?),
-            (kind::BEGIN, _) => Question::Begin(r.u32()? as i32),
             (kind::FORGET, _) => Question::Forget(r.u32()? as i32),
             (kind::LISTEN, _) => Question::Listen(get_text(&mut r)?.into(), r.bool("folder")?),
             (kind::RELEASE, _) => Question::Release(get_text(&mut r)?.into()),

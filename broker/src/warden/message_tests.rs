@@ -32,7 +32,7 @@ fn questions() -> Vec<(Question, usize)> {
         (Question::Ended(7), 1),
         (Question::MapsDevice(7), 1),
         (Question::CheckShared(check), 1),
-        (Question::Begin(7), 1),
+        (Question::Begin(7, fd()), 2),
         (Question::End(7, fd()), 2),
         (Question::Forget(7), 1),
         (Question::Listen("/run/a.sock".into(), true), 1),

@@ -19,7 +19,7 @@ pub use client::{Programs, Starter, Warden};
 pub use message::{Answer, Asked, Question};
 pub use role::ROLE;
 pub(crate) use vmms::is_over;
-pub use vmms::{OwnVmms, end_left_behind, holders_folder};
+pub use vmms::{OwnVmms, holders_folder};
 
 use crate::{
     daemon::{
@@ -290,7 +290,7 @@ impl Looks {
         match question {
             Question::MapsDevice(pid) => Answer::Is(vmms::maps_a_device(pid)),
             Question::CheckShared(check) => shared(check),
-            Question::Begin(pid) => match self.vmms.begin(pid) {
+            Question::Begin(pid, process) => match self.vmms.begin(pid, &process) {
                 Ok(()) => Answer::Done,
                 Err(error) => refuse(ErrorCode::NotAllowed, words(&error)),
             },

@@ -11,7 +11,7 @@ use rustix::{
 };
 use std::{
     fs, io,
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -44,11 +44,63 @@ impl OwnVmms {
         let holds = holds_a_device;
         Self { folder, holds }
     }
+
+    /// Ends the VMMs of a port that was killed, before its successor opens the NTB.
+    pub fn end_left_behind(&self) -> Result<(), HolderError> {
+        let Some(folder) = &self.folder else {
+            return Ok(());
+        };
+        let Ok(records) = fs::read_dir(folder) else {
+            return Ok(());
+        };
+        for path in records.flatten().map(|record| record.path()) {
+            let pid = path
+                .file_name()
+                .and_then(|name| name.to_str()?.parse().ok());
+            if let Some(pid) = pid {
+                self.end_one(pid, &fs::read_to_string(&path).unwrap_or_default())?;
+            }
+            let _ = fs::remove_file(&path);
+        }
+        let _ = fs::remove_dir(folder);
+        Ok(())
+    }
+
+    /// Ends process `pid` if it is the one that started at that time, and has a device.
+    fn end_one(&self, pid: i32, began: &str) -> Result<(), HolderError> {
+        let still = |why: String| HolderError::StillThere { pid, why };
+        let Some(named) = Pid::from_raw(pid) else {
+            return Ok(());
+        };
+        let process = match pidfd_open(named, PidfdFlags::empty()) {
+            Err(Errno::SRCH) => return Ok(()),
+            other => other.map_err(|errno| still(errno.to_string()))?,
+        };
+        // The number could be another's by now; with the descriptor in hand it cannot become one's.
+        // And whoever wrote the record may have been taken over.
+        if start_of(pid).is_ok_and(|start| start != began) || !(self.holds)(pid) {
+            return Ok(());
+        }
+        tracing::warn!(
+            "process {pid}, a VMM, has the window of a port that is no more: it is ended"
+        );
+        match pidfd_send_signal(&process, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(errno) => return Err(still(errno.to_string())),
+        }
+        match is_over(&process, Some(&END_WAIT)) {
+            true => Ok(()),
+            false => Err(still("it was killed, and is not gone".into())),
+        }
+    }
 }
 
 impl Vmms for OwnVmms {
-    fn begin(&self, pid: i32) -> Result<(), HolderError> {
+    fn begin(&self, pid: i32, process: &OwnedFd) -> Result<(), HolderError> {
         let named = Pid::from_raw(pid).ok_or(HolderError::Unseen)?;
+        if !is_of(process, pid) {
+            return Err(HolderError::Gone(pid));
+        }
         if test_kill_process(named) == Err(Errno::PERM) {
             return Err(HolderError::NotOurs(pid));
         }
@@ -63,7 +115,8 @@ impl Vmms for OwnVmms {
     }
 
     fn end(&self, pid: i32, process: &OwnedFd) -> bool {
-        let holds = (self.holds)(pid);
+        // What is killed is what was looked at, whatever the two are said to be.
+        let holds = is_of(process, pid) && (self.holds)(pid);
         if holds && !is_over(process, Some(&Timespec::default())) {
             tracing::warn!(
                 "process {pid}, a VMM, has the NTB's window, and its lease is over: it is ended"
@@ -79,49 +132,6 @@ impl Vmms for OwnVmms {
             // Refused while others are in it.
             let _ = fs::remove_dir(folder);
         }
-    }
-}
-
-/// Ends the VMMs of a port that was killed, before its successor opens the NTB.
-pub fn end_left_behind(folder: &Path) -> Result<(), HolderError> {
-    let Ok(records) = fs::read_dir(folder) else {
-        return Ok(());
-    };
-    for path in records.flatten().map(|record| record.path()) {
-        let pid = path
-            .file_name()
-            .and_then(|name| name.to_str()?.parse().ok());
-        if let Some(pid) = pid {
-            end_one(pid, &fs::read_to_string(&path).unwrap_or_default())?;
-        }
-        let _ = fs::remove_file(&path);
-    }
-    let _ = fs::remove_dir(folder);
-    Ok(())
-}
-
-/// Ends process `pid` if it is the one that started at that time.
-fn end_one(pid: i32, began: &str) -> Result<(), HolderError> {
-    let still = |why: String| HolderError::StillThere { pid, why };
-    let Some(named) = Pid::from_raw(pid) else {
-        return Ok(());
-    };
-    let process = match pidfd_open(named, PidfdFlags::empty()) {
-        Err(Errno::SRCH) => return Ok(()),
-        other => other.map_err(|errno| still(errno.to_string()))?,
-    };
-    // The number could be another's by now; with the descriptor in hand it cannot become one's.
-    if start_of(pid).is_ok_and(|start| start != began) {
-        return Ok(());
-    }
-    tracing::warn!("process {pid}, a VMM, has the window of a port that is no more: it is ended");
-    match pidfd_send_signal(&process, Signal::KILL) {
-        Ok(()) | Err(Errno::SRCH) => {}
-        Err(errno) => return Err(still(errno.to_string())),
-    }
-    match is_over(&process, Some(&END_WAIT)) {
-        true => Ok(()),
-        false => Err(still("it was killed, and is not gone".into())),
     }
 }
 
@@ -145,6 +155,13 @@ fn start_of(pid: i32) -> io::Result<String> {
     start
         .map(str::to_owned)
         .ok_or(io::ErrorKind::InvalidData.into())
+}
+
+/// Whether this is the descriptor of the process that has this number.
+fn is_of(process: &OwnedFd, pid: i32) -> bool {
+    let known = fs::read_to_string(format!("/proc/self/fdinfo/{}", process.as_raw_fd()));
+    let number = |line: &str| line.strip_prefix("Pid:")?.trim().parse::<i32>().ok();
+    known.is_ok_and(|known| known.lines().find_map(number) == Some(pid))
 }
 
 /// Whether a process has a VFIO device open or mapped; one that cannot be looked at may have.

@@ -61,7 +61,7 @@ pub enum HolderError {
 pub trait Vmms: fmt::Debug + Send + Sync {
     /// Writes it down for the port that comes after a killed one. Refused where it could not be
     /// ended.
-    fn begin(&self, pid: i32) -> Result<(), HolderError>;
+    fn begin(&self, pid: i32, process: &OwnedFd) -> Result<(), HolderError>;
     /// Ends it, unless it has let go of every device; whether it is to be waited for.
     fn end(&self, pid: i32, process: &OwnedFd) -> bool;
     /// Its record goes.
@@ -106,7 +106,7 @@ impl Holders {
         if pid <= 0 {
             return Err(HolderError::Unseen);
         }
-        self.vmms.begin(pid)?;
+        self.vmms.begin(pid, &process)?;
         // Behind all that went by its number, which is not another's as long as it lives.
         if is_over(&process, Some(&Timespec::default())) {
             self.vmms.forget(pid);
@@ -149,7 +149,7 @@ impl Holders {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::warden::{end_left_behind, holders_folder as folder};
+    use crate::warden::holders_folder as folder;
     use rustix::process::{Pid, PidfdFlags, pidfd_open};
     use std::{
         fs,
@@ -188,12 +188,15 @@ mod tests {
         }
     }
 
-    fn holders(dir: &Path, holds: fn(i32) -> bool) -> Holders {
-        let vmms = OwnVmms {
+    fn vmms(dir: &Path, holds: fn(i32) -> bool) -> OwnVmms {
+        OwnVmms {
             holds,
             ..OwnVmms::new(Some(folder(dir)))
-        };
-        Holders::of(Arc::new(vmms))
+        }
+    }
+
+    fn holders(dir: &Path, holds: fn(i32) -> bool) -> Holders {
+        Holders::of(Arc::new(vmms(dir, holds)))
     }
 
     #[test]
@@ -235,10 +238,36 @@ mod tests {
         fs::write(&at, "1").unwrap();
         // Torn, of a port that was killed while it wrote.
         fs::write(folder(dir.path()).join("77.new"), "").unwrap();
-        end_left_behind(&folder(dir.path())).unwrap();
+        vmms(dir.path(), |_| true).end_left_behind().unwrap();
         assert!(!vmm.lives() && stranger.lives());
         assert!(!folder(dir.path()).exists());
-        end_left_behind(&folder(dir.path())).unwrap();
+        vmms(dir.path(), |_| true).end_left_behind().unwrap();
+    }
+
+    #[test]
+    fn next_port_spares_what_was_written_down_and_has_no_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut written = Process::start();
+        holders(dir.path(), |_| false)
+            .begins(LeaseId(1), written.vmm())
+            .unwrap();
+        // As a port that starts looks.
+        let next = OwnVmms::new(Some(folder(dir.path())));
+        next.end_left_behind().unwrap();
+        assert!(written.lives() && !folder(dir.path()).exists());
+    }
+
+    #[test]
+    fn process_is_not_ended_for_what_another_one_has() {
+        let (mut holder, mut other) = (Process::start(), Process::start());
+        let dir = tempfile::tempdir().unwrap();
+        let vmms = vmms(dir.path(), |_| true);
+        assert!(!vmms.end(holder.pid(), &other.vmm().process));
+        let begun = vmms.begin(holder.pid(), &other.vmm().process);
+        assert!(matches!(begun, Err(HolderError::Gone(_))), "{begun:?}");
+        assert!(holder.lives() && other.lives() && !folder(dir.path()).exists());
+        assert!(vmms.end(holder.pid(), &holder.vmm().process));
+        assert!(is_over(&holder.vmm().process, None) && other.lives());
     }
 
     #[test]
