@@ -8,9 +8,17 @@ mod soft;
 use apart::{Daemon, Rig};
 use rustix::process::Signal;
 use soft::{Vmm, freeze, signal, until};
+use std::os::{fd::AsFd, unix::net::UnixStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 use sublet::config::Config;
-use sublet::daemon::{socket::ControlSocket, vocabulary::*};
+use sublet::daemon::{
+    Host,
+    control::{Deadlines, serve},
+    socket::ControlSocket,
+    vocabulary::*,
+};
 use sublet::pool::{Cause, LeaseStore, Move, RedbStore, Scrubbed};
 use sublet::port::{leases_socket, verbs_socket};
 use vfio_shim::ntb::soft::{Fault, FaultPlan};
@@ -276,6 +284,80 @@ fn port_that_hangs_is_counted_with_what_it_may_have() {
     let silent = "Counted is what port `ntb0` last said, or the most that it may have, as it does \
                   not answer: see `sublet status`";
     assert_full(rig.borrow(1), &format!("{FULL}. {silent}"));
+}
+
+#[test]
+fn of_two_ports_to_one_node_by_its_word_alone_a_daemon_takes_neither() {
+    let mut rig = Rig::new(&["ntb0", "ntb1"]);
+    rig.offer(0, "ntb1");
+    rig.borrower.kill();
+    let file = std::fs::read_to_string(&rig.borrower.file).unwrap();
+    let without = |of: &str| {
+        file.replacen("peer_node = 4\n", "", 2)
+            .replace(of, &format!("{of}peer_node = 4\n"))
+    };
+    std::fs::write(&rig.borrower.file, without("nobody")).unwrap();
+    rig.start_borrower();
+    rig.wait_sessions();
+    let refused = rig.borrow(0).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Config, "{refused}");
+    assert!(refused.text.contains("peer_node = 4"), "{refused}");
+    // Its ports may tell what they like: what the daemon's own configuration says counts.
+    rig.borrower.kill();
+    std::fs::write(&rig.borrower.file, without("name = \"ntb0\"\n")).unwrap();
+    rig.start_borrower();
+    rig.wait_sessions();
+    let refused = rig.borrow(0).unwrap_err();
+    assert_eq!(refused.code, ErrorCode::UnknownFunction, "{refused}");
+    std::fs::write(&rig.borrower.file, without("name = \"ntb1\"\n")).unwrap();
+    rig.borrower.kill();
+    rig.start_borrower();
+    rig.wait_sessions();
+    rig.borrow(0).unwrap();
+}
+
+/// A port that was taken over: it says that it has this function, and to any verb that it is done.
+struct Liar(Mutex<Vec<Verb>>, LentStatus);
+
+impl Host for Liar {
+    fn handle(&self, verb: Verb) -> Result<Outcome, VerbError> {
+        self.0.lock().unwrap().push(verb.clone());
+        match verb {
+            Verb::Status => Ok(Outcome::Status(Box::new(HostStatus {
+                lent: vec![self.1.clone()],
+                ..HostStatus::default()
+            }))),
+            _ => Ok(Outcome::Done),
+        }
+    }
+
+    fn stop(&self) {}
+}
+
+#[test]
+fn port_that_says_it_has_anothers_function_swallows_no_verb() {
+    let mut rig = Rig::new(&["ntb0", "ntb1"]);
+    rig.offer(0, "ntb1");
+    rig.borrow(0).unwrap();
+    let liar = Arc::new(Liar(Mutex::default(), lent(&rig.lender, 0)));
+    rig.stop_port(4, "ntb0");
+    let [verbs, _line] = hanging(&rig.lender_config(), "ntb0");
+    let (stop, stopped) = UnixStream::pair().unwrap();
+    let host: Arc<dyn Host> = liar.clone();
+    let serving =
+        thread::spawn(move || serve(&verbs, &host, stopped.as_fd(), Deadlines::default()));
+    let bdf = apart::bdf(0);
+    let deadline_s = None;
+    rig.lender.verb(Verb::Revoke { bdf, deadline_s }).unwrap();
+    let at_the_right_one = until("the end of the lease", || {
+        let mut lent = rig.lender.status().lent.into_iter();
+        lent.find(|lent| lent.lease.is_none())
+    });
+    assert!(at_the_right_one.last_end.unwrap().contains("revoked"));
+    let verbs = liar.0.lock().unwrap();
+    assert!(verbs.iter().any(|verb| matches!(verb, Verb::Revoke { .. })));
+    drop(stop);
+    serving.join().unwrap().unwrap();
 }
 
 #[test]

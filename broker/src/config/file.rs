@@ -48,6 +48,7 @@ pub(super) struct Port {
     pub name: Spanned<String>,
     pub bdf: Spanned<String>,
     pub peers: Spanned<String>,
+    pub peer_node: Option<Spanned<i64>>,
     pub trust_domain: Spanned<String>,
     pub heartbeat_ms: Option<Spanned<i64>>,
     pub lost_after_ms: Option<Spanned<i64>>,

@@ -4,12 +4,14 @@
 //! objects below, which the rest of the program takes as true.
 
 mod error;
+mod far_end;
 mod file;
 mod pattern;
 mod size;
 mod validate;
 
 pub use error::ConfigError;
+pub use far_end::{FarEnd, NotBelieved};
 pub use pattern::BdfPattern;
 pub use size::{SizeError, parse_size};
 
@@ -90,6 +92,8 @@ pub struct PortConfig {
     pub bdf: Bdf,
     /// How the two ends find each other.
     pub peers: Peers,
+    /// The node at its far end, where that is not for the peer to say.
+    pub peer_node: Option<u16>,
     /// The one trust domain of all leases through this port.
     pub trust_domain: String,
     /// How often it tells the peer that it is alive.

@@ -225,6 +225,39 @@ fn malformed_values_are_told_with_the_form_that_is_right() {
 }
 
 #[test]
+fn far_end_is_who_it_says_unless_the_configuration_knows_better() {
+    let port = GOOD.split_once("\n\n").unwrap().1;
+    let second = port.replace("ntb0", "ntb1").replace("02:00.0", "03:00.0");
+    let with = |first: &str, other: &str| {
+        let at = |port: &str, key: &str| port.replace("peers =", &format!("{key}\npeers ="));
+        let (first, other) = (at(port, first), at(&second, other));
+        parse(&format!("[node]\nid = 4\nname = \"a\"\n{first}{other}"))
+    };
+    let said = |config: &Config, at: usize, node| config.far_end(at).check(node);
+    let none = with("", "").unwrap();
+    assert_eq!([0, 1].map(|at| said(&none, at, 8)), [Ok(8), Ok(8)]);
+    assert_eq!(said(&none, 0, 4), Err(NotBelieved::Own(4)));
+    let one = with("", "peer_node = 8").unwrap();
+    assert!(one.far_end(1).is_declared() && !one.far_end(0).is_declared());
+    let port = "ntb1".to_owned();
+    let elsewhere = NotBelieved::Elsewhere { said: 8, port };
+    assert_eq!(said(&one, 0, 8), Err(elsewhere));
+    assert_eq!([said(&one, 0, 9), said(&one, 1, 8)], [Ok(9), Ok(8)]);
+    let other = NotBelieved::Other { said: 9, node: 8 };
+    assert_eq!(said(&one, 1, 9), Err(other));
+    let both = with("peer_node = 8", "peer_node = 8").unwrap();
+    assert_eq!([0, 1].map(|at| said(&both, at, 8)), [Ok(8), Ok(8)]);
+    let own = with("peer_node = 4", "").unwrap_err().to_string();
+    assert!(
+        own.ends_with(
+            "`peer_node` is 4, which is this host; write the `id` of the host at the far end"
+        ),
+        "{own}"
+    );
+    assert!(with("peer_node = 65536", "").is_err());
+}
+
+#[test]
 fn a_port_that_is_there_twice_is_refused() {
     let second = |name: &str, bdf: &str| {
         let port = GOOD.split_once("\n\n").unwrap().1;

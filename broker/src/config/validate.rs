@@ -45,7 +45,7 @@ pub(super) fn config(at: &Places<'_>, file: file::File) -> Result<Config> {
     let sockets = socket("sockets", daemon.sockets, SOCKETS_DEFAULT)?;
     let state = absolute(at, "state", daemon.state, STATE_DEFAULT, STATE_PATH_MAX)?;
     let keeper = keeper(at, file.keeper)?;
-    let ports = ports(at, file.port)?;
+    let ports = ports(at, file.port, node_id)?;
     let limits = limits(at, file.limits)?;
     let policy = policy(at, file.policy)?;
     Ok(Config {
@@ -78,7 +78,7 @@ fn keeper(at: &Places<'_>, said: file::Keeper) -> Result<KeeperConfig> {
     })
 }
 
-fn ports(at: &Places<'_>, said: Vec<file::Port>) -> Result<Vec<PortConfig>> {
+fn ports(at: &Places<'_>, said: Vec<file::Port>, own: u16) -> Result<Vec<PortConfig>> {
     if said.is_empty() {
         let end = at.text.len();
         let cause = "there is no [[port]], so this host could neither lend nor borrow";
@@ -91,7 +91,7 @@ fn ports(at: &Places<'_>, said: Vec<file::Port>) -> Result<Vec<PortConfig>> {
             let cause = format!("there are more than {PORTS_MAX} ports");
             return Err(at.error(name_at, cause, "remove some"));
         }
-        let port = port(at, one)?;
+        let port = port(at, one, own)?;
         if ports.iter().any(|other| other.name == port.name) {
             let cause = format!("a second port is named `{}`", port.name);
             return Err(at.error(name_at, cause, "give each port a name of its own"));
@@ -105,7 +105,7 @@ fn ports(at: &Places<'_>, said: Vec<file::Port>) -> Result<Vec<PortConfig>> {
     Ok(ports)
 }
 
-fn port(at: &Places<'_>, said: file::Port) -> Result<PortConfig> {
+fn port(at: &Places<'_>, said: file::Port, own: u16) -> Result<PortConfig> {
     let bdf: Bdf = (said.bdf.get_ref().parse())
         .map_err(|e| at.error(said.bdf.span(), "`bdf` is malformed", format!("{e}")))?;
     let heartbeat_ms = match &said.heartbeat_ms {
@@ -132,12 +132,27 @@ fn port(at: &Places<'_>, said: file::Port) -> Result<PortConfig> {
         name: name(at, "name", said.name)?,
         bdf,
         peers: choice(at, "peers", &said.peers, &[("cable", Peers::Cable)])?,
+        peer_node: peer_node(at, said.peer_node.as_ref(), own)?,
         trust_domain: name(at, "trust_domain", said.trust_domain)?,
         heartbeat: Duration::from_millis(heartbeat_ms),
         lost_after: Duration::from_millis(lost_after_ms),
         window_limit_bytes: window_limit(at, said.window_limit_bytes)?,
         trust_vmm: said.trust_vmm,
     })
+}
+
+fn peer_node(at: &Places<'_>, said: Option<&Spanned<i64>>, own: u16) -> Result<Option<u16>> {
+    let Some(said) = said else { return Ok(None) };
+    let node = ranged(at, "peer_node", said, 0..=0xffff)? as u16;
+    if node == own {
+        let cause = format!("`peer_node` is {own}, which is this host");
+        return Err(at.error(
+            said.span(),
+            cause,
+            "write the `id` of the host at the far end",
+        ));
+    }
+    Ok(Some(node))
 }
 
 fn window_limit(at: &Places<'_>, said: Option<Spanned<file::Size>>) -> Result<Option<u64>> {

@@ -1,7 +1,8 @@
 //! The keeper's second process: it may look at other processes' memory maps, and at nothing else.
 //!
 //! Landlock would keep it from looking at processes outside, and the keeper must have Landlock: so
-//! there are two. This one sees `/proc` alone, and of root's rights has the one to look.
+//! there are two. This one has `/proc` for a file system, and of root's rights the one to look: by
+//! that it could read the memory of any process, and files of root's. It changes nothing.
 
 use super::{
     KeeperError, kernel,

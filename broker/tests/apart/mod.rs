@@ -207,10 +207,11 @@ fn write_config(
 ) -> PathBuf {
     let folder = folder(dir, node);
     fs::create_dir_all(&folder).unwrap();
+    let peer = 12 - node;
     let port = |(at, port): (usize, &&str)| {
         format!(
             "[[port]]\nname = \"{port}\"\nbdf = \"0000:02:00.{at}\"\npeers = \"cable\"\n\
-             trust_domain = \"lab\"\nheartbeat_ms = {heartbeat_ms}\nlost_after_ms = 20000\n"
+             peer_node = {peer}\ntrust_domain = \"lab\"\nheartbeat_ms = {heartbeat_ms}\nlost_after_ms = 20000\n"
         )
     };
     let ports: String = ports.iter().enumerate().map(port).collect();

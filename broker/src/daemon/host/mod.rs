@@ -18,7 +18,7 @@ mod tests;
 
 use super::Host;
 use super::vocabulary::{ErrorCode, Outcome, Verb, VerbError};
-use crate::config::{Config, PortConfig};
+use crate::config::{Config, FarEnd, PortConfig};
 use crate::jail::Report;
 use crate::keeper::Keeper;
 use crate::pool::{PoolService, RedbStore, StoreError};
@@ -257,13 +257,14 @@ fn refuse(code: ErrorCode, text: impl Into<String>) -> VerbError {
 impl LocalHost {
     fn new(config: &Config, machine: Machine, workers: Workers) -> Result<Self, HostError> {
         assert_eq!(machine.ports.len(), config.ports.len(), "one NTB each");
-        let ports = config.ports.iter().zip(machine.ports);
+        let ports = config.ports.iter().zip(machine.ports).enumerate();
         // No port takes a message before the leases of the last daemon are known.
         let store = RedbStore::open(&config.state)?;
         let pool = PoolService::start(store, config.limits.lease_ttl.as_millis() as u64)?;
-        let start = |(port, open): (&PortConfig, _)| {
+        let start = |(at, (port, open)): (usize, (&PortConfig, _))| {
             let told = (config.node_id, config.limits.of_a_port());
-            OpenPort::start(told, port, open, pool.port(&port.name))
+            let known = (port, config.far_end(at));
+            OpenPort::start(told, known, open, pool.port(&port.name))
         };
         let ports = ports.map(start).collect::<Result<_, HostError>>()?;
         pool.settle();
@@ -287,7 +288,10 @@ impl LocalHost {
     ) -> Result<Self, HostError> {
         assert_eq!(machine.ports.len(), 1, "its own NTB alone");
         let told = (config.node_id, config.limits.of_a_port());
-        let start = |open| OpenPort::start(told, &config.ports[at], open, leases.clone());
+        let start = |open| {
+            let known = (&config.ports[at], config.far_end(at));
+            OpenPort::start(told, known, open, leases.clone())
+        };
         let ports = machine.ports.into_iter().map(start);
         let ports = ports.collect::<Result<_, HostError>>()?;
         let functions = machine.functions;
@@ -328,8 +332,11 @@ impl LocalHost {
 
     /// The port that leads to a node.
     fn port_to(&self, node: u16) -> Result<(usize, &OpenPort), VerbError> {
-        let leads = |port: &&OpenPort| port.peer_node() == Some(node);
-        let found = self.ports.iter().enumerate().find(|(_, port)| leads(port));
+        let leads = |at: &usize| self.ports[*at].peer_node() == Some(node);
+        let leading: Vec<usize> = (0..self.ports.len()).filter(leads).collect();
+        let far = |at: usize| (&self.ports[at].name[..], &self.ports[at].far);
+        check_ways(node, leading.iter().map(|at| far(*at)))?;
+        let found = leading.first().map(|at| (*at, &self.ports[*at]));
         found.ok_or_else(|| {
             let statuses: Vec<_> = self.ports.iter().map(|p| (p, p.engine.status())).collect();
             let known = statuses.iter().map(|(port, status)| far_end(port, status));
@@ -353,14 +360,34 @@ impl LocalHost {
     }
 }
 
+/// Refused, where several ports lead to a node by what their peers say alone: one may be another
+/// host, and would have the memory of the guest.
+pub(super) fn check_ways<'a>(
+    node: u16,
+    ports: impl Iterator<Item = (&'a str, &'a FarEnd)>,
+) -> Result<(), VerbError> {
+    let said = ports.filter(|(_, far)| !far.is_declared());
+    let names: Vec<&str> = said.map(|(name, _)| name).collect();
+    if names.len() < 2 {
+        return Ok(());
+    }
+    let text = format!(
+        "the far ends of several ports ({}) say that they are node {node:x}, and one may be another \
+         host: write peer_node = {node} under the [[port]] of each cable that leads there",
+        names.join(", ")
+    );
+    Err(refuse(ErrorCode::Config, text))
+}
+
 /// Who is at the far end of a port, or why nobody is.
 fn far_end(port: &OpenPort, status: &Option<PortStatus>) -> String {
     let name = &port.name;
     let Some(status) = status else {
         return format!("{name} has stopped");
     };
-    match status.session.as_ref().and_then(|s| s.info.peer_node) {
-        Some(peer) => format!("{name} leads to node {peer:x}"),
+    match port.far_end(Some(status)) {
+        Some(Ok(peer)) => format!("{name} leads to node {peer:x}"),
+        Some(Err(why)) => format!("{name}: {why}"),
         None => format!("{name} has no open session: {}", status.link),
     }
 }

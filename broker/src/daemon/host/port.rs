@@ -1,12 +1,12 @@
 //! One port of this host: its NTB, opened, and the engine that drives it.
 
 use super::HostError;
-use crate::config::PortConfig;
+use crate::config::{FarEnd, NotBelieved, PortConfig};
 use std::sync::Arc;
 use vfio_shim::iova::window_base;
 use vfio_shim::model::Bdf;
 use vfio_shim::ntb::NtbPort;
-use vfio_shim::path::{Engine, EngineConfig, LeasePool, Limits};
+use vfio_shim::path::{Engine, EngineConfig, LeasePool, Limits, PortStatus};
 
 /// An open port. Fields drop in order: the engine's threads end before the NTB is closed.
 pub(super) struct OpenPort {
@@ -17,13 +17,14 @@ pub(super) struct OpenPort {
     pub(super) engine: Arc<Engine>,
     pub(super) port: Arc<dyn NtbPort>,
     pub(super) window_bytes: u64,
+    pub(super) far: FarEnd,
 }
 
 impl OpenPort {
     /// Starts the threads of an open NTB; this pool grants its leases.
     pub(super) fn start(
         (node, limits): (u16, Limits),
-        config: &PortConfig,
+        (config, far): (&PortConfig, FarEnd),
         port: Arc<dyn NtbPort>,
         pool: Arc<dyn LeasePool>,
     ) -> Result<Self, HostError> {
@@ -58,11 +59,18 @@ impl OpenPort {
             engine,
             port,
             window_bytes,
+            far,
         })
     }
 
-    /// Who is at the far end, while a link session is open.
+    /// Who is at the far end, while a link session is open; nobody, if it cannot be who it says.
     pub(super) fn peer_node(&self) -> Option<u16> {
-        self.engine.status()?.session?.info.peer_node
+        self.far_end(self.engine.status().as_ref())?.ok()
+    }
+
+    /// What the peer says, held against the configuration.
+    pub(super) fn far_end(&self, status: Option<&PortStatus>) -> Option<Result<u16, NotBelieved>> {
+        let said = status?.session.as_ref()?.info.peer_node?;
+        Some(self.far.check(said))
     }
 }

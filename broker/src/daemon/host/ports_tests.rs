@@ -52,12 +52,22 @@ fn port_lines(count: usize) -> String {
 }
 
 fn host(node: u16, ports: Vec<Arc<dyn NtbPort>>, limit: u32, dir: &Path) -> LocalHost {
+    let lines = port_lines(ports.len());
+    host_with(node, ports, &lines, limit, dir)
+}
+
+fn host_with(
+    node: u16,
+    ports: Vec<Arc<dyn NtbPort>>,
+    lines: &str,
+    limit: u32,
+    dir: &Path,
+) -> LocalHost {
     let dir = dir.display();
     let text = format!(
         "[node]\nid = {node}\nname = \"n{node}\"\n[daemon]\ncontrol = \"{dir}/c.sock\"\n\
-         sockets = \"{dir}\"\nstate = \"{dir}/state{node}\"\n{}[limits]\nfunctions_per_port = {limit}\n\
-         [policy]\nallow = [\"0000:01:*\"]\n",
-        port_lines(ports.len())
+         sockets = \"{dir}\"\nstate = \"{dir}/state{node}\"\n{lines}[limits]\nfunctions_per_port = {limit}\n\
+         [policy]\nallow = [\"0000:01:*\"]\n"
     );
     let config = Config::parse(Path::new("test.toml"), &text).unwrap();
     let functions = Arc::new(Willing);
@@ -210,4 +220,137 @@ fn limit_of_functions_per_port_holds_for_offers_and_for_leases_of_each_port() {
         ErrorCode::UnknownFunction,
         "there is room again"
     );
+}
+
+/// Node 8 has two cables; at either end is a host that says it is node 4, and offers one function.
+struct TwoOfAName {
+    far: [LocalHost; 2],
+    near: LocalHost,
+    _links: [SoftLink; 2],
+    _dir: tempfile::TempDir,
+}
+
+impl TwoOfAName {
+    /// With these lines for its ports.
+    fn new(lines: &str) -> Self {
+        let port = SoftPortConfig {
+            window_bytes: [64 << 20; 2],
+        };
+        let links = [(); 2].map(|()| SoftLink::new([port; 2]).unwrap());
+        let dir = tempfile::tempdir().unwrap();
+        let far = [0, 1].map(|at: usize| {
+            let own = dir.path().join(at.to_string());
+            let host = host(4, vec![links[at].port(0)], 64, &own);
+            for verb in [
+                Verb::Add { bdf: bdf(FIRST) },
+                Verb::Available {
+                    bdf: bdf(FIRST),
+                    port: None,
+                },
+            ] {
+                host.handle(verb).unwrap();
+            }
+            host
+        });
+        let near = links
+            .each_ref()
+            .map(|link| link.port(1) as Arc<dyn NtbPort>);
+        let rig = Self {
+            far,
+            near: host_with(8, near.to_vec(), lines, 64, dir.path()),
+            _links: links,
+            _dir: dir,
+        };
+        let said = |port: &OpenPort| {
+            let session = port.engine.status().and_then(|status| status.session);
+            session.is_some_and(|session| session.info.peer_node.is_some())
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while !rig.near.ports.iter().all(said) {
+            assert!(Instant::now() < deadline, "no sessions");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        rig
+    }
+
+    fn borrow(&self) -> Result<Outcome, VerbError> {
+        self.near.handle(Verb::Borrow {
+            fdid: named("40101"),
+            socket: PathBuf::from("vf.sock"),
+            ram: None,
+            bars: None,
+            trust_vmm: false,
+            trust_domain: None,
+        })
+    }
+
+    /// Whether the host at this end of the two has lent it.
+    fn has_lent(&self, at: usize) -> bool {
+        let status = self.far[at].ports[0].engine.status().unwrap();
+        status.lent[0].offer.lease.is_some()
+    }
+
+    fn list(&self) -> usize {
+        match self.near.handle(Verb::List).unwrap() {
+            Outcome::List(entries) => entries.len(),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+impl Drop for TwoOfAName {
+    fn drop(&mut self) {
+        self.near.stop();
+        self.far.iter().for_each(Host::stop);
+    }
+}
+
+#[test]
+fn of_two_hosts_that_say_one_name_neither_has_a_guests_memory_before_the_configuration_tells() {
+    let rig = TwoOfAName::new(&port_lines(2));
+    let refused = rig.borrow().unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Config, "{refused}");
+    for words in ["(ntb0, ntb1)", "peer_node = 4"] {
+        assert!(refused.text.contains(words), "{refused}");
+    }
+    assert!(!rig.has_lent(0) && !rig.has_lent(1));
+}
+
+#[test]
+fn host_that_says_anothers_name_is_not_borrowed_from_nor_listed() {
+    let name = "name = \"ntb1\"\n";
+    let lines = port_lines(2).replace(name, &format!("{name}peer_node = 4\n"));
+    let rig = TwoOfAName::new(&lines);
+    assert_eq!(rig.list(), 1);
+    rig.borrow().unwrap();
+    assert!(!rig.has_lent(0) && rig.has_lent(1));
+    let Outcome::Status(status) = rig.near.handle(Verb::Status).unwrap() else {
+        panic!("no status");
+    };
+    let liar = &status.ports[0];
+    assert_eq!(
+        (liar.session.peer_node, status.ports[1].session.peer_node),
+        (None, Some(4))
+    );
+    let why = liar.last_error.clone().unwrap();
+    assert!(why.contains("`peer_node` of port `ntb1`"), "{why}");
+    rig.near
+        .handle(Verb::Return {
+            fdid: named("40101"),
+        })
+        .unwrap();
+    // Nor when the right one is away.
+    rig.far[1].stop();
+    let deadline = Instant::now() + PATIENCE;
+    while rig.near.ports[1].peer_node().is_some() {
+        assert!(Instant::now() < deadline, "it is there still");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let refused = rig.borrow().unwrap_err();
+    assert_eq!(refused.code, ErrorCode::NoSession, "{refused}");
+    assert!(
+        refused.text.contains("`peer_node` of port `ntb1`"),
+        "{refused}"
+    );
+    assert!(!rig.has_lent(0));
 }

@@ -98,8 +98,8 @@ impl LocalHost {
             .collect();
         let pool = self.pool.as_ref().and_then(PoolService::status);
         let pool = pool.unwrap_or_default();
-        let lent = ports.iter().flat_map(|(_, status)| {
-            let peer = port_peer(status.as_ref());
+        let lent = ports.iter().flat_map(|(port, status)| {
+            let peer = port.far_end(status.as_ref()).and_then(Result::ok);
             let lent = status.iter().flat_map(|status| &status.lent);
             lent.map(|lent| self.lent(lent, peer, &pool))
                 .collect::<Vec<_>>()
@@ -274,12 +274,9 @@ fn borrowed(fdid: Fdid, held: &Borrowed, view: View, refused: Refused) -> Borrow
     }
 }
 
-fn port_peer(status: Option<&path::PortStatus>) -> Option<u16> {
-    status?.session.as_ref()?.info.peer_node
-}
-
 fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus {
     let session = status.and_then(|status| status.session.as_ref());
+    let far = port.far_end(status);
     let mailbox = status.map(|status| MailboxCounters {
         sent: status.mailbox.sent,
         received: status.mailbox.received,
@@ -308,7 +305,7 @@ fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus
             version: session.map(|session| session.info.version),
             own_versions: status.map(|status| status.own_versions.into()),
             peer_versions: status.and_then(|status| Some(status.peer_versions?.into())),
-            peer_node: port_peer(status),
+            peer_node: far.as_ref().and_then(|far| far.as_ref().ok().copied()),
             since_ms: session.map(|session| session.age_ms),
             over_reason: status.and_then(|status| status.over_reason.clone()),
         },
@@ -330,6 +327,6 @@ fn port_status(port: &OpenPort, status: Option<&path::PortStatus>) -> PortStatus
             taken: status.map_or(0, |status| status.bells.taken),
         },
         process: None,
-        last_error: None,
+        last_error: far.and_then(Result::err).map(|why| why.to_string()),
     }
 }

@@ -1,9 +1,10 @@
 //! The lender's verbs: which ports are to know a function, and which one it is offered through.
 
-use super::{Router, VERB_DEADLINE, or_away, refuse};
+use super::{Router, VERB_DEADLINE, claimed, or_away, refuse};
 use crate::daemon::host::way_out;
 use crate::daemon::quarantine;
 use crate::daemon::vocabulary::{ErrorCode, HostStatus, Outcome, Verb, VerbError};
+use crate::pool::{FunctionKey, LeaseState};
 use vfio_shim::model::{Bdf, Fdid};
 
 const NO_PORT: &str = "the configuration has no [[port]]: nothing can be lent";
@@ -55,9 +56,11 @@ impl Router {
     }
 
     fn where_offered(&self, bdf: Bdf, verb: &Verb) -> Answer {
-        match self.offered_at(bdf) {
-            Some(at) => self.links[at].ask(verb, VERB_DEADLINE),
-            None => one_of(self.ask_all(verb, VERB_DEADLINE)),
+        let mut there = self.offering(bdf);
+        there.extend(self.lent_at(bdf).filter(|at| !there.contains(at)));
+        match there.is_empty() {
+            true => one_of(self.ask_all(verb, VERB_DEADLINE)),
+            false => self.ask_each(&there, verb),
         }
     }
 
@@ -98,15 +101,28 @@ impl Router {
         quarantine::clear(&self.pool, bdf, &held, by)
     }
 
-    /// Which port offers a function, of those that answer.
+    /// Which port has a function's lease, as it is written down.
+    fn lent_at(&self, bdf: Bdf) -> Option<usize> {
+        let function = FunctionKey::from(bdf);
+        let leases = self.pool.status().unwrap_or_default().leases;
+        let lease = leases.into_iter().find(|one| one.function == function)?;
+        let holder = lease.holder.filter(|_| lease.state != LeaseState::Free)?;
+        self.links.iter().position(|link| link.name == holder.port)
+    }
+
     fn offered_at(&self, bdf: Bdf) -> Option<usize> {
+        self.offering(bdf).first().copied()
+    }
+
+    /// Which ports say that they offer a function: one, unless one lies.
+    fn offering(&self, bdf: Bdf) -> Vec<usize> {
         let node = self.config.node_id;
         let offers = |status: &Result<HostStatus, VerbError>| {
             let lent = status.as_ref().map(|status| &status.lent[..]);
             let mut lent = lent.unwrap_or_default().iter();
             lent.any(|lent| lent.fdid.0 == Fdid { node, bdf })
         };
-        self.statuses().iter().position(offers)
+        claimed(&self.statuses(), offers)
     }
 }
 

@@ -11,9 +11,9 @@ mod report;
 mod tenants;
 
 use super::Host;
-use super::host::HostError;
+use super::host::{HostError, check_ways};
 use super::vocabulary::{ErrorCode, HostStatus, Outcome, Verb, VerbError};
-use crate::config::Config;
+use crate::config::{Config, FarEnd};
 use crate::jail::Report;
 use crate::pool::{LeaseStore, PoolService, RedbStore, StoreError};
 use link::PortLink;
@@ -155,14 +155,25 @@ impl Router {
     /// Borrows through the port that leads to the function's node.
     fn borrow(&self, fdid: Fdid, verb: &Verb) -> Result<Outcome, VerbError> {
         let statuses = self.statuses();
-        let leads = |status: &Result<HostStatus, VerbError>| {
+        let far: Vec<FarEnd> = (0..self.links.len())
+            .map(|at| self.config.far_end(at))
+            .collect();
+        let leads = |at: usize, status: &Result<HostStatus, VerbError>| {
             let port = status.as_ref().ok().and_then(|status| status.ports.first());
-            port.is_some_and(|port| port.session.peer_node == Some(fdid.node))
+            let says = port.and_then(|port| port.session.peer_node);
+            // Once more: a port that was taken over tells what it likes.
+            says == Some(fdid.node) && far[at].check(fdid.node).is_ok()
         };
         // A port says best why its own host's functions are not borrowed.
         let own = fdid.node == self.config.node_id;
-        let leading = |(at, status)| (leads(status) || own && status.is_ok()).then_some(at);
+        let leading = |(at, status)| (leads(at, status) || own && status.is_ok()).then_some(at);
         let leading: Vec<usize> = statuses.iter().enumerate().filter_map(leading).collect();
+        if !own {
+            let ways = leading
+                .iter()
+                .map(|at| (&self.links[*at].name[..], &far[*at]));
+            check_ways(fdid.node, ways)?;
+        }
         let at = match leading[..] {
             [] => return Err(report::no_way(fdid, &self.links, &statuses)),
             [at] => at,
@@ -189,6 +200,17 @@ impl Router {
         answer
     }
 
+    /// What ports of which each says that a verb is about what it has say to it: done, if it is at
+    /// all of them, as one that was taken over may say that it has another's.
+    fn ask_each(&self, ports: &[usize], verb: &Verb) -> Result<Outcome, VerbError> {
+        let ask = |at: &usize| self.links[*at].ask(verb, VERB_DEADLINE);
+        // Each is asked, whatever another says.
+        let answers: Vec<_> = ports.iter().map(ask).collect();
+        let (done, refused): (Vec<_>, Vec<_>) = answers.into_iter().partition(Result::is_ok);
+        let first = refused.into_iter().chain(done).next();
+        first.unwrap_or_else(|| Err(refuse(ErrorCode::Internal, "no port was named")))
+    }
+
     /// Gives back at the port that has it.
     fn give_back(&self, fdid: Fdid, verb: &Verb) -> Result<Outcome, VerbError> {
         let statuses = self.statuses();
@@ -197,12 +219,23 @@ impl Router {
             let mut borrowed = borrowed.unwrap_or_default().iter();
             borrowed.any(|borrowed| borrowed.fdid.0 == fdid)
         };
-        if let Some(at) = statuses.iter().position(has) {
-            return self.links[at].ask(verb, VERB_DEADLINE);
+        let there = claimed(&statuses, has);
+        if !there.is_empty() {
+            return self.ask_each(&there, verb);
         }
         let text = format!("{fdid} is not borrowed here: see `sublet status`");
         Err(or_away(refuse(ErrorCode::NoLease, text), &statuses))
     }
+}
+
+/// Which ports say so of themselves.
+fn claimed(
+    statuses: &[Result<HostStatus, VerbError>],
+    says: impl Fn(&Result<HostStatus, VerbError>) -> bool,
+) -> Vec<usize> {
+    let all = statuses.iter().enumerate();
+    all.filter_map(|(at, status)| says(status).then_some(at))
+        .collect()
 }
 
 /// The refusal, or that of the first port that did not answer: what is not found may be there.

@@ -194,19 +194,20 @@ pub(super) fn no_way(
     let mut known = Vec::new();
     for (status, link) in statuses.iter().zip(links) {
         let name = &link.name;
-        let session = match status {
-            Ok(status) => status.ports.first().map(|port| &port.session),
+        let port = match status {
+            Ok(status) => status.ports.first(),
             Err(error) => {
                 known.push(error.text.clone());
                 continue;
             }
         };
-        known.push(match session {
-            Some(SessionStatus {
-                peer_node: Some(peer),
-                ..
-            }) => format!("{name} leads to node {peer:x}"),
-            session => {
+        let session = port.map(|port| &port.session);
+        let peer = session.and_then(|session| session.peer_node);
+        let why = port.and_then(|port| port.last_error.as_ref());
+        known.push(match (peer, why) {
+            (Some(peer), _) => format!("{name} leads to node {peer:x}"),
+            (None, Some(why)) => format!("{name}: {why}"),
+            (None, None) => {
                 let state = session.map_or("stopped", |session| &session.state);
                 format!("{name} has no open session: {state}")
             }
