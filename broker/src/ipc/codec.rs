@@ -110,15 +110,16 @@ fn width(len: usize) -> Coded<usize> {
 
 /// What the lender does at once for a worker; all else is the port's own to ask.
 fn is_for_workers(request: &Request) -> bool {
-    matches!(
-        request,
-        Request::Irqs { .. }
-            | Request::Mask { .. }
-            | Request::BusMaster { .. }
-            | Request::Reset { .. }
-            | Request::RegionRead { .. }
-            | Request::RegionWrite { .. }
-    )
+    match request {
+        // The others are the lending host's own.
+        Request::Irqs { index, .. } => index.is_message(),
+        Request::Mask { .. }
+        | Request::BusMaster { .. }
+        | Request::Reset { .. }
+        | Request::RegionRead { .. }
+        | Request::RegionWrite { .. } => true,
+        _ => false,
+    }
 }
 
 fn put_piece(w: &mut Writer, piece: &MapPiece) {

@@ -243,9 +243,17 @@ fn limits_hold_and_one_more_is_refused() {
 #[test]
 fn requests_that_are_the_ports_own_are_refused_and_leases_are_not_told() {
     let lease = LeaseId(0xdead_beef);
+    let irqs = |index| Request::Irqs {
+        lease,
+        index,
+        enable: true,
+    };
     for request in [
         Request::Return { lease },
         Request::List { cursor: 0 },
+        irqs(IrqIndex::Intx),
+        irqs(IrqIndex::Err),
+        irqs(IrqIndex::Req),
         Request::Map {
             lease,
             ranges: Vec::new(),

@@ -21,6 +21,11 @@ impl IrqIndex {
     /// All of them, in order.
     pub const ALL: [Self; Self::COUNT] = [Self::Intx, Self::Msi, Self::Msix, Self::Err, Self::Req];
 
+    /// Whether its vectors are messages of the device: what a guest has of a function.
+    pub const fn is_message(self) -> bool {
+        matches!(self, Self::Msi | Self::Msix)
+    }
+
     /// From VFIO's number.
     pub fn from_raw(raw: u32) -> Option<Self> {
         Self::ALL.get(raw as usize).copied()

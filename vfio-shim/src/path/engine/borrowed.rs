@@ -357,10 +357,6 @@ const EMPTY: Span = match Span::new(0, 0) {
     None => panic!("an empty span fits"),
 };
 
-fn is_message(index: IrqIndex) -> bool {
-    matches!(index, IrqIndex::Msi | IrqIndex::Msix)
-}
-
 fn vector_count(info: &FunctionInfo) -> u32 {
     info.irqs[IrqIndex::Msi as usize]
         .count
@@ -444,7 +440,7 @@ impl Function for BorrowedFunction {
         triggers: Vec<Option<OwnedFd>>,
     ) -> Result<(), FunctionError> {
         let range = self.vectors(index, start, triggers.len())?;
-        if !is_message(index) {
+        if !index.is_message() {
             if index == IrqIndex::Req {
                 lock(&self.triggers).request = triggers.into_iter().next().flatten();
                 // Of a lease that is lost already it is fired at once.
@@ -472,7 +468,7 @@ impl Function for BorrowedFunction {
         let mut held = lock(&self.triggers);
         match index {
             IrqIndex::Req => held.request = None,
-            _ if is_message(index) && held.armed.is_none_or(|armed| armed == index) => {
+            _ if index.is_message() && held.armed.is_none_or(|armed| armed == index) => {
                 let masked = held.vectors.iter().any(|vector| vector.masked);
                 for vector in &mut held.vectors {
                     vector.fd = None;
@@ -497,7 +493,7 @@ impl Function for BorrowedFunction {
         masked: bool,
     ) -> Result<(), FunctionError> {
         let range = self.vectors(index, start, count as usize)?;
-        if !is_message(index) {
+        if !index.is_message() {
             // Errors and requests have no mask; there is nothing to tell the lender.
             return Ok(());
         }
@@ -519,7 +515,7 @@ impl Function for BorrowedFunction {
 
     fn raise_irqs(&self, index: IrqIndex, start: u32, count: u32) -> Result<(), FunctionError> {
         let range = self.vectors(index, start, count as usize)?;
-        for vector in range.filter(|_| is_message(index)) {
+        for vector in range.filter(|_| index.is_message()) {
             self.state.signals.raise(vector as u32);
         }
         Ok(())

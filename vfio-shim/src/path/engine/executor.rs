@@ -286,6 +286,11 @@ impl Executor {
     }
 
     fn irqs(&mut self, index: IrqIndex, enable: bool) -> Done {
+        if !index.is_message() {
+            // By the others this host's own kernel asks for the function back.
+            let text = format!("interrupts {index:?} are not switched for a borrower");
+            return Err(Refusal::new(RefusalCode::NotAllowed, 0, text));
+        }
         let count = self.function.info().irqs[index as usize].count;
         let plan = self.path()?.plan.clone();
         self.irqs_off()?;

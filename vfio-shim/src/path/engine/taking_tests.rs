@@ -193,6 +193,28 @@ fn function_that_the_kernel_wants_back_is_closed_and_its_borrower_is_told_why() 
 }
 
 #[test]
+fn borrower_does_not_get_the_interrupts_by_which_the_lenders_kernel_asks() {
+    let rig = rig();
+    let (lease, ..) = rig.engines[1].borrow(bdf(), None).unwrap();
+    for index in [IrqIndex::Req, IrqIndex::Err, IrqIndex::Intx] {
+        for enable in [true, false] {
+            let request = Request::Irqs {
+                lease,
+                index,
+                enable,
+            };
+            let answer = rig.engines[1].call(Call::Forward(lease, request), WAIT_MS);
+            assert_eq!(refused(answer), RefusalCode::NotAllowed, "{index:?}");
+        }
+    }
+    assert!(rig.function.hears_requests());
+    rig.function.raise_irqs(IrqIndex::Req, 0, 1).unwrap();
+    until("it is closed", || {
+        (Arc::strong_count(&rig.function) == 1).then_some(())
+    });
+}
+
+#[test]
 fn function_that_nobody_has_leaves_at_the_kernels_wish_too_and_so_does_one_in_quarantine() {
     for quarantine in [false, true] {
         let rig = rig();
