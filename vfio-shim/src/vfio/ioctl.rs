@@ -61,6 +61,17 @@ fn check(result: i32) -> io::Result<i32> {
     }
 }
 
+/// Of SET_IRQS. More than 0 is no success: so many vectors could be had, and none is enabled.
+fn check_vectors(result: i32) -> io::Result<()> {
+    match check(result)? {
+        0 => Ok(()),
+        most => Err(io::Error::other(format!(
+            "the kernel can give it {most} vectors at most, and has enabled none: several of MSI \
+             need interrupt remapping, and else let devices of this host go that take many"
+        ))),
+    }
+}
+
 fn size_of_u32<T>() -> u32 {
     size_of::<T>() as u32
 }
@@ -182,7 +193,7 @@ pub(super) fn set_irqs(device: BorrowedFd<'_>, words: &[u32]) -> io::Result<()> 
     set.push((words.len() as u32 + 1) * 4);
     set.extend_from_slice(words);
     // SAFETY: `set` is a vfio_irq_set (five words, then the data) of argsz bytes.
-    check(unsafe { ioctl_with_ptr(&device, VFIO_DEVICE_SET_IRQS(), set.as_ptr()) }).map(drop)
+    check_vectors(unsafe { ioctl_with_ptr(&device, VFIO_DEVICE_SET_IRQS(), set.as_ptr()) })
 }
 
 pub(super) fn device_reset(device: BorrowedFd<'_>) -> io::Result<()> {
@@ -225,4 +236,17 @@ pub(super) fn unmap_dma(container: BorrowedFd<'_>, iova: u64, size: u64) -> io::
     // SAFETY: `unmap` is a live vfio_iommu_type1_dma_unmap without data.
     check(unsafe { ioctl_with_mut_ref(&container, VFIO_IOMMU_UNMAP_DMA(), &mut unmap) })?;
     Ok(unmap.size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fewer_vectors_than_asked_for_are_an_error_that_says_how_many_there_are() {
+        assert!(check_vectors(0).is_ok());
+        assert!(check_vectors(-1).is_err());
+        let fewer = check_vectors(3).unwrap_err().to_string();
+        assert!(fewer.contains("3 vectors at most"), "{fewer}");
+    }
 }

@@ -73,6 +73,12 @@ pub(super) struct OpenPath {
     armed: Option<IrqIndex>,
 }
 
+impl OpenPath {
+    fn is_undone(&self) -> bool {
+        self.armed.is_none() && self.slices.is_empty() && self.maps.is_empty()
+    }
+}
+
 impl Executor {
     /// Works until the senders of `jobs` are gone; a path still open then is undone.
     pub(super) fn run(mut self, jobs: &mpsc::Receiver<(JobId, FunctionWork)>) {
@@ -427,9 +433,8 @@ impl Executor {
         let reset = self.put_back().map_err(Refusal::from);
         runtime.reach(UndoStep::Memory);
         let maps = self.unmap_all().map_err(Refusal::from);
-        // What is still mapped is tried again before anybody else gets the function.
-        self.path
-            .take_if(|path| path.slices.is_empty() && path.maps.is_empty());
+        // What is still armed or mapped is tried again before anybody else gets the function.
+        self.path.take_if(|path| path.is_undone());
         self.tell_maps();
         runtime.reach(UndoStep::Drain);
         self.drain();

@@ -296,6 +296,24 @@ fn relay_is_quiet_after_a_close_whose_vectors_could_not_be_disabled() {
 }
 
 #[test]
+fn vectors_that_a_close_could_not_disable_are_disabled_before_the_function_is_lent_again() {
+    let mut rig = Rig::new();
+    rig.open().unwrap();
+    let on = FunctionWork::Irqs(IrqIndex::Msix, true);
+    rig.executor.work(on).unwrap();
+    rig.refuse(true);
+    for work in [FunctionWork::Close, FunctionWork::PutBack] {
+        rig.executor.work(work).unwrap_err();
+    }
+    rig.open().unwrap_err();
+    assert_eq!(rig.function.soft.triggers(), 4);
+    rig.refuse(false);
+    rig.executor.work(FunctionWork::PutBack).unwrap();
+    assert_eq!(rig.function.soft.triggers(), 0);
+    rig.open().unwrap();
+}
+
+#[test]
 fn config_space_is_not_written_for_a_peer() {
     let mut rig = Rig::new();
     rig.open().unwrap();
