@@ -289,9 +289,13 @@ impl BorrowedFunction {
     /// Whichever of MSI and MSI-X the guest uses: all its vectors are armed on the lender at the
     /// first trigger, and stay so until a reset. A trigger swap after that is local.
     fn arm(&self, index: IrqIndex) -> Result<(), FunctionError> {
-        let armed = lock(&self.triggers).armed;
-        if armed == Some(index) {
-            return Ok(());
+        {
+            let mut held = lock(&self.triggers);
+            if held.armed == Some(index) {
+                return Ok(());
+            }
+            // The lender takes those off first, also where it then cannot arm these.
+            held.armed = None;
         }
         let request = Request::Irqs {
             lease: self.lease,
@@ -315,6 +319,17 @@ impl BorrowedFunction {
         match self.forward("unmask interrupts", request, MAP_WAIT_MS) {
             Ok(_) | Err(FunctionError::Gone(_)) => Ok(()),
             Err(error) => Err(error),
+        }
+    }
+
+    /// The function is reset. The masks went with that, here as at the lender, and with them what
+    /// was raised before it: a guest that is about to lose the function may have masked it.
+    fn forget(&self) {
+        lock(&self.shadow).reset();
+        let mut held = lock(&self.triggers);
+        self.state.signals.take(|_| {});
+        for vector in &mut held.vectors {
+            (vector.masked, vector.held) = (false, false);
         }
     }
 
@@ -500,6 +515,8 @@ impl Function for BorrowedFunction {
         for vector in &mut lock(&self.triggers).vectors[range] {
             vector.masked = masked;
         }
+        // What was held back comes, whatever the lender says.
+        self.state.signals.wake();
         // The lender stops too, so that a masked storm crosses no cable.
         let request = Request::Mask {
             lease: self.lease,
@@ -508,9 +525,8 @@ impl Function for BorrowedFunction {
             count,
             masked,
         };
-        self.forward("mask interrupts", request, MAP_WAIT_MS)?;
-        self.state.signals.wake();
-        Ok(())
+        self.forward("mask interrupts", request, MAP_WAIT_MS)
+            .map(drop)
     }
 
     fn raise_irqs(&self, index: IrqIndex, start: u32, count: u32) -> Result<(), FunctionError> {
@@ -523,22 +539,21 @@ impl Function for BorrowedFunction {
 
     fn reset(&self) -> Result<(), FunctionError> {
         let request = Request::Reset { lease: self.lease };
-        self.forward("reset the function", request, RESET_WAIT_MS)?;
-        lock(&self.shadow).reset();
-        let again = {
-            let mut held = lock(&self.triggers);
-            // The masks went with the reset, here as at the lender, and with them what was raised
-            // before it: a guest that is about to lose the function may have masked it.
-            self.state.signals.take(|_| {});
-            for vector in &mut held.vectors {
-                (vector.masked, vector.held) = (false, false);
-            }
-            let again = held.armed.take();
-            again.filter(|_| held.vectors.iter().any(|vector| vector.fd.is_some()))
-        };
+        // The lender begins with taking them off, and may fail or be late after that.
+        let armed = lock(&self.triggers).armed.take();
+        let reset = self.forward("reset the function", request, RESET_WAIT_MS);
+        if reset.is_ok() {
+            self.forget();
+        }
         // Whatever else the signaller was woken for.
         self.state.signals.wake();
-        again.map_or(Ok(()), |index| self.arm(index))
+        let used = lock(&self.triggers)
+            .vectors
+            .iter()
+            .any(|vector| vector.fd.is_some());
+        let again = armed.filter(|_| used);
+        let again = again.map_or(Ok(()), |index| self.arm(index));
+        reset.and(again)
     }
 
     fn address_space(&self) -> &dyn AddressSpace {
@@ -709,64 +724,5 @@ fn signal(fd: BorrowedFd<'_>) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::model::{Mapping, OsRuntime};
-    use std::sync::mpsc;
-
-    /// A window whose stores arrive when they are let through.
-    struct Slow {
-        entered: mpsc::Sender<()>,
-        go: Mutex<mpsc::Receiver<()>>,
-    }
-
-    impl Aperture for Slow {
-        fn len(&self) -> u64 {
-            4096
-        }
-
-        fn read(&self, _offset: u64, data: &mut [u8]) {
-            data.fill(0);
-        }
-
-        fn write(&self, _offset: u64, _data: &[u8]) {
-            self.entered.send(()).unwrap();
-            lock(&self.go).recv().unwrap();
-        }
-
-        fn mapping(&self) -> Option<&dyn Mapping> {
-            None
-        }
-    }
-
-    #[test]
-    fn vmm_is_told_of_no_error_interrupt_to_stop_its_guest_at() {
-        let mut lent = FunctionInfo::default();
-        lent.irqs.iter_mut().for_each(|irq| irq.count = 1);
-        let told = told(lent, FunctionIds::default());
-        assert_eq!(told.irqs.map(|irq| irq.count), [1, 1, 1, 0, 1]);
-    }
-
-    #[test]
-    fn lease_is_not_lost_before_a_store_under_way_has_left() {
-        let (entered, store_began) = mpsc::channel();
-        let (let_go, go) = mpsc::channel();
-        let runtime = Arc::new(OsRuntime);
-        let state = LeaseShared::new(runtime, Signals::new(1).unwrap());
-        let bar = SliceAperture {
-            window: Arc::new(Slow {
-                entered,
-                go: Mutex::new(go),
-            }),
-            base: 0,
-            len: 4096,
-            state: Arc::clone(&state),
-        };
-        let store = std::thread::spawn(move || bar.write(0, &[1]));
-        store_began.recv().unwrap();
-        assert!(state.lost.try_lock().is_err(), "losing it waits");
-        let_go.send(()).unwrap();
-        store.join().unwrap();
-        state.lose("over".into());
-    }
-}
+#[path = "borrowed_tests.rs"]
+mod tests;

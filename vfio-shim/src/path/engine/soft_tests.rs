@@ -411,6 +411,25 @@ fn masks_end_with_the_vectors_also_where_the_lender_could_not_arm_them() {
 }
 
 #[test]
+fn interrupts_come_behind_a_reset_that_failed_with_the_triggers_of_before_it_and_with_new_ones() {
+    for anew in [false, true] {
+        let rig = Rig::new();
+        let guest = rig.guest();
+        rig.function
+            .arm(FaultPlan::default().nth(Fault::ResetFails, 1));
+        assert!(guest.function.reset().is_err());
+        if anew {
+            guest.drive();
+        }
+        rig.function
+            .raise_irqs(IrqIndex::Msix, VECTOR_USED, 1)
+            .unwrap();
+        assert!(guest.interrupted(), "triggers set anew: {anew}");
+        rig.engines[1].give_back(guest.lease).unwrap();
+    }
+}
+
+#[test]
 fn what_a_mask_held_back_does_not_outlive_a_reset() {
     let rig = Rig::new();
     let guest = rig.guest();
