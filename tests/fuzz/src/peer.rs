@@ -144,7 +144,7 @@ impl Rig {
                 let done = self.work(work);
                 self.todo.push_back(Event::Worked(job, done));
             }
-            Action::Pin(step, _) | Action::Unpin(step, _) => {
+            Action::Pin(step, ..) | Action::Unpin(step, ..) => {
                 self.todo.push_back(Event::Pinned(step, Ok(())));
             }
             Action::Pool(message) => {

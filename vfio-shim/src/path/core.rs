@@ -98,9 +98,9 @@ pub enum Action {
     /// Work for a function's executor.
     Work(Bdf, JobId, FunctionWork),
     /// Map guest RAM into the port's container.
-    Pin(Step, Vec<Pin>),
+    Pin(Step, LeaseId, Vec<Pin>),
     /// Unmap it.
-    Unpin(Step, Vec<(WindowOffset, u64)>),
+    Unpin(Step, LeaseId, Vec<(WindowOffset, u64)>),
     /// Scan interrupt words for a lease.
     Scan(LeaseId, u32, u32),
     /// Scan them no more.
@@ -666,8 +666,12 @@ impl PortCore {
                 BorrowerAction::Send(step, request) => {
                     self.request(Waiting::Step(step), request, now_ms, out);
                 }
-                BorrowerAction::Pin(step, pins) => out.push(Action::Pin(step, pins)),
-                BorrowerAction::Unpin(step, spans) => out.push(Action::Unpin(step, spans)),
+                BorrowerAction::Pin(step, lease, pins) => {
+                    out.push(Action::Pin(step, lease, pins));
+                }
+                BorrowerAction::Unpin(step, lease, spans) => {
+                    out.push(Action::Unpin(step, lease, spans));
+                }
                 BorrowerAction::Scan(lease, first, count) => {
                     out.push(Action::Scan(lease, first, count));
                 }

@@ -236,7 +236,7 @@ impl Pair {
                 let outcome = self.hosts[at].work(work);
                 self.hosts[at].todo.push_back(Event::Worked(job, outcome));
             }
-            Action::Pin(step, pins) => {
+            Action::Pin(step, _, pins) => {
                 for pin in pins {
                     let old = self.hosts[at]
                         .pinned
@@ -245,11 +245,11 @@ impl Pair {
                 }
                 self.hosts[at].todo.push_back(Event::Pinned(step, Ok(())));
             }
-            Action::Unpin(step, _) if !self.hosts[at].unpins => {
+            Action::Unpin(step, ..) if !self.hosts[at].unpins => {
                 let failed = Err(CallError::Pin("no".into()));
                 self.hosts[at].todo.push_back(Event::Pinned(step, failed));
             }
-            Action::Unpin(step, spans) => {
+            Action::Unpin(step, _, spans) => {
                 for (offset, _) in spans {
                     self.hosts[at].pinned.remove(&offset.0);
                 }

@@ -133,9 +133,9 @@ pub enum BorrowerAction {
     /// Send a request; the reply comes to `reply` with the same step.
     Send(Step, Request),
     /// Map into the port's container; all or none; answered by `pinned`.
-    Pin(Step, Vec<Pin>),
+    Pin(Step, LeaseId, Vec<Pin>),
     /// Unmap from the port's container; answered by `pinned`.
-    Unpin(Step, Vec<Slice>),
+    Unpin(Step, LeaseId, Vec<Slice>),
     /// Scan these words of the interrupt table for the lease, from zero.
     Scan(LeaseId, u32, u32),
     /// Scan them no more.

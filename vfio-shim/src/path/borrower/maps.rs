@@ -48,7 +48,7 @@ impl Borrower {
             pins.push(Pin { offset, map });
         }
         let step = self.step(Some(token), Op::MapPin { lease, places });
-        Ok(vec![BorrowerAction::Pin(step, pins)])
+        Ok(vec![BorrowerAction::Pin(step, lease, pins)])
     }
 
     pub(super) fn unmap(
@@ -63,7 +63,7 @@ impl Borrower {
         }
         let slices = taken.iter().map(|(_, slice)| *slice).collect();
         let step = self.step(Some(token), Op::Unpin { lease, taken });
-        Ok(vec![BorrowerAction::Unpin(step, slices)])
+        Ok(vec![BorrowerAction::Unpin(step, lease, slices)])
     }
 
     /// The next thing that the lender has to hear of a lease: unmaps first, as many as one message
@@ -202,7 +202,7 @@ impl Borrower {
                 taken,
                 cause,
             };
-            return vec![BorrowerAction::Unpin(self.step(token, op), slices)];
+            return vec![BorrowerAction::Unpin(self.step(token, op), lease, slices)];
         }
         self.tell_ranges(token, lease, (places, rest))
     }

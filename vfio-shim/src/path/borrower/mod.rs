@@ -288,7 +288,7 @@ impl Borrower {
             Some(why) => actions.push(BorrowerAction::Lost(step, lease, why)),
             None => drop(self.ending(step).map(|end| end.let_go = true)),
         }
-        actions.push(BorrowerAction::Unpin(step, slices));
+        actions.push(BorrowerAction::Unpin(step, lease, slices));
         actions
     }
 

@@ -1,7 +1,7 @@
 //! The borrowed function: the borrower's end of a path as a `Function`, for the vfio-user server.
 
 use super::path_port::{InProcess, PathPort, SliceAperture};
-use super::{Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, Signals, lock};
+use super::{Engine, LeaseShared, MAP_WAIT_MS, RESET_WAIT_MS, Signals, UNMAP_WAIT_MS, lock};
 use crate::model::{
     AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds, FunctionInfo,
     IrqIndex, MapError, Memory, RegionIndex, Runtime, ShadowConfig, Span, Task, WindowOffset,
@@ -612,7 +612,7 @@ impl AddressSpace for BorrowedFunction {
             // The session's end has unmapped all.
             return Ok(0);
         }
-        match self.port.call(Call::Unmap(self.lease, span), MAP_WAIT_MS) {
+        match self.port.call(Call::Unmap(self.lease, span), UNMAP_WAIT_MS) {
             Ok(Answer::Unmapped(bytes)) => Ok(bytes),
             Ok(_) | Err(CallError::Gone(_)) => Ok(0),
             Err(error) => Err(map_error(span, error)),

@@ -456,14 +456,12 @@ impl Control {
                 self.irq.send(IrqCommand::SessionOver);
             }
             Action::Work(bdf, job, work) => self.work(bdf, job, work),
-            Action::Pin(step, pins) => self.map(MapperJob::Pin(step, pins)),
-            Action::Unpin(step, spans) => {
+            Action::Pin(step, lease, pins) => self.map(MapperJob::Pin(step, lease, pins)),
+            Action::Unpin(step, lease, spans) => {
                 let base = self.config.window_base.0;
                 let span = |(offset, len): (WindowOffset, u64)| Span::new(base + offset.0, len);
-                self.map(MapperJob::Unpin(
-                    step,
-                    spans.into_iter().filter_map(span).collect(),
-                ));
+                let spans = spans.into_iter().filter_map(span).collect();
+                self.map(MapperJob::Unpin(step, lease, spans));
             }
             Action::Scan(lease, first, count) => {
                 if let Some(state) = self.borrowed(lease) {
@@ -735,6 +733,8 @@ impl Control {
             tracing::error!(%error, "the mailbox stays mapped");
         }
         self.pool.tell(ToPool::Gone);
+        // Whoever asked too late need not wait.
+        lock(&self.shared.calls).clear();
     }
 }
 

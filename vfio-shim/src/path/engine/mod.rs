@@ -62,6 +62,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 
 /// How long a map, or the reply to the first bus-master enable, may take, milliseconds.
 pub const MAP_WAIT_MS: u64 = 4_000;
+/// How long taking guest memory away may take: as a pin of another tenant's that has begun, and
+/// that may be of all its memory, milliseconds.
+pub const UNMAP_WAIT_MS: u64 = 300_000;
 /// How long a lender's reset may take: xe's can take 5 s per GT, milliseconds.
 pub const RESET_WAIT_MS: u64 = 15_000;
 /// How long whoever ends a lease, or a port, waits for a worker to let go of what it had. What it
@@ -457,17 +460,21 @@ impl Engine {
             .is_ok();
         let runtime = &self.shared.runtime;
         let until_ms = runtime.now_ms().saturating_add(wait_ms);
-        let result = match sent {
-            true => runtime.receive(&answer, Some(until_ms)).ok(),
-            false => None,
+        let answered = match sent {
+            true => runtime.receive(&answer, Some(until_ms)),
+            false => Err(mpsc::RecvTimeoutError::Disconnected),
         };
         lock(&self.shared.calls).remove(&token);
-        // Control answers under that lock: what came just too late is there now, or never.
-        let result = result.or_else(|| answer.try_recv().ok());
-        match result {
-            Some(result) => result,
-            None if sent => Err(CallError::Timeout(wait_ms)),
-            None => Err(CallError::Gone("the port has stopped".into())),
+        match answered {
+            Ok(result) => result,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                // Control answers under that lock: what came just too late is there now, or never.
+                let late = answer.try_recv();
+                late.unwrap_or(Err(CallError::Timeout(wait_ms)))
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                Err(CallError::Gone("the port has stopped".into()))
+            }
         }
     }
 

@@ -4,15 +4,18 @@ use super::soft_tests::{bdf, until};
 use super::*;
 use crate::model::contract::Driver;
 use crate::model::{
-    AddressSpace, Aperture, DmaMap, FunctionIds, MapError, Mapping, PortIova, RegionIndex, Span,
+    Access, AddressSpace, Aperture, DmaMap, FunctionIds, MapError, Mapping, Memory, PortIova,
+    RegionIndex, Span,
 };
 use crate::ntb::soft::function_tests::ENGINE;
 use crate::ntb::soft::{FaultPlan, SoftFunction, SoftLink, SoftPort, SoftPortConfig};
 use crate::ntb::{PortError, PortInfo};
 use crate::path::message::PoolState;
 use crate::path::wire::{BELL_IRQ, IRQ_TABLE_OFFSET, MAILBOX_BYTES};
-use std::os::fd::BorrowedFd;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 const WINDOW_BYTES: u64 = 64 << 20;
 
@@ -43,7 +46,11 @@ struct Watched {
     /// The peer rings faster than anybody takes.
     endless: Arc<AtomicBool>,
     lent: Arc<SoftFunction>,
+    slow: Slow,
 }
+
+/// The next map that takes so long as its test likes: it tells that it has begun.
+type Slow = Arc<Mutex<Option<(mpsc::Sender<()>, mpsc::Receiver<()>)>>>;
 
 impl AddressSpace for Watched {
     fn usable(&self) -> Vec<Span> {
@@ -55,6 +62,12 @@ impl AddressSpace for Watched {
     }
 
     fn map(&self, maps: &[DmaMap<'_>]) -> Result<(), MapError> {
+        let slow = lock(&self.slow).take();
+        if let Some((began, go)) = slow {
+            began.send(()).unwrap();
+            // A test that has failed lets go too.
+            let _ = go.recv();
+        }
         self.port.address_space().map(maps)
     }
 
@@ -195,6 +208,23 @@ fn engine(port: Arc<dyn NtbPort>, node: u16) -> Arc<Engine> {
     Engine::start(port, config).unwrap()
 }
 
+/// The first lends it to the second.
+fn lend(engines: &[Arc<Engine>; 2], bdf: Bdf, lent: Arc<SoftFunction>) -> Arc<BorrowedFunction> {
+    let entry = PoolEntry {
+        bdf,
+        ids: FunctionIds::default(),
+        state: PoolState::Available,
+        irq_count: 4,
+        bar_bytes: 8192,
+        serial: 0,
+    };
+    engines[0].offer(entry, lent).unwrap();
+    let (_, _, borrowed) = until("the function can be borrowed", || {
+        engines[1].borrow(bdf, None).ok()
+    });
+    borrowed
+}
+
 /// Two hosts with watched ports on chips that promise so much, and a function of the first that the
 /// second has borrowed.
 struct Hosts {
@@ -205,6 +235,8 @@ struct Hosts {
     borrower: Story,
     endless: Arc<AtomicBool>,
     far: Arc<SoftPort>,
+    /// Of the borrower's port.
+    slow: Slow,
 }
 
 fn hosts(doorbell_ordered: bool) -> Hosts {
@@ -215,6 +247,7 @@ fn hosts(doorbell_ordered: bool) -> Hosts {
     let lent = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
     let stories = [Story::default(), Story::default()];
     let endless = Arc::<AtomicBool>::default();
+    let slow = Slow::default();
     let watched = |side: usize| Watched {
         port: link.port(side),
         info: PortInfo {
@@ -227,20 +260,13 @@ fn hosts(doorbell_ordered: bool) -> Hosts {
             _ => Arc::default(),
         },
         lent: Arc::clone(&lent),
+        slow: match side {
+            1 => Arc::clone(&slow),
+            _ => Arc::default(),
+        },
     };
     let engines = [0, 1].map(|side| engine(Arc::new(watched(side)), side as u16 + 1));
-    let entry = PoolEntry {
-        bdf: bdf(),
-        ids: FunctionIds::default(),
-        state: PoolState::Available,
-        irq_count: 4,
-        bar_bytes: 8192,
-        serial: 0,
-    };
-    engines[0].offer(entry, lent).unwrap();
-    let (_, _, borrowed) = until("the function can be borrowed", || {
-        engines[1].borrow(bdf(), None).ok()
-    });
+    let borrowed = lend(&engines, bdf(), lent);
     let [story, borrower] = stories;
     Hosts {
         engines,
@@ -249,6 +275,7 @@ fn hosts(doorbell_ordered: bool) -> Hosts {
         borrower,
         endless,
         far: link.port(1),
+        slow,
     }
 }
 
@@ -322,4 +349,42 @@ fn function_stands_before_its_guests_memory_is_unpinned() {
             .iter()
             .all(|touch| *touch == Touch::Unmap { dma: false })
     );
+}
+
+const MEMORY: Span = match Span::new(0, 4096) {
+    Some(span) => span,
+    None => panic!("a page fits"),
+};
+
+fn map(function: &BorrowedFunction) -> Result<(), MapError> {
+    let fd = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, MEMORY.len()).unwrap();
+    function.address_space().map(&[DmaMap {
+        span: MEMORY,
+        access: Access::READ_WRITE,
+        memory: Memory::Fd(fd.as_fd(), 0),
+    }])
+}
+
+#[test]
+fn tenant_that_ends_while_another_ones_map_takes_long_is_undone_behind_it_and_not_given_up() {
+    let hosts = hosts(true);
+    let lent = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
+    let ending = lend(&hosts.engines, "4a:00.2".parse().unwrap(), lent);
+    map(&ending).unwrap();
+    let ((began, has_begun), (go, waits)) = (mpsc::channel(), mpsc::channel());
+    *lock(&hosts.slow) = Some((began, waits));
+    let large = Arc::clone(&hosts.borrowed);
+    let large = std::thread::spawn(move || map(&large));
+    has_begun.recv().unwrap();
+    let (unmapped, told) = mpsc::channel();
+    let unmap = move || unmapped.send(ending.address_space().unmap(MEMORY)).unwrap();
+    let unmap = std::thread::spawn(unmap);
+    // Past the time in which maps and registers are answered, as the map that is too late itself.
+    assert!(matches!(large.join().unwrap(), Err(MapError::Timeout(..))));
+    let early = told.recv_timeout(Duration::from_millis(500));
+    assert!(early.is_err(), "{early:?}");
+    go.send(()).unwrap();
+    assert_eq!(told.recv().unwrap().unwrap(), MEMORY.len());
+    unmap.join().unwrap();
 }

@@ -2,6 +2,7 @@
 
 use super::{
     CallReply, Engine, LET_GO_WAIT_MS, LeaseShared, LetGo, MAP_WAIT_MS, RESET_WAIT_MS, Signals,
+    UNMAP_WAIT_MS,
 };
 use crate::model::{Aperture, BAR_COUNT, Mapping, WindowOffset};
 use crate::path::borrower::{Answer, Call, CallError, OpenedPath};
@@ -187,7 +188,7 @@ impl BorrowedPath {
 
     /// Takes all maps away that lie within the span.
     pub fn unmap(&self, span: crate::model::Span) -> Result<Answer, CallError> {
-        self.call(Call::Unmap(self.lease, span), MAP_WAIT_MS)
+        self.call(Call::Unmap(self.lease, span), UNMAP_WAIT_MS)
     }
 
     fn call(&self, call: Call, wait_ms: u64) -> CallReply {
