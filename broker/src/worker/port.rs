@@ -41,7 +41,7 @@ pub(super) struct ChannelPort {
     waiting: Mutex<HashMap<Token, mpsc::Sender<Reply>>>,
     bars: Bars,
     window: Option<(OwnedFd, u64)>,
-    /// The lease is lost: nothing is asked any more.
+    /// The lease is lost: nothing is asked any more but whether its memory is gone.
     over: AtomicBool,
     this: Weak<Self>,
 }
@@ -97,19 +97,21 @@ impl ChannelPort {
 
     /// Sends what `messages` gives, all under one token, and waits for the one answer.
     fn ask(&self, messages: impl FnOnce(Token) -> Vec<ToPort>, wait_ms: u64) -> Reply {
+        // Behind the insertion: whoever sets it takes out what is there.
+        let unless_over = |token| match self.over.load(Ordering::SeqCst) {
+            true => Vec::new(),
+            false => messages(token),
+        };
+        self.ask_always(unless_over, wait_ms)
+    }
+
+    /// The same, also of a lease that is lost. What has nothing to send is over.
+    fn ask_always(&self, messages: impl FnOnce(Token) -> Vec<ToPort>, wait_ms: u64) -> Reply {
         let token = Token(self.last.fetch_add(1, Ordering::Relaxed) + 1);
         let (reply, answer) = mpsc::channel();
         self.waiting().insert(token, reply);
-        // Behind the insertion: whoever sets it takes out what is there.
-        let mut sent = match self.over.load(Ordering::SeqCst) {
-            true => Err(gone()),
-            false => Ok(()),
-        };
-        let messages = match sent {
-            Ok(()) => messages(token),
-            Err(_) => Vec::new(),
-        };
-        for message in messages {
+        let mut sent = Err(gone());
+        for message in messages(token) {
             sent = match self.channel.send_to_port(&message) {
                 Ok(Sent::Sent) => Ok(()),
                 Ok(_) => Err(gone()),
@@ -175,7 +177,9 @@ impl PathPort for ChannelPort {
             Call::Forward(_, request) => {
                 self.ask(|token| vec![ToPort::Forward(token, request)], wait_ms)
             }
-            Call::Unmap(_, span) => self.ask(|token| vec![ToPort::Unmap(token, span)], wait_ms),
+            Call::Unmap(_, span) => {
+                self.ask_always(|token| vec![ToPort::Unmap(token, span)], wait_ms)
+            }
             Call::Map(_, maps) => {
                 let parts = parts(&maps)?;
                 let name = |token| move |part| ToPort::Map(token, part);
@@ -306,5 +310,36 @@ impl Aperture for Nothing {
     fn write(&self, _offset: u64, _data: &[u8]) {}
     fn mapping(&self) -> Option<&dyn Mapping> {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vfio_shim::{model::OsRuntime, path::LeaseId};
+
+    #[test]
+    fn of_a_lost_lease_only_that_its_memory_is_gone_is_asked_for() {
+        let (near, far) = Channel::pair().unwrap();
+        let runtime = Arc::new(OsRuntime);
+        let port = ChannelPort::new(runtime, Arc::new(near), Bars::default(), None);
+        port.let_go();
+        let lease = LeaseId(0);
+        let reset = Call::Forward(lease, vfio_shim::path::message::Request::Reset { lease });
+        let refused = port.call(reset, 1_000);
+        assert!(matches!(refused, Err(CallError::Gone(_))), "{refused:?}");
+        let span = Span::new(0, 4096).unwrap();
+        // Where nothing is asked, the channel ends with it.
+        let asked_of = Arc::downgrade(&port);
+        let asking = std::thread::spawn(move || port.call(Call::Unmap(lease, span), 10_000));
+        // What is asked first is what comes first: no reset.
+        let token = match far.receive_from_worker(true) {
+            Ok(Some(ToPort::Unmap(token, asked))) if asked == span => token,
+            other => panic!("{other:?}"),
+        };
+        let port = asked_of.upgrade().unwrap();
+        port.answered(token, Ok(Answered::Unmapped(0)));
+        let answer = asking.join().unwrap();
+        assert!(matches!(answer, Ok(Answer::Unmapped(0))), "{answer:?}");
     }
 }

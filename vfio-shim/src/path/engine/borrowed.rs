@@ -608,12 +608,15 @@ impl AddressSpace for BorrowedFunction {
     }
 
     fn unmap(&self, span: Span) -> Result<u64, MapError> {
-        if self.lost().is_some() {
-            // The session's end has unmapped all.
-            return Ok(0);
-        }
-        match self.port.call(Call::Unmap(self.lease, span), UNMAP_WAIT_MS) {
+        let unmap = || self.port.call(Call::Unmap(self.lease, span), UNMAP_WAIT_MS);
+        let unmapped = match unmap() {
+            // Of a lease that has ended meanwhile; now this is answered behind the end's own unpin.
+            Err(CallError::Gone(_)) => unmap(),
+            answered => answered,
+        };
+        match unmapped {
             Ok(Answer::Unmapped(bytes)) => Ok(bytes),
+            // The port has stopped, its mapper before it.
             Ok(_) | Err(CallError::Gone(_)) => Ok(0),
             Err(error) => Err(map_error(span, error)),
         }

@@ -368,8 +368,7 @@ impl Control {
             Input::LinkChange => Event::LinkChange(self.port.link_is_up()),
             Input::Event(event) => event,
             Input::Call(token, call, Some(of)) if !self.is_held(&call, &of) => {
-                let over = "the lease is over: borrow the function again";
-                return self.answer(token, Err(CallError::Gone(over.to_owned())));
+                return self.call_of_ended(token, &call);
             }
             Input::Call(token, call, _) => Event::Call(token, call),
             Input::Offer(entry, (function, keep), reply) => {
@@ -503,6 +502,21 @@ impl Control {
             }
             None => has_let_go(),
         }
+    }
+
+    /// Of what a lease that is over had mapped some may still wait for the mapper.
+    fn call_of_ended(&self, token: Token, call: &Call) {
+        if let Call::Unmap(lease, _) = call {
+            let shared = Arc::clone(&self.shared);
+            let unpinned = move || {
+                // Nobody waits any more after the time.
+                let waits = lock(&shared.calls).remove(&token);
+                let _ = waits.map(|waits| waits.send(Ok(Answer::Unmapped(0))));
+            };
+            return self.map(MapperJob::Tell(*lease, Box::new(unpinned)));
+        }
+        let over = "the lease is over: borrow the function again";
+        self.answer(token, Err(CallError::Gone(over.to_owned())));
     }
 
     /// A lease that comes when nobody waits for it any more goes back.

@@ -17,6 +17,8 @@ use std::sync::{Arc, mpsc};
 pub(super) enum MapperJob {
     Pin(Step, LeaseId, Vec<Pin>),
     Unpin(Step, LeaseId, Vec<Span>),
+    /// Tells that all of the lease that came before is done.
+    Tell(LeaseId, Box<dyn FnOnce() + Send>),
 }
 
 /// Takes out what is done next of what waits, if anything does.
@@ -27,7 +29,7 @@ fn next(waiting: &mut VecDeque<MapperJob>) -> Option<MapperJob> {
             pins.insert(*lease);
             false
         }
-        MapperJob::Unpin(_, lease, _) => !pins.contains(lease),
+        MapperJob::Unpin(_, lease, _) | MapperJob::Tell(lease, _) => !pins.contains(lease),
     };
     let at = waiting.iter().position(goes_first);
     waiting.remove(at.unwrap_or(0))
@@ -56,6 +58,10 @@ impl Mapper {
             let (step, result) = match next(waiting) {
                 Some(MapperJob::Pin(step, _, pins)) => (step, self.pin(&pins)),
                 Some(MapperJob::Unpin(step, _, spans)) => (step, self.unpin(&spans)),
+                Some(MapperJob::Tell(_, told)) => {
+                    told();
+                    continue;
+                }
                 None => return,
             };
             let result = result.map_err(|error| CallError::Pin(crate::path::words(&error)));
@@ -109,6 +115,7 @@ mod tests {
         let next = || next(&mut waiting);
         let step = |job| match job {
             MapperJob::Pin(Step(step), ..) | MapperJob::Unpin(Step(step), ..) => step,
+            MapperJob::Tell(..) => unreachable!("none is among them"),
         };
         std::iter::from_fn(next).map(step).collect()
     }

@@ -15,6 +15,7 @@ use crate::path::wire::{BELL_IRQ, IRQ_TABLE_OFFSET, MAILBOX_BYTES};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::AtomicBool;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 const WINDOW_BYTES: u64 = 64 << 20;
@@ -279,6 +280,18 @@ fn hosts(doorbell_ordered: bool) -> Hosts {
     }
 }
 
+impl Hosts {
+    /// A map of the first function's that has begun, and goes on when it may.
+    fn map_slowly(&self) -> (JoinHandle<Result<(), MapError>>, mpsc::Sender<()>) {
+        let ((began, has_begun), (go, waits)) = (mpsc::channel(), mpsc::channel());
+        *lock(&self.slow) = Some((began, waits));
+        let large = Arc::clone(&self.borrowed);
+        let large = std::thread::spawn(move || map(&large));
+        has_begun.recv().unwrap();
+        (large, go)
+    }
+}
+
 /// What a lender does to its port for one interrupt.
 fn story_of_an_interrupt(doorbell_ordered: bool) -> Vec<Touch> {
     let hosts = hosts(doorbell_ordered);
@@ -372,11 +385,7 @@ fn tenant_that_ends_while_another_ones_map_takes_long_is_undone_behind_it_and_no
     let lent = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
     let ending = lend(&hosts.engines, "4a:00.2".parse().unwrap(), lent);
     map(&ending).unwrap();
-    let ((began, has_begun), (go, waits)) = (mpsc::channel(), mpsc::channel());
-    *lock(&hosts.slow) = Some((began, waits));
-    let large = Arc::clone(&hosts.borrowed);
-    let large = std::thread::spawn(move || map(&large));
-    has_begun.recv().unwrap();
+    let (large, go) = hosts.map_slowly();
     let (unmapped, told) = mpsc::channel();
     let unmap = move || unmapped.send(ending.address_space().unmap(MEMORY)).unwrap();
     let unmap = std::thread::spawn(unmap);
@@ -387,4 +396,54 @@ fn tenant_that_ends_while_another_ones_map_takes_long_is_undone_behind_it_and_no
     go.send(()).unwrap();
     assert_eq!(told.recv().unwrap().unwrap(), MEMORY.len());
     unmap.join().unwrap();
+}
+
+#[test]
+fn unmap_of_a_lease_that_ends_is_answered_when_all_it_had_is_unpinned() {
+    for begun_before in [true, false] {
+        let hosts = hosts(true);
+        let lent = Arc::new(SoftFunction::new(FunctionIds::default(), 4));
+        let ending = lend(&hosts.engines, "4a:00.2".parse().unwrap(), lent);
+        map(&ending).unwrap();
+        let (large, go) = hosts.map_slowly();
+        lock(&hosts.borrower).clear();
+        let (unmapped, told) = mpsc::channel();
+        let unmap = || {
+            let (ending, story) = (Arc::clone(&ending), Arc::clone(&hosts.borrower));
+            let unmap = move || {
+                let result = ending.address_space().unmap(MEMORY);
+                unmapped.send((result, lock(&story).clone())).unwrap();
+            };
+            std::thread::spawn(unmap)
+        };
+        let end = || {
+            hosts.engines[0].stop();
+            until("the lease is lost", || ending.lost());
+        };
+        let unmap = match begun_before {
+            true => {
+                let unmap = unmap();
+                until("it is under way", || {
+                    let borrowed = hosts.engines[1].status()?.borrowed;
+                    let mut own = borrowed.iter().filter(|own| own.lease == ending.lease());
+                    own.all(|own| own.maps == 0).then_some(())
+                });
+                end();
+                unmap
+            }
+            false => {
+                end();
+                unmap()
+            }
+        };
+        let early = told.recv_timeout(Duration::from_millis(500));
+        assert!(early.is_err(), "begun before: {begun_before}, {early:?}");
+        go.send(()).unwrap();
+        let (result, story) = told.recv().unwrap();
+        result.unwrap();
+        let unpinned = |touch: &Touch| matches!(touch, Touch::Unmap { .. });
+        assert!(story.iter().any(unpinned), "begun before: {begun_before}");
+        unmap.join().unwrap();
+        assert!(large.join().unwrap().is_err(), "its lease is lost too");
+    }
 }

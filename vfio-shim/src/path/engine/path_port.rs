@@ -186,9 +186,11 @@ impl BorrowedPath {
         self.call(Call::Map(self.lease, maps), MAP_WAIT_MS)
     }
 
-    /// Takes all maps away that lie within the span.
+    /// Takes all maps away that lie within the span. Of a lease that is lost it is answered when
+    /// all that this had is unpinned.
     pub fn unmap(&self, span: crate::model::Span) -> Result<Answer, CallError> {
-        self.call(Call::Unmap(self.lease, span), UNMAP_WAIT_MS)
+        let unmap = Call::Unmap(self.lease, span);
+        self.engine.call_of(Some(&self.state), unmap, UNMAP_WAIT_MS)
     }
 
     fn call(&self, call: Call, wait_ms: u64) -> CallReply {
