@@ -714,6 +714,10 @@ fn told(mut info: FunctionInfo, ids: FunctionIds) -> FunctionInfo {
 }
 
 /// Writes an eventfd that came from a VMM; one at its limit is left alone: it is readable anyway.
+/// A VMM that fills a blocking one between the look and the write has this thread stand until it
+/// reads it, and with that its own session and its end, until the lease ends and its worker is
+/// killed. The lock is held meanwhile all the same: what is masked or has another eventfd now must
+/// not come to the old one.
 fn signal(fd: BorrowedFd<'_>) -> bool {
     let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
     let ready = poll(
