@@ -121,12 +121,7 @@ impl Lender {
                 }
                 // What the borrower has not confirmed yet is freed when it does.
                 offer.left = None;
-                let told = offer.mended(undone);
-                if offer.mends_only {
-                    // Before anybody hears of it: its withdrawal is a step of its own.
-                    offer.state = OfferState::Gone(PUT_BACK.to_owned());
-                }
-                vec![told]
+                vec![offer.mended(undone)]
             }
         }
     }
@@ -207,7 +202,11 @@ impl Offer {
 
     /// Out of quarantine; what the pool is told of it.
     fn mended(&mut self, undone: Undone) -> LenderAction {
-        self.state = OfferState::Available;
+        self.state = match self.mends_only {
+            // At once: its withdrawal is a step of its own.
+            true => OfferState::Gone(PUT_BACK.to_owned()),
+            false => OfferState::Available,
+        };
         self.quarantined_ms = None;
         LenderAction::Pool(ToPool::Mended {
             bdf: self.entry.bdf,
