@@ -84,33 +84,7 @@ fn attention(status: &HostStatus) -> Vec<String> {
         findings.extend(unshut(port));
         findings.extend(port.last_error.iter().map(|e| format!("port {name}: {e}")));
     }
-    for lent in &status.lent {
-        let suspect = lent.vectors.iter().filter(|vector| vector.suspect);
-        findings.extend(suspect.map(|vector| {
-            format!(
-                "{}: interrupt vector {} is suspect, as its fence read wrong: silent until the \
-                 guest resets the function",
-                lent.fdid, vector.index
-            )
-        }));
-        let over_rate = lent.vectors.iter().filter(|vector| vector.rate_limits != 0);
-        findings.extend(over_rate.map(|vector| {
-            let now = match vector.rate_limited {
-                true => ", and is now",
-                false => "",
-            };
-            format!(
-                "{}: interrupt vector {} was masked {} times for its rate{now}: a guest that \
-                 storms, or limits.interrupts_per_second is too low for its driver",
-                lent.fdid, vector.index, vector.rate_limits
-            )
-        }));
-        findings.extend(
-            lent.last_error
-                .iter()
-                .map(|e| format!("{}: {e}", lent.fdid)),
-        );
-    }
+    findings.extend(status.lent.iter().flat_map(of_lent));
     for borrowed in &status.borrowed {
         let error = borrowed.last_error.iter();
         findings.extend(error.map(|e| format!("{}: {e}", borrowed.fdid)));
@@ -120,6 +94,45 @@ fn attention(status: &HostStatus) -> Vec<String> {
     findings.extend(store.map(|e| format!("store in {}: {e}", status.store.folder.display())));
     let held = status.quarantine.functions.iter();
     findings.extend(held.map(|f| format!("{}: in quarantine: {}", f.fdid, f.reason)));
+    findings
+}
+
+/// What is wrong with a lent function, in words.
+fn of_lent(lent: &LentStatus) -> Vec<String> {
+    let mut findings = Vec::new();
+    let suspect = lent.vectors.iter().filter(|vector| vector.suspect);
+    findings.extend(suspect.map(|vector| {
+        format!(
+            "{}: interrupt vector {} is suspect, as its fence read wrong: silent until the \
+             guest resets the function",
+            lent.fdid, vector.index
+        )
+    }));
+    let over_rate = lent.vectors.iter().filter(|vector| vector.rate_limits != 0);
+    findings.extend(over_rate.map(|vector| {
+        let now = match vector.rate_limited {
+            true => ", and is now",
+            false => "",
+        };
+        format!(
+            "{}: interrupt vector {} was masked {} times for its rate{now}: a guest that \
+             storms, or limits.interrupts_per_second is too low for its driver",
+            lent.fdid, vector.index, vector.rate_limits
+        )
+    }));
+    let faults = lent.dma_faults_seen.filter(|faults| *faults != 0);
+    findings.extend(faults.map(|faults| {
+        format!(
+            "{}: the IOMMU refused DMA of it, {faults} times by the kernel's log: its guest \
+             aims at memory that is not its own",
+            lent.fdid
+        )
+    }));
+    findings.extend(
+        lent.last_error
+            .iter()
+            .map(|e| format!("{}: {e}", lent.fdid)),
+    );
     findings
 }
 
@@ -229,6 +242,7 @@ fn lent(lent: &[LentStatus]) -> String {
         "fences",
         "bells",
         "refused",
+        "DMA faults",
     ];
     let row = |one: &LentStatus| {
         let sum = |of: fn(&_) -> u64| one.vectors.iter().map(of).sum::<u64>().to_string();
@@ -246,6 +260,7 @@ fn lent(lent: &[LentStatus]) -> String {
             sum(|v| v.fences),
             sum(|v| v.bells),
             refused(one.refused),
+            dash(one.dma_faults_seen),
         ]
     };
     table(header, lent.iter().map(row).collect())
@@ -345,6 +360,7 @@ mod tests {
             maps: 0,
             mapped_bytes: 0,
             refused: RefusedCounters::default(),
+            dma_faults_seen: Some(2),
             last_end: None,
             last_error: None,
         };
@@ -357,7 +373,9 @@ mod tests {
         let over_rate = "44a01: interrupt vector 1 was masked 3 times for its rate, and is now: a \
                          guest that storms, or limits.interrupts_per_second is too low for its \
                          driver";
-        assert_eq!(attention(&status), [text, over_rate]);
+        let faults = "44a01: the IOMMU refused DMA of it, 2 times by the kernel's log: its guest aims \
+                      at memory that is not its own";
+        assert_eq!(attention(&status), [text, over_rate, faults]);
     }
 
     #[test]

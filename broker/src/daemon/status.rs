@@ -208,6 +208,10 @@ pub struct LentStatus {
     /// What the peer said of the lease in force, or else of the last one, and was not done.
     #[serde(default)]
     pub refused: RefusedCounters,
+    /// DMA of it that this host's IOMMU has refused, as far as the kernel's log tells, since the
+    /// newest lease's path was opened; none, where no path was or the log cannot be read.
+    #[serde(default)]
+    pub dma_faults_seen: Option<u64>,
     /// How the last lease of it ended.
     pub last_end: Option<String>,
     /// The last error.

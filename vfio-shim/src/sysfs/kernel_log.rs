@@ -42,6 +42,16 @@ impl KernelLog {
     /// The first line since the last look that holds all of these words.
     pub fn find(&mut self, words: &[&str]) -> Option<String> {
         let mut found = None;
+        self.each(|line| {
+            if found.is_none() && words.iter().all(|word| line.contains(word)) {
+                found = Some(line.to_owned());
+            }
+        });
+        found
+    }
+
+    /// Every line since the last look.
+    pub fn each(&mut self, mut line: impl FnMut(&str)) {
         let mut bytes = [0; RECORD_BYTES_MAX];
         for _ in 0..RECORDS_MAX {
             let read = match self.file.read(&mut bytes) {
@@ -53,16 +63,13 @@ impl KernelLog {
             };
             self.last.push_str(&String::from_utf8_lossy(&bytes[..read]));
             while let Some(end) = self.last.find('\n') {
-                let line: String = self.last.drain(..=end).collect();
-                if found.is_none() && words.iter().all(|word| line.contains(word)) {
-                    found = Some(line.trim().to_owned());
-                }
+                let whole: String = self.last.drain(..=end).collect();
+                line(whole.trim());
             }
             if self.last.len() > RECORD_BYTES_MAX {
                 self.last.clear();
             }
         }
-        found
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod bind;
 mod device;
+mod dma_faults;
 mod kernel_log;
 mod lend;
 mod sriov;
@@ -11,6 +12,7 @@ mod xe;
 
 pub use bind::{BindError, BindGuard, OldBinding};
 pub use device::{BarAddress, FunctionLookup};
+pub use dma_faults::DmaFaults;
 pub use kernel_log::KernelLog;
 pub use lend::{LendError, is_vfio_driver};
 pub use sriov::{PfIdentity, SriovError, VFS_MAX};

@@ -8,10 +8,10 @@ use crate::warden::Warden;
 use std::any::Any;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use vfio_shim::model::{Bdf, ConfigView, Function, FunctionIds};
 use vfio_shim::path::{Keep, Orphaned, ResetFailed, ScrubPlan, StopFunction, words};
-use vfio_shim::sysfs::{BindGuard, KernelLog, Sysfs, SysfsError, XE_CLEARED_MS};
+use vfio_shim::sysfs::{BindGuard, DmaFaults, KernelLog, Sysfs, SysfsError, XE_CLEARED_MS};
 use vfio_shim::vfio::VfioFunction;
 use vmm_glue::vfio_user::memory_check::MemoryMaps;
 
@@ -27,6 +27,11 @@ pub trait Functions: Send + Sync {
     fn ids(&self, bdf: Bdf) -> Result<FunctionIds, VerbError>;
     /// Refused in words where it cannot be lent.
     fn check_lendable(&self, bdf: Bdf) -> Result<(), VerbError>;
+    /// How many DMAs of it the kernel's log says were refused, since the newest lease's path was
+    /// opened; none, where that cannot be read.
+    fn dma_faults_seen(&self, _: Bdf) -> Option<u64> {
+        None
+    }
     /// Opens it for lending.
     fn open(&self, bdf: Bdf) -> Result<OpenFunction, VerbError>;
 }
@@ -50,6 +55,8 @@ pub(super) struct KernelFunctions {
     keeper: Option<Keeper>,
     /// Whoever opens the kernel's log, where this process may not.
     warden: Option<Arc<Warden>>,
+    /// Read from when the first function was opened; none, where it cannot be.
+    faults: OnceLock<Option<Arc<DmaFaults>>>,
 }
 
 impl KernelFunctions {
@@ -58,6 +65,7 @@ impl KernelFunctions {
             sysfs,
             keeper,
             warden,
+            faults: OnceLock::new(),
         }
     }
 
@@ -97,6 +105,16 @@ impl KernelFunctions {
             Some(warden) => KernelLog::of(warden.kernel_log().map_err(io::Error::other)?),
             None => KernelLog::open(Path::new(KernelLog::PATH)),
         }
+    }
+
+    fn faults(&self) -> Option<Arc<DmaFaults>> {
+        let faults = self.faults.get_or_init(|| {
+            let log = self.kernel_log().inspect_err(|error| {
+                tracing::warn!(%error, "DMA of lent functions that the IOMMU refuses is not told");
+            });
+            log.ok().map(|log| Arc::new(DmaFaults::of(log)))
+        });
+        faults.clone()
     }
 
     /// The PF's driver tells in the kernel's log alone that it could not clear a VF.
@@ -179,6 +197,10 @@ impl Functions for KernelFunctions {
         checked.map_err(|error| from_lend(&error))
     }
 
+    fn dma_faults_seen(&self, bdf: Bdf) -> Option<u64> {
+        self.faults.get()?.as_ref()?.seen(bdf)
+    }
+
     fn open(&self, bdf: Bdf) -> Result<OpenFunction, VerbError> {
         let xe = self.xe_vf(bdf)?;
         let waits = self.sysfs.xe_vfio_driver().filter(|_| xe.is_some());
@@ -194,6 +216,8 @@ impl Functions for KernelFunctions {
                 stop: self.stop(bdf, stopper)?,
                 reset_failed: xe.and_then(|xe| self.reset_failed(xe)),
                 orphaned: self.orphaned(bdf)?,
+                begins: (self.faults())
+                    .map(|faults| Box::new(move || faults.begin(bdf)) as Box<dyn Fn() + Send>),
                 quarantine: None,
                 kept,
             },

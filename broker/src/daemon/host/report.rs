@@ -166,6 +166,7 @@ impl LocalHost {
             maps: lent.maps.0,
             mapped_bytes: lent.maps.1,
             refused: lent.offer.refused.into(),
+            dma_faults_seen: self.functions.dma_faults_seen(lent.offer.entry.bdf),
             last_end: lent.offer.last_end.clone().or_else(stored_end),
             last_error: match &lent.offer.state {
                 OfferState::Quarantine(why) => Some(why.clone()),

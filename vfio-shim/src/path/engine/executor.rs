@@ -198,6 +198,9 @@ impl Executor {
             self.scrub()?;
         }
         self.clean = false;
+        if let Some(begins) = &self.keep.begins {
+            begins();
+        }
         self.map_slices()?;
         let config = self.function.info().regions[RegionIndex::CONFIG.0 as usize].size;
         Ok(WorkOutcome::Opened {

@@ -40,6 +40,8 @@ pub struct Keep {
     pub reset_failed: Option<ResetFailed>,
     /// Whether whoever made it is gone.
     pub orphaned: Option<Orphaned>,
+    /// Told when a lease's path has it, reset: what is seen of it from then on is that tenant's.
+    pub begins: Option<Box<dyn Fn() + Send>>,
     /// Where it is in quarantine from before: since which lease, and why.
     pub quarantine: Option<(LeaseId, String)>,
     /// Kept as long as the function is open, and dropped after it.

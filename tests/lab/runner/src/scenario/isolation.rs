@@ -160,14 +160,26 @@ pub(super) fn refused(
     let way = if direction == "read" { "Read" } else { "Write" };
     let line = format!("DMAR: .DMA {way}.*{VF_BDF}.*fault addr {address:#x} ");
     let host_a = &attached.pair.a.agent;
+    let before = faults_seen(attached, &attached.fdid)?;
     for _ in 0..FAULT_TRIES_MAX {
         drive(attached, bdf, direction, address)?;
         let logged = host_a.wait_until(&format!("dmesg | grep -q '{line}'"), FAULT_TIMEOUT);
         if logged.is_ok() {
+            let seen = faults_seen(attached, &attached.fdid)?;
+            ensure!(seen > before, "`status` tells of {seen} faults, as before");
             return host_a.sh(&format!("dmesg | grep '{line}' | tail -n 1"));
         }
     }
     bail!("no line `{line}` in host a's log after {FAULT_TRIES_MAX} tries")
+}
+
+/// What the lender's `status` tells at a function's lease of DMA that was refused.
+pub(super) fn faults_seen(attached: &Attached, fdid: &str) -> Result<u64> {
+    let status = attached.lending.a.status()?;
+    let lent = status["lent"].as_array().context("nothing is lent")?;
+    let lease = lent.iter().find(|lent| lent["fdid"] == fdid);
+    let seen = lease.and_then(|lease| lease["dma_faults_seen"].as_u64());
+    seen.with_context(|| format!("no faults of {fdid} are told: {status}"))
 }
 
 /// The VF's own vectors aside, host A takes no interrupt from it.

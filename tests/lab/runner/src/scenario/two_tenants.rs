@@ -1,6 +1,6 @@
 //! Scenario `two-tenants`: two tenants behind one port, each with a VF of its own; what the first one's guest tries, its VMM and the other host reaches nothing of the second's.
 
-use super::isolation::refused;
+use super::isolation::{faults_seen, refused};
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, SOCKET, Setup};
 use super::tenant::Neighbour;
 use super::{Scenario, When};
@@ -133,6 +133,11 @@ fn hostile_guest(checks: &mut Checks, attached: &Attached, second: &Neighbour) -
         });
     }
     checks.check("the second tenant's memory is as it was", || {
+        let blamed = faults_seen(attached, &second.fdid)?;
+        ensure!(
+            blamed == 0,
+            "{blamed} of the first tenant's faults are told of the second"
+        );
         second.goes_on().map(|()| "")
     });
     checks.must("after a reset the first guest's I/O is right again", || {
