@@ -509,8 +509,9 @@ impl Borrower {
         (lease, secret, entry): (LeaseId, Secret, PoolEntry),
         pool: &mut SlicePool,
     ) -> Actions {
-        if self.leases.contains_key(&lease) || self.ending_of(lease).is_some() {
-            // It is another tenant's: nothing is done to it.
+        if self.leases.contains_key(&lease) || self.is_named(lease) {
+            // It is another tenant's, or was: nothing is done to it, and what the lender has yet to
+            // answer about the old one is not taken for the new one's.
             let text = format!("the lender gave lease {lease} out twice: restart its daemon");
             let refusal = Refusal::new(RefusalCode::WrongState, 0, text);
             return answer(token, Err(refusal.into()));
@@ -616,6 +617,12 @@ impl Borrower {
         actions
     }
 
+    /// Whether anything is under way about a lease.
+    fn is_named(&self, lease: LeaseId) -> bool {
+        let mut steps = self.steps.values();
+        steps.any(|(_, op)| op.lease() == Some(lease))
+    }
+
     fn ending_of(&mut self, lease: LeaseId) -> Option<&mut End> {
         let ends = self.steps.values_mut().filter_map(|(_, op)| match op {
             Op::End(end) => Some(end),
@@ -664,6 +671,22 @@ impl Borrower {
 }
 
 impl Op {
+    /// Whose state its answer changes.
+    fn lease(&self) -> Option<LeaseId> {
+        match self {
+            Self::List { .. } | Self::Borrow { .. } | Self::Forward => None,
+            Self::Open { lease }
+            | Self::Config { lease, .. }
+            | Self::Return { lease }
+            | Self::MapPin { lease, .. }
+            | Self::MapTell { lease, .. }
+            | Self::MapUndo { lease, .. }
+            | Self::Unpin { lease, .. }
+            | Self::UnmapTell { lease, .. }
+            | Self::End(End { lease, .. }) => Some(*lease),
+        }
+    }
+
     /// What is left to wait for of it when the session is over.
     fn at_session_over(self) -> Option<End> {
         let slices = self.unpinning().map(|(_, slices)| slices);

@@ -393,6 +393,35 @@ fn lease_whose_worker_has_not_let_go_is_not_given_out_again() {
 }
 
 #[test]
+fn lease_whose_return_the_lender_has_not_answered_is_not_given_out_again() {
+    let mut alone = Alone::new();
+    assert!(!refused(&alone.borrow(1, 3)));
+    let give_back = Call::Return(LeaseId(1));
+    let actions = (alone.borrower).call(Token(77), give_back, &mut alone.pool);
+    let ending = |action: &BorrowerAction| match action {
+        BorrowerAction::Lost(step, ..) => Some(*step),
+        _ => None,
+    };
+    let step = actions.iter().find_map(ending).expect("its end");
+    alone.borrower.let_go(step, &mut alone.pool);
+    let asked = alone.borrower.pinned(step, Ok(()), &mut alone.pool);
+    let [BorrowerAction::Send(returned, Request::Return { .. })] = asked[..] else {
+        panic!("{asked:?}");
+    };
+    let why = "wanted back".to_owned();
+    let actions = (alone.borrower).revoked(OpId(9), LeaseId(1), why, &mut alone.pool);
+    let step = actions.iter().find_map(ending).expect("its end");
+    alone.borrower.let_go(step, &mut alone.pool);
+    alone.borrower.pinned(step, Ok(()), &mut alone.pool);
+    assert!(
+        refused(&alone.borrow(1, 3)),
+        "its late answer would end the new one"
+    );
+    alone.reply(returned, Reply::Done);
+    assert!(!refused(&alone.borrow(1, 3)));
+}
+
+#[test]
 fn bar_slice_over_the_mailbox_another_lease_or_the_windows_end_is_refused() {
     let mut alone = Alone::new();
     for lease in 1..=5 {
