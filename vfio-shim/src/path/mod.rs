@@ -22,8 +22,8 @@ pub mod work;
 pub use borrower::CallError;
 pub use engine::{
     BellStatus, BorrowedFunction, BorrowedPath, Engine, EngineConfig, EngineError, Keep,
-    LentStatus, Orphaned, PathPort, PortStatus, ResetFailed, ScrubPlan, SessionStatus,
-    StopFunction, VectorStatus,
+    LentStatus, Orphaned, PathPort, PortStatus, ResetWord, ScrubPlan, SessionStatus, StopFunction,
+    VectorStatus,
 };
 pub use grant::{LeasePool, VolatilePool};
 pub use lender::OfferState;

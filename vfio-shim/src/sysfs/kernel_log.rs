@@ -39,27 +39,27 @@ impl KernelLog {
         Ok(Self { file, last })
     }
 
-    /// The first line since the last look that holds all of these words.
-    pub fn find(&mut self, words: &[&str]) -> Option<String> {
-        let mut found = None;
-        self.each(|line| {
-            if found.is_none() && words.iter().all(|word| line.contains(word)) {
-                found = Some(line.to_owned());
-            }
-        });
-        found
+    /// Passes over what was told up to now.
+    pub fn skip(&mut self) -> io::Result<()> {
+        self.last.clear();
+        self.file.seek(SeekFrom::End(0)).map(drop)
     }
 
-    /// Every line since the last look.
-    pub fn each(&mut self, mut line: impl FnMut(&str)) {
+    /// Every line since the last look. Whether that is all: some may have been overwritten before
+    /// they were read, and what is left of a flood is read at the next look.
+    pub fn each(&mut self, mut line: impl FnMut(&str)) -> bool {
+        let mut all = true;
         let mut bytes = [0; RECORD_BYTES_MAX];
         for _ in 0..RECORDS_MAX {
             let read = match self.file.read(&mut bytes) {
-                Ok(0) => break,
+                Ok(0) => return all,
                 Ok(read) => read,
                 // Overwritten before it was read: the next one is there.
-                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => continue,
-                Err(_) => break,
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    all = false;
+                    continue;
+                }
+                Err(error) => return all && error.kind() == io::ErrorKind::WouldBlock,
             };
             self.last.push_str(&String::from_utf8_lossy(&bytes[..read]));
             while let Some(end) = self.last.find('\n') {
@@ -70,6 +70,7 @@ impl KernelLog {
                 self.last.clear();
             }
         }
+        false
     }
 }
 
@@ -85,17 +86,40 @@ mod tests {
         let mut file = File::create(&path).unwrap();
         writeln!(file, "VF1 FLR failed").unwrap();
         let mut log = KernelLog::open(&path).unwrap();
-        let words = ["0000:4a:00.0", "VF1 ", "FLR failed"];
-        assert_eq!(log.find(&words), None);
-        writeln!(file, "xe 0000:4a:00.0: VF2 FLR failed").unwrap();
-        write!(file, "xe 0000:4a:00.0: VF1 FLR ").unwrap();
-        assert_eq!(log.find(&words), None);
-        writeln!(file, "failed\nxe 0000:4a:00.0: VF1 FLR failed again").unwrap();
-        let line = log.find(&words);
-        assert_eq!(line.as_deref(), Some("xe 0000:4a:00.0: VF1 FLR failed"));
-        assert_eq!(log.find(&words), None);
+        let lines = |log: &mut KernelLog| {
+            let mut lines = Vec::new();
+            assert!(log.each(|line| lines.push(line.to_owned())));
+            lines
+        };
+        assert!(lines(&mut log).is_empty());
+        write!(file, "xe: VF2 FLR failed\nxe: VF1 FLR ").unwrap();
+        assert_eq!(lines(&mut log), ["xe: VF2 FLR failed"]);
+        writeln!(file, "failed\nagain").unwrap();
+        assert_eq!(lines(&mut log), ["xe: VF1 FLR failed", "again"]);
+        assert!(lines(&mut log).is_empty());
         write!(file, "{}", "x".repeat(3 * RECORD_BYTES_MAX)).unwrap();
-        assert_eq!(log.find(&words), None);
+        assert!(lines(&mut log).is_empty());
         assert!(log.last.len() <= RECORD_BYTES_MAX);
+        writeln!(file, "\nbefore").unwrap();
+        log.skip().unwrap();
+        writeln!(file, "after").unwrap();
+        assert_eq!(lines(&mut log), ["after"]);
+    }
+
+    #[test]
+    fn flood_is_told_to_be_one_and_read_on_at_the_next_look() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kmsg");
+        let mut file = File::create(&path).unwrap();
+        let mut log = KernelLog::open(&path).unwrap();
+        // As long as all that one look reads.
+        let line = format!("{}\n", "x".repeat(RECORD_BYTES_MAX - 1));
+        file.write_all(line.repeat(RECORDS_MAX).as_bytes()).unwrap();
+        writeln!(file, "VF1 FLR failed").unwrap();
+        let mut failed = 0;
+        assert!(!log.each(|line| failed += u32::from(line.contains("failed"))));
+        assert_eq!(failed, 0);
+        assert!(log.each(|line| failed += u32::from(line.contains("failed"))));
+        assert_eq!(failed, 1);
     }
 }

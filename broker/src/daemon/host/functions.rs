@@ -10,7 +10,7 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use vfio_shim::model::{Bdf, ConfigView, Function, FunctionIds};
-use vfio_shim::path::{Keep, Orphaned, ResetFailed, ScrubPlan, StopFunction, words};
+use vfio_shim::path::{Keep, Orphaned, ResetWord, ScrubPlan, StopFunction, words};
 use vfio_shim::sysfs::{BindGuard, DmaFaults, KernelLog, Sysfs, SysfsError, XE_CLEARED_MS};
 use vfio_shim::vfio::VfioFunction;
 use vmm_glue::vfio_user::memory_check::MemoryMaps;
@@ -118,13 +118,15 @@ impl KernelFunctions {
     }
 
     /// The PF's driver tells in the kernel's log alone that it could not clear a VF.
-    fn reset_failed(&self, (pf, number): (Bdf, u32)) -> Option<ResetFailed> {
+    fn reset_word(&self, (pf, number): (Bdf, u32)) -> Option<Box<dyn ResetWord>> {
         let log = self.kernel_log().inspect_err(|error| {
             tracing::warn!(%error, "a reset of {pf}'s VFs that fails will not be told by the kernel's log");
         });
-        let mut log = log.ok()?;
-        let (pf, vf) = (pf.to_string(), format!("VF{number} "));
-        Some(Box::new(move || log.find(&[&pf, &vf, "FLR failed"])))
+        Some(Box::new(XeWord {
+            log: log.ok()?,
+            pf: pf.to_string(),
+            vf: format!("VF{number} "),
+        }))
     }
 
     /// Nothing to look at where it is no VF, or its PF has no driver anyway.
@@ -147,6 +149,39 @@ impl KernelFunctions {
                 Box::new(move || sysfs.stop_xe_vf(&file).map_err(io::Error::other)) as StopFunction
             }
         }))
+    }
+}
+
+/// What xe tells of one VF's resets.
+struct XeWord {
+    log: KernelLog,
+    pf: String,
+    vf: String,
+}
+
+impl ResetWord for XeWord {
+    fn before(&mut self) {
+        if let Err(error) = self.log.skip() {
+            tracing::warn!(%error, "the kernel's log of before a reset is not passed over");
+        }
+    }
+
+    fn failed(&mut self) -> Option<String> {
+        let words = [&self.pf[..], &self.vf, "FLR failed"];
+        let mut found = None;
+        let all = self.log.each(|line| {
+            if found.is_none() && words.iter().all(|word| line.contains(word)) {
+                found = Some(line.to_owned());
+            }
+        });
+        let unknown = || {
+            format!(
+                "the kernel's log was flooded, so that nothing tells whether {}'s reset of {}\
+                 failed",
+                self.pf, self.vf
+            )
+        };
+        found.or_else(|| (!all).then(unknown))
     }
 }
 
@@ -214,7 +249,7 @@ impl Functions for KernelFunctions {
             keep: Keep {
                 scrub: scrub_plan(xe, waits),
                 stop: self.stop(bdf, stopper)?,
-                reset_failed: xe.and_then(|xe| self.reset_failed(xe)),
+                reset_word: xe.and_then(|xe| self.reset_word(xe)),
                 orphaned: self.orphaned(bdf)?,
                 begins: (self.faults())
                     .map(|faults| Box::new(move || faults.begin(bdf)) as Box<dyn Fn() + Send>),

@@ -353,6 +353,9 @@ impl Executor {
 
     /// To power-on state, but for memory decoding.
     fn put_back(&mut self) -> Result<(), FunctionError> {
+        if let Some(word) = &mut self.keep.reset_word {
+            word.before();
+        }
         match self.is_hurried() {
             // The kernel holds the function for itself while it takes it away: waiting for it
             // would be waiting for ourselves.
@@ -392,7 +395,7 @@ impl Executor {
                 Scrub::Assumed
             }
         };
-        match self.keep.reset_failed.as_mut().and_then(|failed| failed()) {
+        match self.keep.reset_word.as_mut().and_then(|word| word.failed()) {
             Some(line) => Err(Refusal::new(RefusalCode::Kernel, 0, line)),
             None => Ok(scrub),
         }

@@ -22,8 +22,13 @@ pub enum ScrubPlan {
 /// Stops what a function does by other means than its own registers, until its next reset.
 pub type StopFunction = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 
-/// Whether the kernel has told of a reset of it that failed, since this was last called.
-pub type ResetFailed = Box<dyn FnMut() -> Option<String> + Send>;
+/// What the kernel tells of resets elsewhere than to whoever asks for one.
+pub trait ResetWord: Send {
+    /// A reset is about to be made: what was told up to now is not about it.
+    fn before(&mut self);
+    /// Whether it was told that one failed since, or nobody knows.
+    fn failed(&mut self) -> Option<String>;
+}
 
 /// Told why, when whoever made the function has let go of it without a word to the kernel: what a
 /// virtual function does then, nobody knows. Looked at with each heartbeat.
@@ -37,7 +42,7 @@ pub struct Keep {
     /// How it is stopped, where that is possible.
     pub stop: Option<StopFunction>,
     /// Where a failed reset is told that the reset itself does not tell.
-    pub reset_failed: Option<ResetFailed>,
+    pub reset_word: Option<Box<dyn ResetWord>>,
     /// Whether whoever made it is gone.
     pub orphaned: Option<Orphaned>,
     /// Told when a lease's path has it, reset: what is seen of it from then on is that tenant's.

@@ -43,7 +43,7 @@ mod undo_tests;
 pub use borrowed::BorrowedFunction;
 pub use control::{BellStatus, LentStatus, PortStatus, SessionStatus, VectorStatus};
 pub use hold::{HasLetGo, LetGo};
-pub use keep::{Keep, Orphaned, ResetFailed, ScrubPlan, StopFunction};
+pub use keep::{Keep, Orphaned, ResetWord, ScrubPlan, StopFunction};
 pub use path_port::{BorrowedPath, PathPort, Tell};
 pub use signals::Signals;
 

@@ -3,7 +3,7 @@
 use super::control::Input;
 use super::executor::{Executor, ExecutorShared};
 use super::irq::{IrqHandle, IrqThread};
-use super::keep::{Keep, ScrubPlan};
+use super::keep::{Keep, ResetWord, ScrubPlan};
 use crate::model::{
     Access, AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds,
     FunctionInfo, IrqIndex, MapError, OsRuntime, PortIova, RegionIndex, Runtime, Span,
@@ -403,15 +403,44 @@ fn wait_for_memory_to_be_cleared_ends_when_the_kernel_wants_the_function_back() 
     assert!(rig.executor.path.is_none(), "nothing of it is mapped");
 }
 
+/// It was told that a reset failed, before any that is seen here; and that each of those does.
+struct Told {
+    failed: bool,
+    each_fails: bool,
+}
+
+impl ResetWord for Told {
+    fn before(&mut self) {
+        self.failed = self.each_fails;
+    }
+
+    fn failed(&mut self) -> Option<String> {
+        self.failed.then(|| "FLR failed".to_owned())
+    }
+}
+
+fn told(each_fails: bool) -> Option<Box<dyn ResetWord>> {
+    let failed = true;
+    Some(Box::new(Told { failed, each_fails }))
+}
+
 #[test]
 fn reset_that_failed_by_the_kernels_word_is_a_failed_one() {
     let mut rig = Rig::new();
     rig.open().unwrap();
-    rig.executor.keep.reset_failed = Some(Box::new(|| Some("FLR failed".to_owned())));
+    rig.executor.keep.reset_word = told(true);
     let refusal = rig.executor.work(FunctionWork::Close).unwrap_err();
     assert_eq!(refusal.text, "FLR failed");
     let refusal = rig.executor.work(FunctionWork::PutBack).unwrap_err();
     assert_eq!(refusal.text, "FLR failed");
-    rig.executor.keep.reset_failed = None;
+    rig.executor.keep.reset_word = None;
     rig.executor.work(FunctionWork::PutBack).unwrap();
+}
+
+#[test]
+fn word_of_an_earlier_reset_is_not_the_last_ones() {
+    let mut rig = Rig::new();
+    rig.open().unwrap();
+    rig.executor.keep.reset_word = told(false);
+    rig.executor.work(FunctionWork::Close).unwrap();
 }
