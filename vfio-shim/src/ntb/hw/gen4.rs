@@ -53,9 +53,9 @@ const SLOTSTS_DLLSCS: u16 = 0x0100;
 /// GEN4_PPD0_OFFSET, 32 bits, and GEN4_PPD_LINKTRN: starts link training, must read back.
 const PPD0: u64 = 0xb0d4;
 const PPD0_LINKTRN: u32 = 0x0008;
-/// GEN4_PPD1_OFFSET, 32 bits: GEN4_PPD_CONN_MASK tells whether it is wired back to back.
+/// GEN4_PPD1_OFFSET, 32 bits: SPR_PPD_CONN_MASK (ICX has one bit less) tells whether it is wired back to back.
 const PPD1: u64 = 0xb4c0;
-const PPD1_CONN_MASK: u32 = 0x0300;
+const PPD1_CONN_MASK: u32 = 0x0700;
 const PPD1_CONN_B2B: u32 = 0x0200;
 
 /// Doorbells and the link's own bit, which is the one past them (GEN4_DB_LINK_BIT).
@@ -179,9 +179,10 @@ impl Gen4 {
         self.check(XLMT + at, ["IM23XLMT", "IM45XLMT"][index], bar.physical)
     }
 
-    /// With another base it is closed first, then the base is written, then the limit: at no moment
-    /// does the old base go with the new limit. With the same base only its size changes. A register
-    /// that does not take its value leaves the window closed.
+    /// It is closed first, then the base is written, then the limit: at no moment does the old base
+    /// go with the new limit. Of one that is open with this base only the size changes; a closed one
+    /// has its base written, be it the same, as the chip may have to be told after each link-up. A
+    /// register that does not take its value leaves the window closed.
     pub fn open(&self, index: usize, base: PortIova, bytes: u64) -> Result<(), PortError> {
         let Some((bar, at)) = self.window(index) else {
             let what = "window's size in firmware";
@@ -198,7 +199,8 @@ impl Gen4 {
                 value: base.0,
             });
         }
-        if self.read64(XBASE + at) != base.0 {
+        let is_closed = self.read64(XLMT + at) == bar.physical;
+        if is_closed || self.read64(XBASE + at) != base.0 {
             self.close(index)?;
             self.write64(XBASE + at, base.0);
             self.check(XBASE + at, ["IM23XBASE", "IM45XBASE"][index], base.0)?;

@@ -138,6 +138,13 @@ fn window_open_writes_the_closed_limit_before_the_base_and_the_limit_last() {
     );
     gen4.open(1, PortIova(0xfee0_0000), 1 << 20).unwrap();
     assert_eq!(registers.take_writes()[2], (0x28, 0x39_0010_0000));
+    // An open one changes its size alone; one that was closed, for a new link, is told all again.
+    gen4.open(0, PortIova(0x1_4000_0000), 1 << 16).unwrap();
+    assert_eq!(registers.take_writes(), [(XLMT, 0x38_0001_0000)]);
+    gen4.close(0).unwrap();
+    registers.take_writes();
+    gen4.open(0, PortIova(0x1_4000_0000), 1 << 16).unwrap();
+    assert_eq!(registers.take_writes()[1], (XBASE, 0x1_4000_0000));
 }
 
 #[test]
@@ -232,9 +239,11 @@ fn bells_and_scratchpads_go_to_their_registers_and_never_past_them() {
 #[test]
 fn a_half_that_is_not_back_to_back_or_has_no_window_is_refused() {
     let registers = Registers::new();
-    registers.poke(PPD1, 0x4100, 4);
-    let refused = Gen4::start(registers as _, BARS);
-    assert!(matches!(refused, Err(PortError::Geometry { .. })));
+    for other in [0x4100, 0x4600] {
+        registers.poke(PPD1, other, 4);
+        let refused = Gen4::start(registers.clone() as _, BARS);
+        assert!(matches!(refused, Err(PortError::Geometry { .. })));
+    }
     for bad in [0, 3 << 20] {
         let mut bars = BARS;
         bars[0].bytes = bad;
