@@ -32,6 +32,8 @@ const SEED: u64 = 20;
 /// A trapped window takes 512 accesses for a page: 1 MiB is written in 6 to 8 s on an idle machine.
 const DIO_TIMEOUT: Duration = Duration::from_secs(300);
 const APPEAR_TIMEOUT: Duration = Duration::from_secs(60);
+/// A port that a busy machine keeps from answering is told without what it has borrowed.
+const WORKER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Two hosts, a lease, and a guest that uses the function.
 pub struct Attached {
@@ -97,7 +99,13 @@ pub fn attach(
     })?;
     let idle = pair.snapshot()?;
     checks.must("host b borrows it", || {
-        lending.borrow(&fdid, SOCKET, setup.borrow)
+        let told = lending.borrow(&fdid, SOCKET, setup.borrow)?;
+        if setup.workers != Workers::Threads {
+            // No VMM has been started: it has not read a byte of one.
+            let mapped = setup.borrow.contains(&"mapped");
+            ensure_worker_has_no_door(&pair.b.agent, &lending, mapped)?;
+        }
+        Ok(told)
     })?;
     let mut guest = None;
     checks.must("a guest with the stock driver finds its namespace", || {
@@ -112,6 +120,29 @@ pub fn attach(
         idle,
         pair,
     })
+}
+
+/// Host B's worker has no group and no container of VFIO open, and no device either, but for the
+/// window where its VMM is to map that itself. How many devices it has.
+pub fn ensure_worker_has_no_door(host: &Agent, lending: &Lending, mapped: bool) -> Result<usize> {
+    let pid = |status: &Value| status["borrowed"][0]["worker"]["pid"].as_u64();
+    let has_one = |status: &Value| pid(status).is_some();
+    let status = lending.b.wait_status("worker", WORKER_TIMEOUT, has_one)?;
+    let pid = pid(&status).context("no worker")?;
+    let listed = host.sh(&format!("ls -l /proc/{pid}/fd"))?;
+    let links = listed.lines().filter_map(|line| line.split_once(" -> "));
+    let links: Vec<&str> = links.map(|(_, target)| target).collect();
+    ensure!(!links.is_empty(), "process {pid} has nothing: {listed}");
+    // A socket's link is its number, whatever it was named; a device's is `anon_inode:[vfio-device]`.
+    let of_vfio = |link: &&&str| link.contains("vfio");
+    let doors: Vec<&&str> = links.iter().filter(of_vfio).collect();
+    let devices = doors.iter().filter(|door| door.contains("[vfio-device]"));
+    let (devices, wanted) = (devices.count(), usize::from(mapped));
+    ensure!(
+        (doors.len(), devices) == (wanted, wanted),
+        "the worker has {doors:?} of VFIO open"
+    );
+    Ok(devices)
 }
 
 /// Goes all the way back and looks at what is left behind.
