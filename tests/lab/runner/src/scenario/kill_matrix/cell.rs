@@ -95,7 +95,7 @@ pub struct Cell {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plan {
     Strike,
-    /// It cannot be.
+    /// It cannot be, or is not tried.
     Never(&'static str),
 }
 
@@ -122,13 +122,15 @@ impl Cell {
             (Vmm | GuestKernel, Lend | Borrow | Return, _) => {
                 Never("there is no VMM before open or after detach")
             }
-            (Vmm, Detach, _) => Never("a VMM that detaches is one that ends: killed under run"),
+            (Vmm, Detach, _) => {
+                Never("not tried: this stage's VMM ends at once, and is struck under map and run")
+            }
             (GuestKernel, _, Frozen) => Never("a kernel stands still with its VMM"),
             (GuestKernel, Open | Map | Detach, _) => {
-                Never("the VMM of this stage has no guest: a kernel is killed under run")
+                Never("not tried: the VMM here has no guest; a kernel is killed under run")
             }
             (LenderWarden, _, _) => {
-                Never("a lender's warden is asked for the kernel's log alone, and of VFs of xe")
+                Never("not tried: a lender's warden holds nothing of what is lent")
             }
             (LenderHost | BorrowerHost, _, Frozen) => {
                 Never("a host is no process, and nothing stops all of it but its power")
