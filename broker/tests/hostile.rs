@@ -45,6 +45,11 @@ const INTERRUPTS_PER_SECOND: u64 = 400;
 const REST: Duration = Duration::from_millis(4);
 /// The default of a port; this rig's own patience is longer, so that a slow machine is told apart.
 const LOST_AFTER: Duration = Duration::from_millis(1_500);
+/// Five beats of this rig: an older heartbeat is late.
+const LATE_MS: u64 = 50;
+/// Looks in a row, 5 ms or more between two of them, that may find it late: 250 ms for whoever
+/// looks, however long the machine keeps all of them from running.
+const LATE_LOOKS_MAX: u64 = 50;
 
 /// The second tenant: copies by its function without end, each compared byte by byte.
 struct Witness {
@@ -122,36 +127,47 @@ impl Drop for StopOnDrop<'_> {
 /// Looks how old the borrower's heartbeat is at the other host, all the time.
 struct Heart {
     oldest_ms: Arc<AtomicU64>,
+    /// Looks in a row that found it late, at most.
+    late: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
 impl Heart {
     fn watch(rig: &Rig) -> Self {
-        let (oldest_ms, stop) = (Arc::<AtomicU64>::default(), Arc::<AtomicBool>::default());
-        let (oldest, stopped, lender) = (
+        let [oldest_ms, late] = [(); 2].map(|()| Arc::<AtomicU64>::default());
+        let stop = Arc::<AtomicBool>::default();
+        let (oldest, most, stopped, lender) = (
             Arc::clone(&oldest_ms),
+            Arc::clone(&late),
             Arc::clone(&stop),
             Arc::clone(rig.lender()),
         );
         let thread = std::thread::spawn(move || {
+            let mut in_a_row = 0;
             while !stopped.load(Ordering::Relaxed) {
                 let age_ms = status(&lender).ports[0].mailbox.heartbeat_age_ms;
-                oldest.fetch_max(age_ms.unwrap_or(u64::MAX), Ordering::Relaxed);
+                let age_ms = age_ms.unwrap_or(u64::MAX);
+                in_a_row = if age_ms > LATE_MS { in_a_row + 1 } else { 0 };
+                oldest.fetch_max(age_ms, Ordering::Relaxed);
+                most.fetch_max(in_a_row, Ordering::Relaxed);
                 std::thread::sleep(Duration::from_millis(5));
             }
         });
         Self {
             oldest_ms,
+            late,
             stop,
             thread,
         }
     }
 
-    fn end(self) -> Duration {
+    /// The oldest that was seen, and how many looks in a row found it late.
+    fn end(self) -> (Duration, u64) {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().unwrap();
-        Duration::from_millis(self.oldest_ms.load(Ordering::Relaxed))
+        let oldest = Duration::from_millis(self.oldest_ms.load(Ordering::Relaxed));
+        (oldest, self.late.load(Ordering::Relaxed))
     }
 }
 
@@ -264,9 +280,13 @@ impl Tenants {
     fn end(self) {
         // It is at work after all that, too.
         self.witness.median();
-        let (copies, oldest) = (self.witness.end(), self.heart.end());
-        println!("{copies} copies, all right; the oldest heartbeat {oldest:?}");
+        let (copies, (oldest, late)) = (self.witness.end(), self.heart.end());
+        println!("{copies} copies, all right; the oldest heartbeat {oldest:?}, {late} looks late");
         assert!(oldest < LOST_AFTER, "the heartbeat was {oldest:?} old");
+        assert!(
+            late <= LATE_LOOKS_MAX,
+            "the heartbeat was late for {late} looks in a row, {oldest:?} at most"
+        );
         let port = status(self.rig.lender()).ports.remove(0);
         assert_eq!(
             port.session.id.map(|id| id.0),
