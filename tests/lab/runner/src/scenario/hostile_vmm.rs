@@ -117,6 +117,12 @@ const ABORT: &str = "mount -t fusectl fusectl /sys/fs/fuse/connections && \
      for abort in /sys/fs/fuse/connections/*/abort; do echo 1 > $abort; done; \
      umount /sys/fs/fuse/connections";
 const LOOK: Duration = Duration::from_millis(500);
+/// Looks at the heartbeat before the first attack: what an emulated host makes of it at rest.
+const QUIET_LOOKS: usize = 20;
+/// Of the sample configurations.
+const BEAT_MS: u64 = 250;
+/// One look in so many may find a late heartbeat: an emulated host stands still by itself.
+const LOOKS_OF_LATE: usize = 50;
 /// What a kernel says when something of it is broken.
 const KERNEL_FAULTS: &str = "BUG:|WARNING:|Oops|Call Trace|protection fault|blocked for more than|soft lockup|bad page|Bad page";
 
@@ -208,6 +214,20 @@ fn limits(lender: &Value, function: usize) -> u64 {
 /// Why a lease's last session ended.
 fn told(lease: &Value) -> &str {
     lease["last_error"].as_str().unwrap_or_default()
+}
+
+/// Of the heartbeat's ages at rest and beside the attacks.
+fn ensure_no_beat_is_missed(quiet_ms: &[u64], ages_ms: &[u64]) -> Result<String> {
+    let oldest = |ages: &[u64]| ages.iter().copied().max().context("nobody has looked");
+    let (quiet, beside) = (oldest(quiet_ms)?, oldest(ages_ms)?);
+    let limit_ms = (3 * quiet).max(quiet + 2 * BEAT_MS);
+    let (looks, late) = (ages_ms.len(), ages_ms.iter().filter(|age| **age > limit_ms));
+    let told = format!("the oldest of {looks} was {beside} ms, at rest {quiet} ms");
+    ensure!(
+        late.count() <= looks / LOOKS_OF_LATE,
+        "{told}; the limit is {limit_ms} ms: {ages_ms:?}"
+    );
+    Ok(told)
 }
 
 /// Both have borrowed, the hostile one first; the witness is at work.
@@ -349,20 +369,19 @@ impl<'a> Tenants<'a> {
         self.lease(0)
     }
 
-    /// Looks at both ports while something is done. The session that they had is the one that
-    /// they have: no beat was later than the configuration allows.
+    /// Looks at the borrower's heartbeat while something is done. It is no older than it was before,
+    /// two beats more or thrice as much; and the session that both ports had is the one they have.
     fn while_it_beats(&self, act: impl FnOnce()) -> Result<String> {
         let (stop, since) = (AtomicBool::new(false), self.sessions()?);
-        let oldest_ms = scope(|scope| {
+        let quiet = (0..QUIET_LOOKS).map(|_| self.heartbeat_age_ms());
+        let quiet_ms = quiet.collect::<Result<Vec<_>>>()?;
+        let ages_ms = scope(|scope| {
             let looking = scope.spawn(|| {
-                let mut oldest_ms = 0;
+                let mut ages_ms = Vec::new();
                 while !stop.load(Ordering::Relaxed) {
-                    let age = self.lending.a.status()?["ports"][0]["mailbox"]["heartbeat_age_ms"]
-                        .as_u64();
-                    oldest_ms = age.context("no heartbeat")?.max(oldest_ms);
-                    std::thread::sleep(LOOK);
+                    ages_ms.push(self.heartbeat_age_ms()?);
                 }
-                Ok::<_, anyhow::Error>(oldest_ms)
+                Ok::<_, anyhow::Error>(ages_ms)
             });
             act();
             stop.store(true, Ordering::Relaxed);
@@ -370,7 +389,14 @@ impl<'a> Tenants<'a> {
         })?;
         let now = self.sessions()?;
         ensure!(now == since, "the sessions were {since:?}, are {now:?}");
-        Ok(format!("the oldest that was seen: {oldest_ms} ms"))
+        ensure_no_beat_is_missed(&quiet_ms, &ages_ms)
+    }
+
+    /// How old the borrower's heartbeat is at the lender, a moment from now.
+    fn heartbeat_age_ms(&self) -> Result<u64> {
+        std::thread::sleep(LOOK);
+        let age = self.lending.a.status()?["ports"][0]["mailbox"]["heartbeat_age_ms"].as_u64();
+        age.context("no heartbeat")
     }
 
     fn sessions(&self) -> Result<[Value; 2]> {
@@ -398,5 +424,24 @@ impl<'a> Tenants<'a> {
         pci::unbind(self.a, SECOND_BDF)?;
         pci::nvme_offline(self.a, SECOND_CONTROLLER)?;
         Ok(said)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{LOOKS_OF_LATE, ensure_no_beat_is_missed};
+
+    #[test]
+    fn heartbeat_that_comes_late_again_and_again_is_a_failure() {
+        let quiet = [240, 260];
+        let mut ages = vec![250; LOOKS_OF_LATE - 2];
+        assert!(ensure_no_beat_is_missed(&quiet, &ages).is_ok());
+        ages.push(781);
+        assert!(ensure_no_beat_is_missed(&quiet, &ages).is_err());
+        ages.push(780);
+        assert!(ensure_no_beat_is_missed(&quiet, &ages).is_ok());
+        ages.push(781);
+        assert!(ensure_no_beat_is_missed(&quiet, &ages).is_err());
+        assert!(ensure_no_beat_is_missed(&quiet, &[]).is_err());
     }
 }
