@@ -1,6 +1,7 @@
 //! What the cells of the kill matrix have in common, and one cell from its first step to its last.
 
 use super::cell::{Cell, Deed, Stage, Victim};
+use super::strikes::WHOLE_PIECES;
 use super::witness::Witness;
 use crate::guest::Guest;
 use crate::host::HostSpec;
@@ -61,7 +62,6 @@ impl Rig<'_> {
         }
         self.prepare(cell.stage)?;
         let delay = Duration::from_micros(moment(self.seed, cell.index(), within));
-        let before = self.witness()?.pieces()?;
         let workers = self.workers()?;
         // One that ends by itself is known before; others are not there before.
         let known = match cell.stage {
@@ -77,7 +77,7 @@ impl Rig<'_> {
         };
         // Not a wait for a condition: the moment of the strike.
         std::thread::sleep(delay);
-        let died = self.do_deed(cell, process, before)?;
+        let died = self.do_deed(cell, process)?;
         let came = self.end(op, cell)?;
         let other = self.survivor_tells(cell)?;
         if (cell.victim, cell.deed) == (Victim::BorrowerWarden, Deed::Killed) {
@@ -89,7 +89,9 @@ impl Rig<'_> {
             self.wait_next_session(&session)?;
         }
         let truth = self.truth()?;
-        self.witness()?.goes_on(1).context("the witness")?;
+        self.witness()?
+            .goes_on(WHOLE_PIECES)
+            .context("the witness")?;
         self.look_at_bystanders()?;
         if self.guest.is_none() {
             self.reclaim()?;
