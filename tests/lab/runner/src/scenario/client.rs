@@ -8,6 +8,11 @@ use std::time::{Duration, Instant};
 const ORDER_TIMEOUT: Duration = Duration::from_secs(30);
 const SIGKILL: i32 = 9;
 
+/// Shell lines by which a machine has a bystander before any of its drivers is loaded.
+pub const EARLY_BYSTANDER: &str = "mkfifo /run/bystander.orders\n\
+    lab-agent vfio-user nobody vmm /run/bystander.orders 0 > /run/bystander.log 2>&1 &\n\
+    echo $! > /run/bystander.pid";
+
 /// The vfio-user client of `lab-agent`.
 pub struct Client {
     agent: Agent,
@@ -36,6 +41,18 @@ impl Client {
     /// Starts one that has memory and no function: whoever reaches that is no friend.
     pub fn bystander(agent: &Agent) -> Result<Self> {
         Client::start(agent, "bystander", "nobody", 0)
+    }
+
+    /// The one that [`EARLY_BYSTANDER`] has started. It is nobody's to wait for: it goes with its
+    /// machine.
+    pub fn early_bystander(agent: &Agent) -> Result<Self> {
+        let pid = agent.text("/run/bystander.pid")?;
+        Ok(Client {
+            agent: agent.clone(),
+            pid: pid.trim().parse().context("no process id")?,
+            orders: "/run/bystander.orders".to_owned(),
+            log: "/run/bystander.log".to_owned(),
+        })
     }
 
     /// Its memory that nobody may write, and so far nobody has; once for each number.

@@ -1,6 +1,6 @@
 //! Scenarios `late-stores` and `mapped-door`: what stood still while its lease was revoked reaches nothing of the next tenant, and a VMM that holds the window is ended first.
 
-use super::client::Client;
+use super::client::{Client, EARLY_BYSTANDER};
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, SOCKET, Setup, dio};
 use super::{Scenario, When};
 use crate::agent::Agent;
@@ -9,9 +9,10 @@ use crate::guest::{Guest, GuestSpec};
 use crate::host::{Host, VF_BDF};
 use crate::lab::Lab;
 use crate::pci::{self, NvmeRegisters};
-use crate::sublet::Workers;
-use anyhow::{Context, Result, ensure};
+use crate::sublet::{PORT, Workers};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+use std::fs;
 use std::time::Duration;
 
 /// One tenant after the other on the same function; each stores without end until it is gone.
@@ -79,7 +80,8 @@ struct Rig<'a> {
     bystanders: [Client; 2],
 }
 
-/// The tenant that comes next, and memory of its guest that the function is never told of.
+/// The tenant that comes next, and memory of its guest that the function is never told of, filled
+/// before the guest has a driver.
 struct Next {
     guest: Guest,
     memory: Client,
@@ -112,6 +114,18 @@ fn spec(lab: &Lab, name: &str) -> Result<GuestSpec> {
     // The guest stores past its driver.
     spec.cmdline = "iomem=relaxed".to_owned();
     Ok(spec)
+}
+
+/// A port's own words: it has ended this VMM before it was shut in, behind which it opens its NTB.
+fn ensure_ended_first(port: &str, vmm: u32) -> Result<()> {
+    let ends =
+        format!("process {vmm}, a VMM, has the window of a port that is no more: it is ended");
+    let order = [ends.as_str(), "shut in"].map(|words| port.find(words));
+    let [Some(ended), Some(shut_in)] = order else {
+        bail!("the port does not tell of its start: {port}");
+    };
+    ensure!(ended < shut_in, "the VMM was ended too late: {port}");
+    Ok(())
 }
 
 fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
@@ -278,7 +292,13 @@ impl Rig<'_> {
         b.wait_until(&format!("! {}", lives(worker)), WAIT)?;
         b.sh(&lives(pid))
             .context("the VMM ended by itself: nothing is shown")?;
+        let log = self.lab.dir.join("port-b.log");
+        let of_killed = fs::read_to_string(&log)?.len();
         self.attached.lending.b.start_port()?;
+        // It answers, and so has opened its NTB.
+        let gone = b.sh(&format!("! {}", lives(pid)));
+        gone.context("a port serves while a VMM has its window")?;
+        ensure_ended_first(&fs::read_to_string(&log)?[of_killed..], pid)?;
         let code = b.wait(pid, WAIT)?;
         ensure!(code.is_none(), "the VMM was not killed, it ended: {code:?}");
         self.attached.lending.wait_link()?;
@@ -300,7 +320,14 @@ impl Rig<'_> {
         let a = &self.attached.pair.a.agent;
         let program = self.lab.share_binary("sublet")?;
         let revoke = a.spawn(&[&program, "revoke", VF_BDF], REVOKE_LOG)?;
-        a.wait_until(&format!("test -d /proc/{revoke}"), WAIT)?;
+        // The daemon has asked when a connection to the port waits to be accepted: one that has no
+        // inode yet. The daemon's network is its own, and so is the list.
+        let asked = format!(
+            "grep -qE ' 02 +0 .*/ports/{PORT}/control.sock' /proc/{}/net/unix",
+            self.attached.lending.a.pid()
+        );
+        let asked = a.wait_until(&asked, WAIT);
+        asked.context("the port is not asked to revoke")?;
         a.kill(pid, SIGCONT)?;
         let code = a.wait(revoke, WAIT)?;
         let said = a.text(REVOKE_LOG)?;
@@ -336,11 +363,12 @@ impl Rig<'_> {
             ..
         } = &self.attached;
         lending.borrow(fdid, self.socket(), self.borrow)?;
-        let spec = spec(self.lab, &format!("g{}", self.tenants))?;
+        let mut spec = spec(self.lab, &format!("g{}", self.tenants))?;
+        spec.early = EARLY_BYSTANDER.to_owned();
         let guest = self.lab.boot_guest(&spec.device(self.socket()), &pair.b)?;
         steps::wait_namespace(&guest.agent)?;
-        let memory = Client::bystander(&guest.agent)?;
-        memory.look(0)?;
+        let memory = Client::early_bystander(&guest.agent)?;
+        memory.look(0).context("the next tenant's memory")?;
         Ok(Next { guest, memory })
     }
 
@@ -361,7 +389,6 @@ impl Rig<'_> {
             "the next tenant's function bears a store of the last's: {seen:x?}"
         );
         memory.look(1).context("the next tenant's memory")?;
-        memory.end()?;
         let mut bystanders = self.bystanders.iter();
         bystanders.try_for_each(|bystander| bystander.look(self.tenants as u64))?;
         let old = std::mem::replace(&mut self.attached.guest, guest);
