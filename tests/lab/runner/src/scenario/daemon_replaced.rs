@@ -130,8 +130,9 @@ fn replaced(
         ensure!(took < limit, "{took:?}, and asking takes {asking:?}");
         Ok(format!("after {took:?}; asking alone takes {asking:?}"))
     })?;
+    // Of the same sources: that versions differ is not shown.
     checks.must(
-        "daemons are replaced by another build, and I/O goes on",
+        "daemons are replaced by a program at another path, and I/O goes on",
         || {
             for daemon in [&mut attached.lending.a, &mut attached.lending.b] {
                 daemon.replace(other)?;
