@@ -41,6 +41,8 @@ const WORKER_MIB: f64 = 6.0;
 const PORT_MIB: f64 = 12.0;
 const DAEMON_MIB: f64 = 32.0;
 const THREADS: f64 = 2.0;
+/// Those of verbs and lines, which are few: not one for each function.
+const OTHER_THREADS: f64 = 0.5;
 const DESCRIPTORS: f64 = 12.0;
 const WAKE_UPS_PER_SECOND: f64 = 5.0;
 const NEXT_TENANT_MS: f64 = 100.0;
@@ -78,6 +80,8 @@ struct Ports {
     /// Its threads by the ends of a path that they are one of.
     lender: usize,
     borrower: usize,
+    /// All of its threads, whatever they are called.
+    threads: usize,
     descriptors: usize,
 }
 
@@ -93,6 +97,7 @@ impl Ports {
             mib: anonymous_mib(process),
             lender: count("ntb0-0000:"),
             borrower: count("worker-") + count("let-go-"),
+            threads: threads.len(),
             descriptors: descriptors(process),
         }
     }
@@ -139,6 +144,10 @@ fn threads_and_descriptors(
     number("threads of the lender's port", lender, Some(THREADS));
     let borrower = each(before.borrower, now.borrower);
     number("threads of the borrower's port", borrower, Some(THREADS));
+    // A thread by another name would be none of either.
+    let all = (now.threads as f64 - before.threads as f64) / FUNCTIONS as f64;
+    let what = "threads of both hosts' ports by any other name";
+    number(what, all - lender - borrower, Some(OTHER_THREADS));
     let both = worker + borrower;
     number(
         "threads of the borrower's port and worker together",
