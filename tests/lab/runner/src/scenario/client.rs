@@ -79,10 +79,7 @@ impl Client {
             .wait_until(&until, ORDER_TIMEOUT)
             .with_context(|| format!("`{order}` hangs"))?;
         let said = self.agent.text(log)?;
-        let last = said
-            .lines()
-            .rev()
-            .find(|line| line.starts_with("failed") || line.starts_with(&format!("done {order}")));
+        let last = last_word(&said, order);
         Ok(last.unwrap_or("gone").to_owned())
     }
 
@@ -98,6 +95,11 @@ impl Client {
     pub fn order(&self, order: &str) -> Result<Duration> {
         self.tell(order)?;
         self.done(order)
+    }
+
+    /// Whether it has done so, or failed, by now.
+    pub fn has_ended(&self, order: &str) -> Result<bool> {
+        Ok(last_word(&self.agent.text(&self.log)?, order).is_some())
     }
 
     /// How many pieces came back right; none may have come back wrong.
@@ -133,4 +135,11 @@ impl Client {
         let Client { orders, log, .. } = &self;
         self.agent.sh(&format!("rm {orders} {log}")).map(drop)
     }
+}
+
+/// What its log has of an order's end, or of its own.
+fn last_word<'a>(said: &'a str, order: &str) -> Option<&'a str> {
+    let done = format!("done {order}");
+    let mut lines = said.lines().rev();
+    lines.find(|line| line.starts_with("failed") || line.starts_with(&done))
 }

@@ -19,7 +19,7 @@ use crate::pci;
 use crate::snapshot::{self, Both};
 use crate::sublet::{Lending, Workers};
 use anyhow::{Context, Result, ensure};
-use cell::{Cell, DEEDS, Plan, STAGES, Stage, VICTIMS, Witnessed};
+use cell::{Cell, Plan, STAGES, Stage, Witnessed};
 use hosts::WITNESS_CONTROLLER;
 use rig::Rig;
 use stages::{END_TIMEOUT, Op};
@@ -223,12 +223,7 @@ impl Rig<'_> {
             host.wait(*pid, END_TIMEOUT).context("the verb hangs")?;
         }
         let verb = since.elapsed();
-        let cell = Cell {
-            victim: VICTIMS[0],
-            stage,
-            deed: DEEDS[0],
-        };
-        let came = self.end(op, cell)?;
+        let came = self.end(op, Cell::undisturbed(stage))?;
         ensure!(came.starts_with("done"), "{stage:?}: {came}");
         // A client tells it by its own clock.
         let order = came.rsplit_once(' ').and_then(|(_, ms)| ms.parse().ok());

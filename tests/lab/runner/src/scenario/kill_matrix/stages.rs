@@ -98,6 +98,19 @@ impl Rig<'_> {
         })
     }
 
+    /// Whether a strike would come too late for it. A VMM's end is followed by its undoing, and a
+    /// guest's I/O goes on.
+    pub fn is_over(&self, op: &Op) -> Result<bool> {
+        Ok(match op {
+            Op::Verb(host, pid) => host.wait(*pid, Duration::ZERO).is_ok(),
+            Op::Order(order) => {
+                let client = self.client.as_ref().context("no client")?;
+                client.has_ended(order)?
+            }
+            Op::Detach(_) | Op::Io(_) => false,
+        })
+    }
+
     /// The operation's end, which comes in time, and is a success or says why it is none.
     pub fn end(&mut self, op: Op, cell: Cell) -> Result<String> {
         if cell.ends_operation() {
