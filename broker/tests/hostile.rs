@@ -344,18 +344,18 @@ fn storm_into_an_eventfd_at_its_limit_is_held_to_its_rate_and_told() {
     });
     let vector = || status(tenants.rig.lender()).lent[0].vectors[0];
     tenants.beside("a storm into a full eventfd", 1, |stop| {
+        let raise = || {
+            let function = &tenants.rig.function;
+            function.raise_irqs(IrqIndex::Msix, 0, 1).unwrap();
+        };
         while !stop.load(Ordering::Relaxed) {
-            tenants
-                .rig
-                .function
-                .raise_irqs(IrqIndex::Msix, 0, 1)
-                .unwrap();
+            raise();
         }
-        assert!(
-            vector().rate_limits > 0,
-            "the storm is told: {:?}",
-            vector()
-        );
+        // On a machine at work the witness may be done before a second's worth was relayed.
+        until("the storm is told", || {
+            (0..10_000).for_each(|_| raise());
+            (vector().rate_limits > 0).then_some(())
+        });
     });
     let quiet = status(tenants.rig.lender()).lent[1].vectors[0];
     assert_eq!(quiet.rate_limits, 0, "{quiet:?}");
