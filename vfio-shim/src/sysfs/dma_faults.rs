@@ -44,8 +44,8 @@ impl DmaFaults {
     }
 }
 
-/// Intel's words (`dmar.c`) name bus, device and function; AMD's (`amd/iommu.c`) these alone behind
-/// `device=`, or the whole name before the words.
+/// Intel's words (`dmar.c`) have the name in brackets, AMD's (`amd/iommu.c`) behind `device=` or
+/// before the words; older kernels leave the domain out.
 fn is_fault_of(line: &str, bdf: Bdf) -> bool {
     let whole = bdf.to_string();
     let Some((_, short)) = whole.split_once(':') else {
@@ -53,7 +53,7 @@ fn is_fault_of(line: &str, bdf: Bdf) -> bool {
     };
     let intel = line.contains("DMAR:")
         && line.contains("fault addr")
-        && line.contains(&format!("[{short}]"));
+        && (line.contains(&format!("[{whole}]")) || line.contains(&format!("[{short}]")));
     let amd = line.contains("IO_PAGE_FAULT")
         && (line.contains(&format!("{whole}: AMD-Vi:"))
             || line.contains(&format!("device={short} "))
@@ -67,8 +67,8 @@ mod tests {
     use std::fs::File;
     use std::io::Write;
 
-    const INTEL: &str = "3,811,12,-;DMAR: [DMA Write NO_PASID] Request device [01:00.1] fault addr \
-                         0xc0000000 [fault reason 0x05] PTE Write access is not set";
+    const INTEL: &str = "3,811,12,-;DMAR: [DMA Write NO_PASID] Request device [0000:01:00.1] \
+                         fault addr 0xc0000000 [fault reason 0x05] PTE Write access is not set";
 
     #[test]
     fn faults_are_counted_for_the_function_that_they_name_and_from_its_beginning() {
