@@ -14,6 +14,10 @@ use std::time::Instant;
 const FOREIGN_NTB: &str = "a foreign NTB cannot be asked which of a host's memory it may reach: the \
     NTB's own IOMMU maps are not compared, all else is";
 
+/// Another build of `sublet`, by which `daemon-replaced` replaces daemons: without it, the same at a
+/// path of its own.
+const OTHER_BUILD: &str = "SUBLET_LAB_OTHER";
+
 /// What the command line says beyond the scenario's name.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -120,9 +124,12 @@ impl Lab {
         Ok(format!("{RUN_IN_HOST}/bin/{name}"))
     }
 
-    /// The same program once more, at a path of its own.
+    /// The same program once more, at a path of its own; or another build of it, where `OTHER_BUILD`
+    /// names one.
     pub fn share_copy(&self, name: &str, copy: &str) -> Result<String> {
-        self.share_program(&self.cache.binary(name)?, copy)?;
+        let other = std::env::var_os(OTHER_BUILD).map(PathBuf::from);
+        let from = other.map_or_else(|| self.cache.binary(name), Ok)?;
+        self.share_program(&from, copy)?;
         Ok(format!("{RUN_IN_HOST}/bin/{copy}"))
     }
 
