@@ -33,6 +33,7 @@ pub(crate) use message::{get_refusal, put_refusal};
 pub use role::{CHECKS, ROLE};
 pub use serve::CONNECTIONS_MAX;
 pub use socket::SocketError;
+pub(crate) use socket::is_own_folder;
 
 use crate::{
     config::{Config, ConfigError},

@@ -67,12 +67,17 @@ pub(super) fn claim_folder(folder: &Path) -> Result<(), SocketError> {
     let made = maker.recursive(true).mode(0o755).create(folder);
     made.map_err(kernel("make the folder", folder))?;
     let found = fs::symlink_metadata(folder).map_err(kernel("look at", folder))?;
-    let own = geteuid().as_raw();
-    if !found.is_dir() || found.uid() != own || found.mode() & 0o022 != 0 {
+    if !is_own_folder(&found) {
         let (path, owner) = (folder.to_owned(), found.uid());
+        let own = geteuid().as_raw();
         return Err(SocketError::NotOwn { path, owner, own });
     }
     Ok(())
+}
+
+/// Whether it is a folder of this process's user, in which nobody else can change anything.
+pub(crate) fn is_own_folder(found: &fs::Metadata) -> bool {
+    found.is_dir() && found.uid() == geteuid().as_raw() && found.mode() & 0o022 == 0
 }
 
 /// Listens at `path` for processes of user `uid`. A file that nobody listens at is replaced.

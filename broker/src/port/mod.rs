@@ -24,6 +24,7 @@ use crate::daemon::host::{self, HostError, Workers};
 use crate::daemon::socket::ControlSocket;
 use crate::daemon::{DaemonError, Host, Signals};
 use crate::jail::{Kept, Role, confine_but};
+use crate::keeper::is_own_folder;
 use crate::warden::{OwnVmms, Programs, Warden, holders_folder};
 use rustix::process::geteuid;
 use std::fs::{self, DirBuilder};
@@ -170,11 +171,10 @@ impl Folder {
 /// Whoever else could write there could name processes that this port ends, and take its sockets.
 fn ensure_own(folder: &Path) -> io::Result<()> {
     let found = fs::symlink_metadata(folder)?;
-    let own = geteuid().as_raw();
-    if found.is_dir() && found.uid() == own && found.mode() & 0o022 == 0 {
+    if is_own_folder(&found) {
         return Ok(());
     }
-    let (path, owner) = (folder.display(), found.uid());
+    let (path, owner, own) = (folder.display(), found.uid(), geteuid().as_raw());
     Err(io::Error::other(format!(
         "{path} belongs to user {owner} or can be written by others than its owner: it must be a \
          folder of this process's own (user {own}), mode 0700. Remove it, and start the port again"
@@ -187,5 +187,26 @@ impl Drop for Folder {
             // Refused while somebody else has files there, and rightly.
             let _ = fs::remove_dir(folder);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn folder_that_others_can_write_or_that_is_behind_a_link_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("ntb0");
+        drop(Folder::make(&folder).unwrap());
+        fs::create_dir(&folder).unwrap();
+        drop(Folder::make(&folder).unwrap());
+        let link = dir.path().join("ntb1");
+        symlink(&folder, &link).unwrap();
+        assert!(Folder::make(&link).is_err());
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o775)).unwrap();
+        let refused = Folder::make(&folder).err().unwrap().to_string();
+        assert!(refused.contains("mode 0700"), "{refused}");
     }
 }

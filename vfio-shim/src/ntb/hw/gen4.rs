@@ -53,7 +53,8 @@ const SLOTSTS_DLLSCS: u16 = 0x0100;
 /// GEN4_PPD0_OFFSET, 32 bits, and GEN4_PPD_LINKTRN: starts link training, must read back.
 const PPD0: u64 = 0xb0d4;
 const PPD0_LINKTRN: u32 = 0x0008;
-/// GEN4_PPD1_OFFSET, 32 bits: SPR_PPD_CONN_MASK (ICX has one bit less) tells whether it is wired back to back.
+/// GEN4_PPD1_OFFSET, 32 bits: SPR_PPD_CONN_MASK (ICX has one bit less) tells whether it is wired
+/// back to back.
 const PPD1: u64 = 0xb4c0;
 const PPD1_CONN_MASK: u32 = 0x0700;
 const PPD1_CONN_B2B: u32 = 0x0200;
