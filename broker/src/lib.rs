@@ -15,3 +15,10 @@ pub mod pool;
 pub mod port;
 pub mod warden;
 pub mod worker;
+
+/// Of which build this is: what whoever builds it says by `SUBLET_BUILD` (a package's version, a
+/// commit), else the crate's version. Told by `--version`, `status`, and a port to its daemon.
+pub const BUILD: &str = match option_env!("SUBLET_BUILD") {
+    Some(build) => build,
+    None => env!("CARGO_PKG_VERSION"),
+};

@@ -31,7 +31,7 @@ pub(crate) use {borrow::block as borrowed_block, client::request_on, list::line 
 
 /// Lends PCIe virtual functions to virtual machines on other hosts, over an NTB.
 #[derive(Debug, Parser)]
-#[command(name = "sublet", version, after_help = exit::TABLE)]
+#[command(name = "sublet", version = crate::BUILD, after_help = exit::TABLE)]
 struct Cli {
     /// Print JSON; a refusal is an object {"error": {"code", "text"}}.
     #[arg(long, global = true)]

@@ -54,7 +54,7 @@ impl Shared {
         let mut state = self.state();
         let hello = FromPort::Hello {
             version: VERSION,
-            build: env!("CARGO_PKG_VERSION").to_owned(),
+            build: crate::BUILD.to_owned(),
             node: self.node,
             port: self.name.clone(),
         };

@@ -84,7 +84,7 @@ impl Router {
             node: NodeStatus {
                 id: self.config.node_id,
                 name: self.config.node_name.clone(),
-                version: env!("CARGO_PKG_VERSION").to_owned(),
+                version: crate::BUILD.to_owned(),
                 pid: std::process::id(),
                 uptime_ms: self.started.elapsed().as_millis() as u64,
                 sandbox: Some(self.sandbox.clone()),

@@ -51,7 +51,9 @@ pub fn run(socket: &str, case: &str, log: &str) -> Result<()> {
         "flood" => beside(&mut eyes, 2, &|stop| flood(socket, NEAR, stop))?,
         "far" => beside(&mut eyes, 1, &|stop| flood(socket, FAR, stop))?,
         "unread" => beside(&mut eyes, 0, &|stop| unread(socket, stop))?,
-        "storm" => beside(&mut eyes, 1, &|stop| storm(socket, stop))?,
+        "storm" => beside(&mut eyes, 1, &|stop| {
+            storm(socket, || stop.load(Ordering::Relaxed))
+        })?,
         "fuse" => fuse(socket, &mut eyes)?,
         "stuck" => return stuck(socket),
         "truncated" => {
@@ -164,16 +166,23 @@ fn until(stop: &AtomicBool) {
 }
 
 /// Interrupts into an eventfd that takes none: whoever writes to it waits for ever.
-fn storm(socket: &str, stop: &AtomicBool) -> Result<u64> {
+fn storm(socket: &str, is_over: impl Fn() -> bool) -> Result<u64> {
     let full = eventfd(0, EventfdFlags::CLOEXEC)?;
     rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes())?;
     let mut controller = Controller::start(socket, full.as_fd())?;
     let mut did = 0;
-    while !stop.load(Ordering::Relaxed) {
+    while !is_over() {
         controller.nothing(within(PATIENCE))?;
         did += 1;
     }
     Ok(did)
+}
+
+/// The same until the file `stop` is there, beside nobody that it looks at.
+pub fn storm_until(socket: &str, stop: &str) -> Result<()> {
+    let did = storm(socket, || Path::new(stop).exists())?;
+    println!("{did} commands");
+    Ok(())
 }
 
 /// Sessions with memory of a file system that answers no READ.

@@ -39,6 +39,7 @@ const USAGE: &str = "usage: lab-agent COMMAND
   witness SOCKET STOP LOG           a tenant at work until the file STOP is there; a line for each piece
   hostile SOCKET CASE LOG           a VMM that means harm, and what it costs the witness of this log;
                                     cases: flood, far, unread, storm, maps, fuse, truncated, punched
+  storm SOCKET STOP                 interrupts as fast as they come until the file STOP is there
   as UID PROGRAM ARG...             run it as this user, who may lock any amount of memory
   snapshot                          what a scenario may not leave behind, as JSON";
 
@@ -92,6 +93,7 @@ fn run(words: &[&str]) -> Result<()> {
         ["vfio-user", socket, "vmm", orders, lba] => vmm::run(socket, orders, number(lba)?),
         ["vfio-user", socket, case] => vfio_user::run(socket, case),
         ["witness", socket, stop, log] => witness::run(socket, stop, log),
+        ["storm", socket, stop] => hostile::storm_until(socket, stop),
         ["hostile", socket, case, log] => hostile::run(socket, case, log),
         ["snapshot"] => snapshot::print(),
         _ => bail!("{USAGE}"),

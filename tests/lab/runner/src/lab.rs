@@ -14,9 +14,10 @@ use std::time::Instant;
 const FOREIGN_NTB: &str = "a foreign NTB cannot be asked which of a host's memory it may reach: the \
     NTB's own IOMMU maps are not compared, all else is";
 
-/// Another build of `sublet`, by which `daemon-replaced` replaces daemons: without it, the same at a
-/// path of its own.
+/// Names a build of `sublet` by which `daemon-replaced` replaces daemons, as an earlier release.
 const OTHER_BUILD: &str = "SUBLET_LAB_OTHER";
+/// The one that is built for that.
+const NEXT_BUILD: &str = "sublet-next";
 
 /// What the command line says beyond the scenario's name.
 #[derive(Clone, Debug, Default)]
@@ -124,13 +125,13 @@ impl Lab {
         Ok(format!("{RUN_IN_HOST}/bin/{name}"))
     }
 
-    /// The same program once more, at a path of its own; or another build of it, where `OTHER_BUILD`
-    /// names one.
-    pub fn share_copy(&self, name: &str, copy: &str) -> Result<String> {
+    /// Another build of `sublet`: the one that `OTHER_BUILD` names, else the one that is built beside
+    /// it, of the same sources.
+    pub fn share_other_build(&self) -> Result<String> {
         let other = std::env::var_os(OTHER_BUILD).map(PathBuf::from);
-        let from = other.map_or_else(|| self.cache.binary(name), Ok)?;
-        self.share_program(&from, copy)?;
-        Ok(format!("{RUN_IN_HOST}/bin/{copy}"))
+        let from = other.map_or_else(|| self.cache.binary(NEXT_BUILD), Ok)?;
+        self.share_program(&from, NEXT_BUILD)?;
+        Ok(format!("{RUN_IN_HOST}/bin/{NEXT_BUILD}"))
     }
 
     fn share_program(&self, from: &Path, name: &str) -> Result<()> {

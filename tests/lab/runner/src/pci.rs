@@ -211,3 +211,21 @@ pub fn find_nvme(agent: &Agent) -> Result<String> {
         agent.sh("cd /sys/bus/pci/devices; dirname $(grep -l 0x010802 */class | head -n 1)")?;
     Ok(found)
 }
+
+/// All of them, in the order of their addresses.
+pub fn find_nvmes(agent: &Agent) -> Result<Vec<String>> {
+    let found = agent
+        .sh("cd /sys/bus/pci/devices; for c in $(grep -l 0x010802 */class); do dirname $c; done")?;
+    Ok(found.lines().map(str::to_owned).collect())
+}
+
+/// The block device of an NVMe function's namespace, where a machine does not join several paths to
+/// it; waits until its driver has found it.
+pub fn wait_block_device(agent: &Agent, bdf: &str) -> Result<String> {
+    let found = format!("/sys/bus/pci/devices/{bdf}/nvme/nvme*/nvme*n1");
+    agent.wait_until(&format!("ls -d {found}"), APPEAR_TIMEOUT)?;
+    let name = agent.sh(&format!("basename {found}"))?;
+    let device = format!("/dev/{}", name.trim());
+    agent.wait_until(&format!("test -b {device}"), APPEAR_TIMEOUT)?;
+    Ok(device)
+}

@@ -1,14 +1,14 @@
 //! Scenario `daemon-replaced`: daemons are killed and replaced under a guest's I/O, and nobody but `status` notices.
 
+use super::rounds::Rounds;
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, Setup};
 use super::{Scenario, When};
 use crate::check::Checks;
 use crate::guest::GuestSpec;
 use crate::lab::Lab;
 use crate::sublet::{Daemon, Workers, ensure_no_lost_interrupt, interrupt_count, vector_sum};
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 pub const SCENARIO: Scenario = Scenario {
@@ -23,8 +23,6 @@ pub const SCENARIO: Scenario = Scenario {
 const CHECKS: usize = 5;
 /// Small, so that several rounds pass in each state of the daemons.
 const BYTES: u64 = 64 << 10;
-const ROUNDS: usize = 2;
-const ROUNDS_TIMEOUT: Duration = Duration::from_secs(300);
 /// From the start of the second daemon to what both say; asking takes its own time.
 const TRUTH_TIMEOUT: Duration = Duration::from_secs(2);
 /// For a first answer of both: a port that takes over a second for it is told as one that does not
@@ -40,71 +38,29 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     };
     let mut attached = steps::attach(lab, checks, &setup, spec)?;
     let program = lab.share_binary("sublet")?;
-    let other = lab.share_copy("sublet", "sublet-next")?;
+    let other = lab.share_other_build()?;
     let guest = attached.guest.agent.clone();
-    let io = Io::default();
-    std::thread::scope(|scope| {
-        let worker = scope.spawn(|| io.run(|| steps::write_and_read_back(&guest, BYTES)));
-        let done = replaced(checks, &mut attached, &io, &program, &other);
-        io.stop.store(true, Ordering::Relaxed);
-        let ended = worker
-            .join()
-            .map_err(|_| anyhow!("the guest's I/O panicked"))?;
-        checks.check(
-            "no byte of the guest's was wrong, no interrupt was lost",
-            || {
-                let rounds = ended?;
-                ensure_no_lost_interrupt(&attached.guest.dmesg("polled|timeout")?)?;
-                Ok(format!("{rounds} rounds"))
-            },
-        );
-        done
-    })?;
+    let round = |number| steps::round_at(&guest, steps::BLOCKS, (BYTES, number));
+    let (done, ended) = Rounds::beside(round, |io| {
+        replaced(checks, &mut attached, io, (&program, &other))
+    });
+    done?;
+    checks.check(
+        "no byte of the guest's was wrong, no interrupt was lost",
+        || {
+            let rounds = ended?;
+            ensure_no_lost_interrupt(&attached.guest.dmesg("polled|timeout")?)?;
+            Ok(format!("{rounds} rounds"))
+        },
+    );
     steps::detach(checks, attached)
-}
-
-/// The guest's I/O, round by round in a thread.
-#[derive(Default)]
-struct Io {
-    stop: AtomicBool,
-    rounds: AtomicUsize,
-    failed: AtomicBool,
-}
-
-impl Io {
-    fn run(&self, round: impl Fn() -> Result<String>) -> Result<usize> {
-        while !self.stop.load(Ordering::Relaxed) {
-            round().inspect_err(|_| self.failed.store(true, Ordering::Relaxed))?;
-            self.rounds.fetch_add(1, Ordering::Relaxed);
-        }
-        Ok(self.rounds.load(Ordering::Relaxed))
-    }
-
-    /// Returns after this many whole rounds: the one under way may have begun before.
-    fn go_on(&self) -> Result<String> {
-        let from = self.rounds.load(Ordering::Relaxed);
-        let deadline = Instant::now() + ROUNDS_TIMEOUT;
-        while self.rounds.load(Ordering::Relaxed) <= from + ROUNDS {
-            ensure!(
-                !self.failed.load(Ordering::Relaxed),
-                "the guest's I/O failed"
-            );
-            ensure!(Instant::now() < deadline, "the guest's I/O stands still");
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        Ok(format!(
-            "{} rounds",
-            self.rounds.load(Ordering::Relaxed) - from
-        ))
-    }
 }
 
 fn replaced(
     checks: &mut Checks,
     attached: &mut Attached,
-    io: &Io,
-    program: &str,
-    other: &str,
+    io: &Rounds,
+    (program, other): (&str, &str),
 ) -> Result<()> {
     let (before, asking) = Truth::at_first(attached)?;
     let limit = TRUTH_TIMEOUT + 2 * asking;
@@ -130,19 +86,27 @@ fn replaced(
         ensure!(took < limit, "{took:?}, and asking takes {asking:?}");
         Ok(format!("after {took:?}; asking alone takes {asking:?}"))
     })?;
-    // Of the same sources: that versions differ is not shown.
-    checks.must(
-        "daemons are replaced by a program at another path, and I/O goes on",
-        || {
-            for daemon in [&mut attached.lending.a, &mut attached.lending.b] {
-                daemon.replace(other)?;
-                ensure_runs(daemon, other)?;
-            }
-            let rounds = io.go_on()?;
-            before.ensure_told(attached, limit)?;
-            Ok(rounds)
-        },
-    )?;
+    let name = "daemons are replaced by another build, and I/O goes on";
+    checks.must(name, || {
+        let (mut was, mut is) = (Vec::new(), Vec::new());
+        for daemon in [&mut attached.lending.a, &mut attached.lending.b] {
+            was.push(build(daemon)?);
+            daemon.replace(other)?;
+            ensure_runs(daemon, other)?;
+            is.push(build(daemon)?);
+        }
+        ensure!(
+            was.iter().zip(&is).all(|(was, is)| was.0 != is.0),
+            "not another build: {was:?}, {is:?}"
+        );
+        ensure!(
+            was.iter().zip(&is).all(|(was, is)| was.1 == is.1),
+            "the ports were replaced, too: {was:?}, {is:?}"
+        );
+        let rounds = io.go_on()?;
+        before.ensure_told(attached, limit)?;
+        Ok(format!("{} for {}, {rounds}", is[0].0, was[0].0))
+    })?;
     checks.must("and back again", || {
         for daemon in [&mut attached.lending.a, &mut attached.lending.b] {
             daemon.replace(program)?;
@@ -160,6 +124,14 @@ fn ensure_runs(daemon: &Daemon, program: &str) -> Result<()> {
     let name = program.rsplit('/').next().unwrap_or(program);
     ensure!(running.ends_with(&format!("/{name}")), "it runs {running}");
     Ok(())
+}
+
+/// Of which build a daemon says to be, and which process its port is.
+fn build(daemon: &Daemon) -> Result<(Value, Value)> {
+    let mut status = daemon.status()?;
+    let build = status["node"]["version"].take();
+    ensure!(build.is_string(), "no build: {status}");
+    Ok((build, status["ports"][0]["process"]["pid"].take()))
 }
 
 /// What both hosts say of the lease.

@@ -1,6 +1,7 @@
 //! Scenario `hostile-vmm`: two tenants of one port; whatever the first one's VMM does, the second's I/O goes on, and the port's heart beats.
 
 use super::steps::SOCKET;
+use super::vf::Vf;
 use super::{Scenario, When};
 use crate::agent::Agent;
 use crate::check::Checks;
@@ -87,9 +88,11 @@ const ATTACKS: [Attack; 8] = [
 ];
 
 /// The witness's function: the VF after the hostile tenant's.
-const SECOND_BDF: &str = "0000:01:00.2";
-const SECOND_CONTROLLER: u32 = 2;
-const SECOND_SOCKET: &str = "/run/sublet/second.sock";
+const SECOND: Vf = Vf {
+    bdf: "0000:01:00.2",
+    controller: 2,
+    socket: "/run/sublet/second.sock",
+};
 const LOG: &str = "/run/witness.log";
 const OUTPUT: &str = "/run/witness.out";
 const STOP: &str = "/run/witness.stop";
@@ -245,11 +248,8 @@ impl<'a> Tenants<'a> {
         let (a, b) = (&pair.a.agent, &pair.b.agent);
         let hostile = lending.offer()?;
         lending.borrow(&hostile, SOCKET, &[])?;
-        pci::nvme_online(a, SECOND_CONTROLLER, 2, 1)?;
-        pci::bind(a, SECOND_BDF, "vfio-pci")?;
-        let second = lending.offer_function(SECOND_BDF)?;
-        lending.borrow(&second, SECOND_SOCKET, &[])?;
-        let argv = ["lab-agent", "witness", SECOND_SOCKET, STOP, LOG];
+        let second = SECOND.lend(a, lending)?;
+        let argv = ["lab-agent", "witness", SECOND.socket, STOP, LOG];
         let witness = b.spawn(&argv, OUTPUT)?;
         b.wait_until(&format!("test $(wc -l < {LOG}) -ge 10"), TOLD_TIMEOUT)
             .with_context(|| b.text(OUTPUT).unwrap_or_default())?;
@@ -416,13 +416,9 @@ impl<'a> Tenants<'a> {
         let said = self.b.text(OUTPUT)?;
         ensure!(code == Some(0), "the witness ended with {code:?}: {said}");
         self.b.sh(&format!("rm {STOP} {LOG} {OUTPUT}"))?;
-        for fdid in &self.fdids {
-            self.lending.b.verb(&["return", fdid])?;
-        }
-        self.lending.a.verb(&["unavailable", SECOND_BDF])?;
-        self.lending.a.verb(&["remove", SECOND_BDF])?;
-        pci::unbind(self.a, SECOND_BDF)?;
-        pci::nvme_offline(self.a, SECOND_CONTROLLER)?;
+        let [hostile, second] = &self.fdids;
+        self.lending.b.verb(&["return", hostile])?;
+        SECOND.take_back(self.a, self.lending, second)?;
         Ok(said)
     }
 }

@@ -17,9 +17,11 @@ mod nvme;
 mod pf_gone;
 mod reboot;
 mod refusals;
+mod rounds;
 mod steps;
 mod tenant;
 mod two_tenants;
+mod vf;
 mod windows;
 
 use crate::check::Checks;

@@ -28,6 +28,8 @@ const IO_LOG: &str = "/tmp/io";
 const DEVICE: &str = "/dev/nvme0n1";
 /// Somewhere behind the first blocks, which a kernel reads for partitions.
 const OFFSET: u64 = 1 << 20;
+/// The namespace of a guest's only function, and where nothing else is written.
+pub const BLOCKS: (&str, u64) = (DEVICE, OFFSET);
 const SEED: u64 = 20;
 /// A trapped window takes 512 accesses for a page: 1 MiB is written in 6 to 8 s on an idle machine.
 const DIO_TIMEOUT: Duration = Duration::from_secs(300);
@@ -62,7 +64,13 @@ pub struct Setup<'a> {
     pub more_vfs: u32,
     /// How the daemons serve VMMs.
     pub workers: Workers,
+    /// Makes other configurations of the samples.
+    pub config: Option<fn(&str) -> String>,
+    /// Comes before the guest boots: what else it is to have.
+    pub before_boot: Option<&'a BeforeBoot<'a>>,
 }
+
+type BeforeBoot<'a> = dyn Fn(&Pair, &Lending) -> Result<()> + 'a;
 
 /// Goes all the way to a guest whose driver has found its namespace.
 pub fn attach(
@@ -87,7 +95,11 @@ pub fn attach(
             &pair,
             (2, 1),
             (setup.more_vfs, setup.workers),
-            str::to_owned,
+            |text| {
+                setup
+                    .config
+                    .map_or_else(|| text.to_owned(), |edit| edit(text))
+            },
         )?;
         let session = started.wait_link()?;
         lending = Some(started);
@@ -109,6 +121,9 @@ pub fn attach(
     })?;
     let mut guest = None;
     checks.must("a guest with the stock driver finds its namespace", || {
+        setup
+            .before_boot
+            .map_or(Ok(()), |act| act(&pair, &lending))?;
         guest = Some(boot(lab, &pair, spec)?);
         Ok("")
     })?;
@@ -147,6 +162,15 @@ pub fn ensure_worker_has_no_door(host: &Agent, lending: &Lending, mapped: bool) 
 
 /// Goes all the way back and looks at what is left behind.
 pub fn detach(checks: &mut Checks, attached: Attached) -> Result<()> {
+    detach_with(checks, attached, |_, _| Ok(()))
+}
+
+/// The same; what else the guest had is given back behind its end.
+pub fn detach_with(
+    checks: &mut Checks,
+    attached: Attached,
+    give_back: impl FnOnce(&Pair, &Lending) -> Result<()>,
+) -> Result<()> {
     let Attached {
         guest,
         lending,
@@ -160,6 +184,7 @@ pub fn detach(checks: &mut Checks, attached: Attached) -> Result<()> {
         || {
             guest.shut_down()?;
             lending.b.verb(&["return", &fdid])?;
+            give_back(&pair, &lending)?;
             pair.ensure_unchanged(&idle)
         },
     );
@@ -179,8 +204,18 @@ pub fn wait_namespace(agent: &Agent) -> Result<()> {
 
 /// Direct I/O on the namespace, in a guest or on host A; the SHA-256 of what went through.
 pub fn dio(agent: &Agent, direction: &str, bytes: u64, seed: Option<u64>) -> Result<String> {
-    let numbers = [Some(OFFSET), Some(bytes), seed].map(|number| number.map(|n| n.to_string()));
-    let mut argv = vec!["lab-agent", "dio", direction, DEVICE];
+    dio_at(agent, direction, BLOCKS, (bytes, seed))
+}
+
+/// The same of any device, somewhere on it.
+fn dio_at(
+    agent: &Agent,
+    direction: &str,
+    (device, offset): (&str, u64),
+    (bytes, seed): (u64, Option<u64>),
+) -> Result<String> {
+    let numbers = [Some(offset), Some(bytes), seed].map(|number| number.map(|n| n.to_string()));
+    let mut argv = vec!["lab-agent", "dio", direction, device];
     argv.extend(numbers.iter().flatten().map(String::as_str));
     let answer: Value = serde_json::from_str(&agent.run_within(&argv, DIO_TIMEOUT)?)?;
     Ok(answer["sha256"].as_str().context("no checksum")?.to_owned())
@@ -188,8 +223,13 @@ pub fn dio(agent: &Agent, direction: &str, bytes: u64, seed: Option<u64>) -> Res
 
 /// Writes, reads the same blocks, and gives the checksum of both back.
 pub fn write_and_read_back(agent: &Agent, bytes: u64) -> Result<String> {
-    let written = dio(agent, "write", bytes, Some(SEED))?;
-    let read = dio(agent, "read", bytes, None)?;
+    round_at(agent, BLOCKS, (bytes, SEED))
+}
+
+/// The same of any device, somewhere on it, with bytes that follow from the seed.
+pub fn round_at(agent: &Agent, at: (&str, u64), (bytes, seed): (u64, u64)) -> Result<String> {
+    let written = dio_at(agent, "write", at, (bytes, Some(seed)))?;
+    let read = dio_at(agent, "read", at, (bytes, None))?;
     ensure!(written == read, "wrote {written}, read {read}");
     Ok(written)
 }

@@ -4,14 +4,17 @@
 
 use super::client::Client;
 use super::steps::Attached;
+use super::vf::Vf;
 use crate::host::NTB_BDF;
 use crate::pci;
 use anyhow::{Context, Result};
 
 /// The VF after the guest's.
-const BDF: &str = "0000:01:00.2";
-const CONTROLLER: u32 = 2;
-const SOCKET: &str = "/run/sublet/neighbour.sock";
+const VF: Vf = Vf {
+    bdf: "0000:01:00.2",
+    controller: 2,
+    socket: "/run/sublet/neighbour.sock",
+};
 /// Where its pieces lie, in blocks of 512 bytes: behind what a guest uses of the namespace, which
 /// both have.
 const LBA: u64 = 48 << 11;
@@ -33,12 +36,9 @@ pub struct Neighbour {
 impl Neighbour {
     /// Borrows the second function, goes to work, and is found through the window.
     pub fn move_in(attached: &Attached) -> Result<Self> {
-        let (a, b) = (&attached.pair.a.agent, &attached.pair.b.agent);
-        pci::nvme_online(a, CONTROLLER, 2, 1)?;
-        pci::bind(a, BDF, "vfio-pci")?;
-        let fdid = attached.lending.offer_function(BDF)?;
-        attached.lending.borrow(&fdid, SOCKET, &[])?;
-        let client = Client::start(b, "neighbour", SOCKET, LBA)?;
+        let fdid = VF.lend(&attached.pair.a.agent, &attached.lending)?;
+        let b = &attached.pair.b.agent;
+        let client = Client::start(b, "neighbour", VF.socket, LBA)?;
         client.order("open")?;
         client.order("map")?;
         client.tell("go")?;
@@ -60,15 +60,10 @@ impl Neighbour {
 
     /// Its memory is as it was; it moves out.
     pub fn move_out(self, attached: &Attached) -> Result<String> {
-        let a = &attached.pair.a.agent;
         self.goes_on()?;
         let pieces = self.client.pieces()?;
         self.client.end()?;
-        attached.lending.b.verb(&["return", &self.fdid])?;
-        attached.lending.a.verb(&["unavailable", BDF])?;
-        attached.lending.a.verb(&["remove", BDF])?;
-        pci::unbind(a, BDF)?;
-        pci::nvme_offline(a, CONTROLLER)?;
+        VF.take_back(&attached.pair.a.agent, &attached.lending, &self.fdid)?;
         Ok(format!("{pieces} pieces of 4 KiB"))
     }
 }

@@ -1,8 +1,10 @@
-//! Scenario `two-tenants`: two tenants behind one port, each with a VF of its own; what the first one's guest tries, its VMM and the other host reaches nothing of the second's.
+//! Scenario `two-tenants`: two tenants behind one port, each at work on a VF of its own; what the first one's guest tries, its VMM and the other host reaches nothing of the second's.
 
 use super::isolation::{faults_seen, refused};
-use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, SOCKET, Setup};
+use super::rounds::Rounds;
+use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, Setup};
 use super::tenant::Neighbour;
+use super::vf::Vf;
 use super::{Scenario, When};
 use crate::agent::Agent;
 use crate::check::Checks;
@@ -10,20 +12,38 @@ use crate::guest::GuestSpec;
 use crate::host::NTB_BDF;
 use crate::lab::{Lab, Pair};
 use crate::pci;
-use crate::sublet::{Lending, Workers};
+use crate::sublet::{Lending, Workers, ensure_no_lost_interrupt};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// One port, two tenants, and everybody but the second is hostile.
 pub const SCENARIO: Scenario = Scenario {
     name: "two-tenants",
-    checks: ATTACH_CHECKS + 16 + DETACH_CHECKS,
+    checks: ATTACH_CHECKS + 18 + DETACH_CHECKS,
     when: When::Full,
     own_model: None,
     deadline: Duration::from_secs(1200),
     run,
 };
+
+/// What the first tenant has beside the function that its guest drives by hand: one on which the
+/// guest works all the time, and one for a VMM that means harm.
+const AT_WORK: Vf = Vf {
+    bdf: "0000:01:00.3",
+    controller: 3,
+    socket: "/run/sublet/work.sock",
+};
+const HARMFUL: Vf = Vf {
+    bdf: "0000:01:00.4",
+    controller: 4,
+    socket: "/run/sublet/harm.sock",
+};
+/// Where the guest's pieces lie, and how large they are. All functions have one namespace.
+const WORK_OFFSET: u64 = 16 << 20;
+const WORK_BYTES: u64 = 16 << 10;
+const BYTES: u64 = 64 << 10;
 
 const MIB: u64 = 1 << 20;
 /// The guest's RAM.
@@ -38,21 +58,45 @@ const SLOT_CRC: u64 = 32;
 const SLOT_LEASE: u64 = 48;
 const SLOT_COMMIT: u64 = 4088;
 const TOLD_TIMEOUT: Duration = Duration::from_secs(20);
+/// Of a vector's interrupts in a second, here: what an emulated storm reaches, and I/O does not.
+const RATE: (&str, &str) = ("interrupts_per_second = ", "20");
+const STORM_STOP: &str = "/run/storm.stop";
+const STORM_LOG: &str = "/run/storm.log";
 
-fn spec(lab: &Lab, name: &str) -> Result<GuestSpec> {
-    let mut spec = GuestSpec::stock(name, &lab.vmm()?);
+fn spec(lab: &Lab) -> Result<GuestSpec> {
+    let mut spec = GuestSpec::stock("g", &lab.vmm()?).device(AT_WORK.socket);
     // One hugepage for the queues of the guest's own tool.
     spec.cmdline = "hugepages=1 iomem=relaxed".to_owned();
+    // Each function's path to the namespace is a block device of its own.
+    spec.modules.insert(0, "nvme_core multipath=N".to_owned());
     Ok(spec)
 }
 
+/// A sample configuration with a limit that can be reached.
+fn config(text: &str) -> String {
+    let line = |line: &str| match line.starts_with(RATE.0) {
+        true => format!("{}{}\n", RATE.0, RATE.1),
+        false => format!("{line}\n"),
+    };
+    text.lines().map(line).collect()
+}
+
 fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
+    let more = OnceLock::new();
+    let lend = |pair: &Pair, lending: &Lending| {
+        let a = &pair.a.agent;
+        let _ = more.set([AT_WORK.lend(a, lending)?, HARMFUL.lend(a, lending)?]);
+        Ok(())
+    };
     let setup = Setup {
-        more_vfs: 1,
+        more_vfs: 3,
         workers: Workers::Processes,
+        config: Some(config),
+        before_boot: Some(&lend),
         ..Setup::default()
     };
-    let attached = steps::attach(lab, checks, &setup, spec(lab, "g")?)?;
+    let attached = steps::attach(lab, checks, &setup, spec(lab)?)?;
+    let [work, harm] = more.get().context("nothing more is lent")?;
     let mut second = None;
     checks.must(
         "a second tenant works with a VF behind the same port",
@@ -64,58 +108,74 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         },
     )?;
     let second = second.context("no second tenant")?;
-    checks.check("both tenants' I/O is right", || {
-        let written = steps::write_and_read_back(&attached.guest.agent, 64 << 10)?;
-        second.goes_on()?;
-        Ok(written)
+    let guest = &attached.guest.agent;
+    let [at_work, by_hand] = functions(guest)?;
+    let device = pci::wait_block_device(guest, &at_work)?;
+    let round = |number| steps::round_at(guest, (&device, WORK_OFFSET), (WORK_BYTES, number));
+    let (tried, ended) = Rounds::beside(round, |first| {
+        let both = Both {
+            first,
+            second: &second,
+        };
+        checks.check("both tenants' I/O goes on", || both.go_on());
+        hostile_guest(checks, &attached, &by_hand, &both)?;
+        let hostile = Hostile {
+            lending: &attached.lending,
+            pair: &attached.pair,
+            fdid: harm,
+            both: &both,
+        };
+        hostile.tries(checks);
+        Ok::<_, anyhow::Error>(())
     });
-    hostile_guest(checks, &attached, &second)?;
-    let Attached {
-        guest,
-        lending,
-        fdid,
-        before,
-        idle,
-        pair,
-    } = attached;
-    guest.shut_down()?;
-    let hostile = Hostile {
-        lending: &lending,
-        pair: &pair,
-        fdid: &fdid,
-        second: &second,
-    };
-    hostile.tries(checks);
-    let mut again = None;
-    checks.must(
-        "the first tenant's next guest works as if nothing was",
-        || {
-            let guest = steps::boot(lab, &pair, spec(lab, "g2")?)?;
-            let written = steps::write_and_read_back(&guest.agent, 64 << 10)?;
-            again = Some(guest);
-            Ok(written)
-        },
-    )?;
-    let attached = Attached {
-        guest: again.context("no guest")?,
-        lending,
-        fdid,
-        before,
-        idle,
-        pair,
-    };
+    tried?;
+    checks.check("every byte of the first tenant was right", || {
+        let rounds = ended?;
+        ensure_no_lost_interrupt(&attached.guest.dmesg("polled|timeout")?)?;
+        Ok(format!("{rounds} rounds of {WORK_BYTES} bytes"))
+    });
     checks.check("every byte of the second tenant was right", || {
         second.move_out(&attached)
     });
-    steps::detach(checks, attached)
+    steps::detach_with(checks, attached, |pair, lending| {
+        AT_WORK.take_back(&pair.a.agent, lending, work)?;
+        HARMFUL.take_back(&pair.a.agent, lending, harm)
+    })
+}
+
+/// The guest's own addresses of its functions: QEMU was told of the one for its work first.
+fn functions(guest: &Agent) -> Result<[String; 2]> {
+    let found = pci::find_nvmes(guest)?;
+    found
+        .try_into()
+        .map_err(|found| anyhow::anyhow!("the guest has {found:?} for two functions"))
+}
+
+/// Both tenants' checksummed I/O.
+struct Both<'a> {
+    first: &'a Rounds,
+    second: &'a Neighbour,
+}
+
+impl Both<'_> {
+    /// Whole pieces of each from now on.
+    fn go_on(&self) -> Result<String> {
+        self.second.goes_on()?;
+        self.first.go_on()
+    }
 }
 
 /// The first guest drives its function by hand.
-fn hostile_guest(checks: &mut Checks, attached: &Attached, second: &Neighbour) -> Result<()> {
+fn hostile_guest(
+    checks: &mut Checks,
+    attached: &Attached,
+    bdf: &str,
+    both: &Both<'_>,
+) -> Result<()> {
     let guest = &attached.guest.agent;
-    let bdf = pci::find_nvme(guest)?;
     guest.sh(&format!("echo {bdf} > /sys/bus/pci/drivers/nvme/unbind"))?;
     let window = pci::bar_address(&attached.pair.a.agent, NTB_BDF, 2)?;
+    let second = both.second;
     for (what, direction, address) in [
         ("the second tenant's memory", "write", second.address),
         (
@@ -127,8 +187,8 @@ fn hostile_guest(checks: &mut Checks, attached: &Attached, second: &Neighbour) -
         ("the window's far end", "write", window + WINDOW_FAR),
     ] {
         checks.check(&format!("a DMA to {what} is refused"), || {
-            let line = refused(attached, &bdf, direction, address)?;
-            second.goes_on()?;
+            let line = refused(attached, bdf, direction, address)?;
+            both.go_on()?;
             Ok(line)
         });
     }
@@ -138,14 +198,14 @@ fn hostile_guest(checks: &mut Checks, attached: &Attached, second: &Neighbour) -
             blamed == 0,
             "{blamed} of the first tenant's faults are told of the second"
         );
-        second.goes_on().map(|()| "")
+        both.go_on()
     });
-    checks.must("after a reset the first guest's I/O is right again", || {
+    checks.must("after a reset that function's I/O is right as well", || {
         guest.sh(&format!(
             "echo 1 > /sys/bus/pci/devices/{bdf}/reset; echo {bdf} > /sys/bus/pci/drivers/nvme/bind"
         ))?;
-        steps::wait_namespace(guest)?;
-        steps::write_and_read_back(guest, 64 << 10)
+        let device = pci::wait_block_device(guest, bdf)?;
+        steps::round_at(guest, (&device, 0), (BYTES, 1))
     })?;
     Ok(())
 }
@@ -155,15 +215,14 @@ struct Hostile<'a> {
     lending: &'a Lending,
     pair: &'a Pair,
     fdid: &'a str,
-    second: &'a Neighbour,
+    both: &'a Both<'a>,
 }
 
 impl Hostile<'_> {
     fn tries(&self, checks: &mut Checks) {
         checks.check("BAR accesses beyond its function give it nothing", || {
-            let argv = ["lab-agent", "vfio-user", SOCKET, "beyond"];
-            let report = self.pair.b.agent.run(&argv)?;
-            self.second.goes_on()?;
+            let report = self.client("beyond")?;
+            self.both.go_on()?;
             Ok(report)
         });
         for (case, words) in [
@@ -174,6 +233,10 @@ impl Hostile<'_> {
             let what = format!("foreign memory (`{case}`) is refused and told of its lease alone");
             checks.check(&what, || self.told(case, words));
         }
+        checks.check(
+            "a storm of interrupts is held back and told of its lease alone",
+            || self.storm(),
+        );
         checks.check("mailbox messages that host a forges are told", || {
             self.forged()
         });
@@ -181,27 +244,71 @@ impl Hostile<'_> {
             "those that host b forges are told at the lease that they name alone",
             || self.forged_of_a_lease(),
         );
+        checks.check("the harmful VMM's next one is served", || {
+            self.client("good")
+        });
     }
 
-    /// What `status` tells of a lease.
-    fn last_error(status: &Value, fdid: &str) -> Result<String> {
+    fn client(&self, case: &str) -> Result<String> {
+        let argv = ["lab-agent", "vfio-user", HARMFUL.socket, case];
+        self.pair.b.agent.run(&argv)
+    }
+
+    /// What `status` tells of its lease, and that it tells nothing of any other.
+    fn last_error(&self, status: &Value) -> Result<String> {
         let borrowed = status["borrowed"].as_array().context("no leases")?;
-        let lease = borrowed.iter().find(|lease| lease["fdid"] == fdid);
-        let lease = lease.with_context(|| format!("no lease of {fdid} in {status}"))?;
-        Ok(lease["last_error"].as_str().unwrap_or_default().to_owned())
+        let told = |lease: &Value| lease["last_error"].as_str().unwrap_or_default().to_owned();
+        let (mine, others): (Vec<_>, Vec<_>) = borrowed
+            .iter()
+            .partition(|lease| lease["fdid"] == self.fdid);
+        let other = others.into_iter().find(|lease| !told(lease).is_empty());
+        ensure!(other.is_none(), "another lease is told of: {other:?}");
+        let mine = mine
+            .first()
+            .with_context(|| format!("no lease in {status}"))?;
+        Ok(told(mine))
     }
 
     fn told(&self, case: &str, words: &str) -> Result<String> {
-        let argv = ["lab-agent", "vfio-user", SOCKET, case];
-        self.pair.b.agent.run(&argv)?;
+        self.client(case)?;
         let told = |status: &Value| {
-            Self::last_error(status, self.fdid).is_ok_and(|error| error.contains(words))
+            let error = self.last_error(status);
+            error.is_err() || error.is_ok_and(|error| error.contains(words))
         };
         let status = self.lending.b.wait_status(words, TOLD_TIMEOUT, told)?;
-        let other = Self::last_error(&status, &self.second.fdid)?;
-        ensure!(other.is_empty(), "the second lease is told of: {other}");
-        self.second.goes_on()?;
-        Self::last_error(&status, self.fdid)
+        self.both.go_on()?;
+        self.last_error(&status)
+    }
+
+    /// How often each lent function's vectors were over their rate: its own, and all others.
+    fn held_back(&self, status: &Value) -> [u64; 2] {
+        let lent = status["lent"].as_array().into_iter().flatten();
+        lent.fold([0; 2], |mut sums, lent| {
+            let vectors = lent["vectors"].as_array().into_iter().flatten();
+            let limits = vectors.filter_map(|vector| vector["rate_limits"].as_u64());
+            sums[usize::from(lent["fdid"] != self.fdid)] += limits.sum::<u64>();
+            sums
+        })
+    }
+
+    fn storm(&self) -> Result<String> {
+        let (a, host_b) = (&self.lending.a, &self.pair.b.agent);
+        let before = self.held_back(&a.status()?);
+        let argv = ["lab-agent", "storm", HARMFUL.socket, STORM_STOP];
+        let pid = host_b.spawn(&argv, STORM_LOG)?;
+        let held_back = a.wait_status("storm that is held back", TOLD_TIMEOUT, |status| {
+            self.held_back(status)[0] > before[0]
+        });
+        let beside = held_back.and_then(|_| self.both.go_on());
+        host_b.sh(&format!("touch {STORM_STOP}"))?;
+        let code = host_b.wait(pid, TOLD_TIMEOUT)?;
+        let said = host_b.text(STORM_LOG)?;
+        host_b.sh(&format!("rm {STORM_STOP} {STORM_LOG}"))?;
+        ensure!(code == Some(0), "it ended with {code:?}: {said}");
+        let beside = beside?;
+        let [its, others] = self.held_back(&a.status()?);
+        ensure!(others == before[1], "others were held back as well");
+        Ok(format!("{its} times, {beside} beside it; {}", said.trim()))
     }
 
     /// Words of the slot in host B's mailbox, written through host A's window as its kernel or
@@ -229,7 +336,7 @@ impl Hostile<'_> {
         }
         let mailbox = self.lending.b.status()?["ports"][0]["mailbox"].clone();
         ensure!(mailbox["violations"] == 0, "{mailbox}");
-        self.second.goes_on()?;
+        self.both.go_on()?;
         Ok(mailbox.to_string())
     }
 
@@ -266,7 +373,7 @@ impl Hostile<'_> {
         let status = a.status()?;
         let violations = &status["ports"][0]["mailbox"]["violations"];
         ensure!(*violations == 0, "{violations} violations");
-        self.second.goes_on()?;
+        self.both.go_on()?;
         Ok(format!(
             "lease {lease}: torn {}, foreign {}",
             of(&status, true, "torn"),
