@@ -128,6 +128,10 @@ pub struct SessionInfo {
     pub since_ms: u64,
 }
 
+/// How many leases a peer may have lost without saying that it has let go of them, in one session.
+/// A worker may take for ever for that, and a lender remembers each.
+pub const REVOKED_MAX: usize = 128;
+
 enum Waiting {
     Hello,
     Step(Step),
@@ -630,6 +634,16 @@ impl PortCore {
         }
     }
 
+    fn revoked_unanswered(&self) -> usize {
+        let waiting = self
+            .session
+            .iter()
+            .flat_map(|session| session.waiting.values());
+        waiting
+            .filter(|waiting| matches!(waiting, Waiting::Revoked(_)))
+            .count()
+    }
+
     fn fresh_secret(&mut self) -> Secret {
         let (a, b) = ((self.entropy)(), (self.entropy)());
         let mut bytes = [0; 16];
@@ -645,9 +659,15 @@ impl PortCore {
                 LenderAction::Reply(op, code, result) => {
                     self.send(Message::Reply(op, code, *result), now_ms, out);
                 }
-                LenderAction::Revoked(lease, text) => {
+                LenderAction::Revoked(lease, text) if self.revoked_unanswered() < REVOKED_MAX => {
                     let request = Request::Revoked { lease, text };
                     self.request(Waiting::Revoked(lease), request, now_ms, out);
+                }
+                LenderAction::Revoked(..) => {
+                    let text = format!(
+                        "the peer has let go of none of {REVOKED_MAX} leases that were taken from it"
+                    );
+                    self.violation(text, now_ms, out);
                 }
                 LenderAction::Pool(message) => out.push(Action::Pool(message)),
                 LenderAction::Gone(bdf) => out.push(Action::Gone(bdf)),

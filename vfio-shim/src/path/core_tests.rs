@@ -1,7 +1,7 @@
 //! Two cores joined by memory: a whole path without threads, with the link cut at any step.
 
 use super::borrower::{Answer, Call, CallError, GuestMap, Step, Token};
-use super::core::{Action, CoreConfig, Event, Inbox, PortCore};
+use super::core::{Action, CoreConfig, Event, Inbox, PortCore, REVOKED_MAX};
 use super::grant::{LeasePool, ToPort, VolatilePool};
 use super::lender::OfferState;
 use super::message::{LeaseId, PoolEntry, PoolState, Refusal, RefusalCode, Request};
@@ -640,6 +640,25 @@ fn a_revoked_lease_is_lost_on_the_borrower_and_free_on_the_lender() {
     assert_eq!(pair.hosts[1].lost, [lease]);
     assert!(pair.hosts[1].pinned.is_empty() && pair.hosts[0].behind.is_empty());
     pair.borrow_open();
+}
+
+#[test]
+fn a_peer_that_lets_go_of_nothing_loses_its_session_before_the_lender_remembers_too_much() {
+    let mut pair = ready();
+    pair.hosts[1].holding_on = Some(Vec::new());
+    let session = pair.hosts[0].session;
+    let revoked = |pair: &mut Pair| {
+        pair.ask(Call::Borrow(bdf(), None)).unwrap();
+        let actions = pair.hosts[0].core.revoke(bdf(), "wanted", pair.now);
+        actions.into_iter().for_each(|action| pair.act(0, action));
+        pair.settle();
+    };
+    for _ in 0..REVOKED_MAX {
+        revoked(&mut pair);
+    }
+    assert_eq!(pair.hosts[0].session, session, "as many are remembered");
+    revoked(&mut pair);
+    assert_ne!(pair.hosts[0].session, session, "and no more");
 }
 
 proptest! {
