@@ -321,7 +321,8 @@ impl Executor {
             eventfds,
             counters,
         };
-        self.irq.send(IrqCommand::Arm(relay));
+        let watched = self.irq.arm(&*self.runtime, relay);
+        watched.map_err(|errno| kernel("watch an interrupt", errno.into()))?;
         self.path()?.armed = Some(index);
         self.function.set_irqs(index, 0, given)?;
         Ok(WorkOutcome::Done)

@@ -67,7 +67,8 @@ pub(super) enum IrqCommand {
         peer_nonce: u64,
     },
     SessionOver,
-    Arm(Relay),
+    /// Confirmed when all of its eventfds are watched, or none is.
+    Arm(Relay, mpsc::Sender<rustix::io::Result<()>>),
     /// Confirmed when no bell for the path comes any more.
     Disarm(LeaseId, mpsc::Sender<()>),
     Mask {
@@ -105,6 +106,14 @@ impl IrqHandle {
         // Both only fail when the thread is gone, and then there is no relay and no scan either.
         let _ = self.commands.send(command);
         let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Returns when the path's relay works. It has read nothing by then.
+    pub(super) fn arm(&self, runtime: &dyn Runtime, relay: Relay) -> rustix::io::Result<()> {
+        let (done, wait) = mpsc::channel();
+        self.send(IrqCommand::Arm(relay, done));
+        let armed = runtime.receive(&wait, None);
+        armed.unwrap_or(Err(rustix::io::Errno::PIPE))
     }
 
     /// Returns when the path's relay rings no more.
@@ -321,7 +330,9 @@ impl IrqThread {
                     self.session = Some((session, peer_nonce));
                 }
                 IrqCommand::SessionOver => self.session = None,
-                IrqCommand::Arm(relay) => self.arm(relay),
+                IrqCommand::Arm(relay, done) => {
+                    let _ = done.send(self.arm(relay));
+                }
                 IrqCommand::Disarm(lease, done) => {
                     self.disarm(lease);
                     let _ = done.send(());
@@ -386,15 +397,17 @@ impl IrqThread {
         }
     }
 
-    fn arm(&mut self, relay: Relay) {
+    fn arm(&mut self, relay: Relay) -> rustix::io::Result<()> {
         self.disarm(relay.lease);
         self.index_last += 1;
         let index = self.index_last & 0x7fff_ffff;
         for (vector, fd) in relay.eventfds.iter().enumerate() {
             let data = epoll::EventData::new_u64(key(index, vector as u32));
-            if let Err(error) = epoll::add(&self.epoll, fd, data, epoll::EventFlags::IN) {
-                tracing::error!(%error, vector, "an interrupt of a lent function is not watched");
-            }
+            epoll::add(&self.epoll, fd, data, epoll::EventFlags::IN).inspect_err(|_| {
+                for watched in &relay.eventfds[..vector] {
+                    let _ = epoll::delete(&self.epoll, watched);
+                }
+            })?;
         }
         // The counts go on where they were before a reset: the borrower has seen them, and a
         // first raise that stored the same count again would be lost. Each bell was one count.
@@ -422,6 +435,7 @@ impl IrqThread {
         };
         self.by_index.insert(index, relay.lease);
         self.relays.insert(relay.lease, armed);
+        Ok(())
     }
 
     fn disarm(&mut self, lease: LeaseId) {
