@@ -19,6 +19,7 @@ mod reboot;
 mod refusals;
 mod steps;
 mod tenant;
+mod third;
 mod two_tenants;
 mod windows;
 

@@ -111,8 +111,8 @@ fn run_as(
         &Setup {
             model,
             borrow,
-            more_vfs: 0,
             workers,
+            ..Setup::default()
         },
         spec,
     )?;

@@ -1,9 +1,11 @@
 //! Steps that several scenarios share: from two hosts to a guest with a borrowed function, and back.
 
+use super::third;
 use crate::agent::Agent;
 use crate::check::Checks;
 use crate::guest::{Guest, GuestSpec};
 use crate::lab::{Lab, Pair};
+use crate::ntb::Ntb;
 use crate::pci;
 use crate::snapshot::Snapshot;
 use crate::sublet::{Lending, Workers};
@@ -62,6 +64,8 @@ pub struct Setup<'a> {
     pub more_vfs: u32,
     /// How the daemons serve VMMs.
     pub workers: Workers,
+    /// A cable of host A to a third host, which the scenario starts by itself.
+    pub second: Option<&'a Ntb>,
 }
 
 /// Goes all the way to a guest whose driver has found its namespace.
@@ -72,9 +76,13 @@ pub fn attach(
     spec: GuestSpec,
 ) -> Result<Attached> {
     let ntb = lab.ntb(setup.model)?;
+    let [mut a, b] = lab.pair_specs(Some(&ntb))?;
+    if let Some(second) = setup.second {
+        a = third::plugged(a, second);
+    }
     let mut pair = None;
     checks.must("both hosts boot", || {
-        pair = Some(lab.boot_pair(Some(ntb))?);
+        pair = Some(lab.boot(&a, &b, Some(ntb))?);
         Ok("")
     })?;
     let pair = pair.context("no hosts")?;
@@ -82,13 +90,11 @@ pub fn attach(
     let before = pair.snapshot()?;
     let mut lending = None;
     checks.must("both daemons agree on a session", || {
-        let started = Lending::start_with(
-            lab,
-            &pair,
-            (2, 1),
-            (setup.more_vfs, setup.workers),
-            str::to_owned,
-        )?;
+        let how = (setup.more_vfs, setup.workers);
+        let started = Lending::start_with(lab, &pair, (2, 1), how, |text| match setup.second {
+            Some(_) if text.contains(r#"name = "a""#) => third::config(text),
+            _ => text.to_owned(),
+        })?;
         let session = started.wait_link()?;
         lending = Some(started);
         Ok(session)
