@@ -35,7 +35,9 @@ const USAGE: &str = "usage: lab-agent COMMAND
   interrupts BDF                    /proc/interrupts of one device, as JSON
   vfio-user SOCKET CASE             a client without a VMM; cases: good, version, early, oversized,
                                     private, became-private, file, short, read-only, reserved, window
-  vfio-user SOCKET vmm FIFO LBA     drives the function as the FIFO says: open, map, work, look, go, end
+  vfio-user SOCKET vmm FIFO LBA [MIB]
+                                    drives the function as the FIFO says: open, map, work, look, go, end;
+                                    its canary is so many MiB of huge pages, else one of ordinary ones
   witness SOCKET STOP LOG           a tenant at work until the file STOP is there; a line for each piece
   hostile SOCKET CASE LOG           a VMM that means harm, and what it costs the witness of this log;
                                     cases: flood, far, unread, storm, maps, fuse, truncated, punched
@@ -90,7 +92,10 @@ fn run(words: &[&str]) -> Result<()> {
         }
         ["dio", "read", dev, offset, bytes] => dio::read(dev, number(offset)?, number(bytes)?),
         ["interrupts", bdf] => interrupts::print(bdf),
-        ["vfio-user", socket, "vmm", orders, lba] => vmm::run(socket, orders, number(lba)?),
+        ["vfio-user", socket, "vmm", orders, lba, mib @ ..] => {
+            let mib = mib.first().map(|text| number(text)).transpose()?;
+            vmm::run(socket, orders, number(lba)?, mib)
+        }
         ["vfio-user", socket, case] => vfio_user::run(socket, case),
         ["witness", socket, stop, log] => witness::run(socket, stop, log),
         ["storm", socket, stop] => hostile::storm_until(socket, stop),

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use std::ffi::c_void;
@@ -69,6 +69,27 @@ impl Memory {
         Ok(Memory { fd, base, bytes })
     }
 
+    /// The same of huge pages, all of them taken.
+    pub(crate) fn huge(mib: u64) -> Result<Self> {
+        let bytes = mib << 20;
+        let fd = memfd_create("ram", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB)?;
+        let taken = fallocate(&fd, FallocateFlags::empty(), 0, bytes);
+        taken.with_context(|| format!("no {mib} MiB of huge pages are free"))?;
+        let base = map(&fd, bytes, MapFlags::SHARED)?;
+        Ok(Memory { fd, base, bytes })
+    }
+
+    /// Writes this all over it: a file of huge pages is written by nothing but a mapping.
+    pub(crate) fn fill(&mut self, piece: &[u8]) {
+        let (base, bytes) = (self.base.cast::<u8>(), self.bytes as usize);
+        for at in (0..bytes).step_by(piece.len()) {
+            let count = piece.len().min(bytes - at);
+            // SAFETY: within the mapping, which this value has to itself and which is as long as
+            // its file; no reference leads into it.
+            unsafe { base.add(at).copy_from_nonoverlapping(piece.as_ptr(), count) };
+        }
+    }
+
     /// Maps it anew, private: what the device writes is seen by nobody from now on.
     fn make_private(&mut self) -> Result<()> {
         // SAFETY: the mapping is this value's own, and nobody has a reference into it.
@@ -80,7 +101,7 @@ impl Memory {
 
 pub(crate) fn map(fd: &OwnedFd, bytes: u64, sharing: MapFlags) -> Result<*mut c_void> {
     let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, sharing);
-    // SAFETY: the kernel chooses the address; the memory is never accessed.
+    // SAFETY: the kernel chooses the address, where nothing else is.
     let base = unsafe {
         mmap(
             std::ptr::null_mut(),

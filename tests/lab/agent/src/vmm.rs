@@ -87,12 +87,13 @@ impl Vmm {
 
 /// Does as the FIFO says until it says `end`. The function is left running: whoever has it next
 /// must not see that.
-pub fn run(socket: &str, orders: &str, lba: u64) -> Result<()> {
+pub fn run(socket: &str, orders: &str, lba: u64, huge_mib: Option<u64>) -> Result<()> {
     // Its own end for writing stays open: a writer that goes is no end.
     let fifo = OpenOptions::new().read(true).write(true).open(orders);
     let fifo = fifo.with_context(|| format!("cannot open {orders}"))?;
     let mut lines = BufReader::new(fifo);
-    let canary = Rc::new(Canary::plant()?);
+    let canary = huge_mib.map_or_else(Canary::plant, Canary::plant_huge);
+    let canary = Rc::new(canary?);
     let mut vmm = None;
     loop {
         let mut line = String::new();

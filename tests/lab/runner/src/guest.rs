@@ -112,6 +112,8 @@ pub struct Guest {
     pub agent: Agent,
     /// The VMM's process id on the host.
     pub pid: u32,
+    /// The size of its RAM.
+    pub memory_mib: u32,
     host: Agent,
     sockets: Vec<String>,
     /// The scenario's folder, outside.
@@ -156,6 +158,7 @@ impl Guest {
         Ok(Guest {
             agent: host.agent.beyond(&paths.agent),
             pid,
+            memory_mib: spec.memory_mib,
             host: host.agent.clone(),
             // cloud-hypervisor leaves the lock of its control socket behind.
             sockets: vec![

@@ -88,12 +88,18 @@ impl Lab {
 
     /// Boots both hosts at once, the first with an NVMe to lend.
     pub fn boot_pair(&self, ntb: Option<Ntb>) -> Result<Pair> {
-        let mut a = HostSpec::stock("a", &self.cache)?.lender();
-        let mut b = HostSpec::stock("b", &self.cache)?.borrower();
-        if let Some(ntb) = &ntb {
-            (a, b) = (a.ntb(&ntb.socket_a), b.ntb(&ntb.socket_b));
-        }
+        let [a, b] = self.pair_specs(ntb.as_ref())?;
         self.boot(&a, &b, ntb)
+    }
+
+    /// What those two hosts are made of.
+    pub fn pair_specs(&self, ntb: Option<&Ntb>) -> Result<[HostSpec; 2]> {
+        let a = HostSpec::stock("a", &self.cache)?.lender();
+        let b = HostSpec::stock("b", &self.cache)?.borrower();
+        Ok(match ntb {
+            Some(ntb) => [a.ntb(&ntb.socket_a), b.ntb(&ntb.socket_b)],
+            None => [a, b],
+        })
     }
 
     /// Boots any two hosts at once.

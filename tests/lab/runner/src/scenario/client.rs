@@ -25,10 +25,14 @@ pub struct Client {
 impl Client {
     /// Starts it for a socket; it does nothing yet.
     pub fn start(agent: &Agent, name: &str, socket: &str, lba: u64) -> Result<Self> {
+        Client::start_with(agent, name, socket, &[&lba.to_string()])
+    }
+
+    fn start_with(agent: &Agent, name: &str, socket: &str, more: &[&str]) -> Result<Self> {
         let (orders, log) = (format!("/run/{name}.orders"), format!("/run/{name}.log"));
         agent.sh(&format!("mkfifo {orders}"))?;
-        let lba = lba.to_string();
-        let argv = ["lab-agent", "vfio-user", socket, "vmm", &orders, &lba];
+        let mut argv = vec!["lab-agent", "vfio-user", socket, "vmm", &orders];
+        argv.extend(more);
         let pid = agent.spawn(&argv, &log)?;
         Ok(Client {
             agent: agent.clone(),
@@ -41,6 +45,13 @@ impl Client {
     /// Starts one that has memory and no function: whoever reaches that is no friend.
     pub fn bystander(agent: &Agent) -> Result<Self> {
         Client::start(agent, "bystander", "nobody", 0)
+    }
+
+    /// The same with so many MiB of huge pages, all of them filled.
+    pub fn huge_bystander(agent: &Agent, name: &str, mib: u64) -> Result<Self> {
+        let client = Client::start_with(agent, name, "nobody", &["0", &mib.to_string()])?;
+        client.look(0)?;
+        Ok(client)
     }
 
     /// The one that [`EARLY_BYSTANDER`] has started. It is nobody's to wait for: it goes with its

@@ -20,6 +20,7 @@ mod refusals;
 mod rounds;
 mod steps;
 mod tenant;
+mod third;
 mod two_tenants;
 mod vf;
 mod windows;

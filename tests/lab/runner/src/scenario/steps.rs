@@ -1,9 +1,11 @@
 //! Steps that several scenarios share: from two hosts to a guest with a borrowed function, and back.
 
+use super::third;
 use crate::agent::Agent;
 use crate::check::Checks;
 use crate::guest::{Guest, GuestSpec};
 use crate::lab::{Lab, Pair};
+use crate::ntb::Ntb;
 use crate::pci;
 use crate::snapshot::Snapshot;
 use crate::sublet::{Lending, Workers};
@@ -68,6 +70,8 @@ pub struct Setup<'a> {
     pub config: Option<fn(&str) -> String>,
     /// Comes before the guest boots: what else it is to have.
     pub before_boot: Option<&'a BeforeBoot<'a>>,
+    /// A cable of host A to a third host, which the scenario starts by itself.
+    pub second: Option<&'a Ntb>,
 }
 
 type BeforeBoot<'a> = dyn Fn(&Pair, &Lending) -> Result<()> + 'a;
@@ -80,9 +84,13 @@ pub fn attach(
     spec: GuestSpec,
 ) -> Result<Attached> {
     let ntb = lab.ntb(setup.model)?;
+    let [mut a, b] = lab.pair_specs(Some(&ntb))?;
+    if let Some(second) = setup.second {
+        a = third::plugged(a, second);
+    }
     let mut pair = None;
     checks.must("both hosts boot", || {
-        pair = Some(lab.boot_pair(Some(ntb))?);
+        pair = Some(lab.boot(&a, &b, Some(ntb))?);
         Ok("")
     })?;
     let pair = pair.context("no hosts")?;
@@ -90,17 +98,12 @@ pub fn attach(
     let before = pair.snapshot()?;
     let mut lending = None;
     checks.must("both daemons agree on a session", || {
-        let started = Lending::start_with(
-            lab,
-            &pair,
-            (2, 1),
-            (setup.more_vfs, setup.workers),
-            |text| {
-                setup
-                    .config
-                    .map_or_else(|| text.to_owned(), |edit| edit(text))
-            },
-        )?;
+        let how = (setup.more_vfs, setup.workers);
+        let config = |text: &str| {
+            let edited = setup.config.map(|edit| edit(text));
+            edited.unwrap_or_else(|| text.to_owned())
+        };
+        let started = Lending::start_with(lab, &pair, (2, 1), how, config)?;
         let session = started.wait_link()?;
         lending = Some(started);
         Ok(session)

@@ -3,23 +3,19 @@
 use super::cell::{Cell, Victim};
 use super::rig::{Rig, TRUTH_TIMEOUT};
 use super::stages::END_TIMEOUT;
-use crate::host::{Host, HostSpec, vfio_user_device};
+use crate::host::{Host, HostSpec};
 use crate::lab::{Lab, Pair};
 use crate::ntb::Ntb;
 use crate::pci;
 use crate::scenario::client::Client;
+use crate::scenario::third;
 use crate::sublet::{Daemon, Keeper, Workers};
 use anyhow::{Context, Result, ensure};
-use std::path::Path;
 use std::time::Instant;
 
 /// The lender's VF for a witness, after the tenant's.
 pub const WITNESS_BDF: &str = "0000:01:00.2";
 pub const WITNESS_CONTROLLER: u32 = 2;
-/// Behind the root port after the first NTB's.
-const SECOND_NTB_BDF: &str = "0000:03:00.0";
-/// Both hosts' port to the third host.
-pub const SECOND_PORT: &str = "ntb1";
 
 /// The specs of both hosts, each with the socket of its first and of its second cable.
 pub fn specs(lab: &Lab, ntb: &Ntb, cables: &[Ntb; 2]) -> Result<[HostSpec; 2]> {
@@ -27,26 +23,14 @@ pub fn specs(lab: &Lab, ntb: &Ntb, cables: &[Ntb; 2]) -> Result<[HostSpec; 2]> {
     // It lends, too, where the third host borrows from it.
     let b = HostSpec::stock("b", &lab.cache)?.borrower().lender();
     Ok([
-        plugged(a.ntb(&ntb.socket_a), &cables[0].socket_a),
-        plugged(b.ntb(&ntb.socket_b), &cables[1].socket_a),
+        third::plugged(a.ntb(&ntb.socket_a), &cables[0]),
+        third::plugged(b.ntb(&ntb.socket_b), &cables[1]),
     ])
-}
-
-fn plugged(mut spec: HostSpec, second: &Path) -> HostSpec {
-    let device = vfio_user_device(&second.display().to_string(), Some("rp2"));
-    let words = ["-device", "pcie-root-port,id=rp2,slot=3,addr=7", "-device"];
-    spec.arguments.extend(words.map(str::to_owned));
-    spec.arguments.push(device);
-    spec
 }
 
 /// A sample configuration with the second port, and an NVMe that may be lent.
 pub fn config(text: &str) -> String {
-    let port = format!(
-        "\n[[port]]\nname = \"{SECOND_PORT}\"\nbdf = \"{SECOND_NTB_BDF}\"\npeers = \"cable\"\n\
-         trust_domain = \"third\"\nheartbeat_ms = 250\nlost_after_ms = 10000\n"
-    );
-    text.replace("allow = []", r#"allow = ["0000:01:00.*"]"#) + &port
+    third::config(&text.replace("allow = []", r#"allow = ["0000:01:00.*"]"#))
 }
 
 /// What the daemon keeps outlives its host, as on a disk.

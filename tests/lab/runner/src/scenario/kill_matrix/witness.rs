@@ -1,14 +1,14 @@
 //! Witnesses: a tenant beside the one who is struck, or at a third host that does nothing else, whose checksummed I/O goes on; and bystanders, whose memory is nobody's.
 
 use super::cell::Witnessed;
-use super::hosts::{SECOND_PORT, WITNESS_BDF};
+use super::hosts::WITNESS_BDF;
 use super::rig::Rig;
-use crate::host::{Host, HostSpec, NTB_BDF, VF_BDF};
+use crate::host::VF_BDF;
 use crate::pci;
 use crate::scenario::client::Client;
-use crate::sublet::{Daemon, PORT, Workers, config};
+use crate::scenario::third::{SECOND_PORT, Third};
+use crate::sublet::{Daemon, PORT};
 use anyhow::{Context, Result};
-use std::fs;
 
 const SOCKET: &str = "/run/sublet/witness.sock";
 /// Where its pieces lie, in blocks of 512 bytes.
@@ -21,14 +21,6 @@ pub struct Witness {
     bdf: &'static str,
     fdid: String,
     third: Option<Third>,
-}
-
-/// The host that is there for the witness alone.
-struct Third {
-    host: Host,
-    daemon: Daemon,
-    /// The other host's port to it.
-    port: u32,
 }
 
 impl Rig<'_> {
@@ -76,22 +68,8 @@ impl Rig<'_> {
 
     /// A third host at the end of the second cable of one that stays.
     fn third(&self, place: Witnessed) -> Result<Third> {
-        let text = config("b.toml")?;
-        let text = text.replace("id = 8", "id = 12");
-        fs::write(
-            self.lab.dir.join("c.toml"),
-            text.replace(r#""b""#, r#""c""#),
-        )?;
         let cable = &self.cables[usize::from(place == Witnessed::FromBorrower)];
-        let spec = HostSpec::stock("c", &self.lab.cache)?.small();
-        let mut host = self.lab.start_host(&spec.ntb(&cable.socket_b))?;
-        host.wait_ready()?;
-        pci::bind(&host.agent, NTB_BDF, "vfio-pci")?;
-        let config = host.shared("c.toml");
-        let daemon = Daemon::start_as(&host, &self.program, &config, Workers::Processes)?;
-        let port = self.lender_of(place).start_port_named(SECOND_PORT)?;
-        daemon.wait_link()?;
-        Ok(Third { host, daemon, port })
+        Third::start(self.lab, cable, self.lender_of(place))
     }
 
     /// It moves out, its function goes out of the pool, and the third host is no more.
@@ -113,9 +91,8 @@ impl Rig<'_> {
         let lender = self.lender_of(place);
         lender.verb(&["unavailable", bdf])?;
         lender.verb(&["remove", bdf])?;
-        if let Some(Third { port, daemon, .. }) = third {
-            daemon.stop()?;
-            lender.end(port)?;
+        if let Some(third) = third {
+            third.end(lender)?;
         }
         if place == Witnessed::FromBorrower {
             pci::nvme_offline(&self.pair.b.agent, 1)?;

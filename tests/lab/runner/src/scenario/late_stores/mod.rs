@@ -1,7 +1,11 @@
 //! Scenarios `late-stores` and `mapped-door`: what stood still while its lease was revoked reaches nothing of the next tenant, and a VMM that holds the window is ended first.
 
+mod elsewhere;
+mod freed;
+
 use super::client::{Client, EARLY_BYSTANDER};
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, SOCKET, Setup, dio};
+use super::third::{self, Third};
 use super::{Scenario, When};
 use crate::agent::Agent;
 use crate::check::Checks;
@@ -11,6 +15,7 @@ use crate::lab::Lab;
 use crate::pci::{self, NvmeRegisters};
 use crate::sublet::{PORT, Workers};
 use anyhow::{Context, Result, bail, ensure};
+use freed::Freed;
 use serde_json::Value;
 use std::fs;
 use std::time::Duration;
@@ -18,7 +23,7 @@ use std::time::Duration;
 /// One tenant after the other on the same function; each stores without end until it is gone.
 pub const SCENARIO: Scenario = Scenario {
     name: "late-stores",
-    checks: ATTACH_CHECKS + VICTIMS.len() + DETACH_CHECKS,
+    checks: ATTACH_CHECKS + 1 + VICTIMS.len() + DETACH_CHECKS,
     when: When::Full,
     own_model: None,
     deadline: Duration::from_secs(1200),
@@ -77,7 +82,11 @@ struct Rig<'a> {
     borrow: &'a [&'a str],
     tenants: usize,
     /// On each host one.
-    bystanders: [Client; 2],
+    bystanders: Vec<Client>,
+    /// How often they were looked at.
+    looks: u64,
+    /// Where the function is lent on to while its borrower's port stands still.
+    third: Option<Third>,
 }
 
 /// The tenant that comes next, and memory of its guest that the function is never told of, filled
@@ -90,13 +99,15 @@ struct Next {
 impl<'a> Rig<'a> {
     fn new(lab: &'a Lab, attached: Attached, borrow: &'a [&'a str]) -> Result<Self> {
         let bystander = |host: &Host| Client::bystander(&host.agent);
-        let bystanders = [bystander(&attached.pair.a)?, bystander(&attached.pair.b)?];
+        let bystanders = vec![bystander(&attached.pair.a)?, bystander(&attached.pair.b)?];
         Ok(Rig {
             lab,
             attached,
             borrow,
             tenants: 0,
             bystanders,
+            looks: 0,
+            third: None,
         })
     }
 
@@ -109,11 +120,23 @@ impl<'a> Rig<'a> {
     }
 }
 
+/// Of a borrower's status: its only lease is over, and it knows.
+fn is_lost(status: &Value) -> bool {
+    status["borrowed"][0]["state"] == "lost"
+}
+
 fn spec(lab: &Lab, name: &str) -> Result<GuestSpec> {
     let mut spec = GuestSpec::stock(name, &lab.vmm()?);
     // The guest stores past its driver.
     spec.cmdline = "iomem=relaxed".to_owned();
     Ok(spec)
+}
+
+/// The VMM ends by no will of its own.
+fn ensure_killed(host: &Agent, vmm: u32) -> Result<()> {
+    let code = host.wait(vmm, WAIT)?;
+    ensure!(code.is_none(), "the VMM was not killed, it ended: {code:?}");
+    Ok(())
 }
 
 /// A port's own words: it has ended this VMM before it was shut in, behind which it opens its NTB.
@@ -129,13 +152,22 @@ fn ensure_ended_first(port: &str, vmm: u32) -> Result<()> {
 }
 
 fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
+    // It goes behind the host that has an end of it.
+    let cable = lab.cable("ntb-ac", &[])?;
     let setup = Setup {
         workers: Workers::Processes,
+        second: Some(&cable),
+        config: Some(third::config_of_a),
         ..Setup::default()
     };
     let attached = steps::attach(lab, checks, &setup, spec(lab, "g")?)?;
     let mut rig = Rig::new(lab, attached, &[])?;
     for victim in VICTIMS {
+        if victim == Victim::BorrowerPort {
+            checks.must("a third host agrees on a session with host a", || {
+                rig.begin_third(&cable)
+            })?;
+        }
         let name = format!("{victim:?} stands still while its lease is revoked: no late store");
         checks.must(&name, || rig.strike(victim))?;
     }
@@ -223,6 +255,7 @@ impl Rig<'_> {
         let (pid, host) = self.process(victim)?;
         host.kill(pid, SIGSTOP)?;
         host.wait_until(&format!("grep -q '^State:.T' /proc/{pid}/status"), WAIT)?;
+        let mut elsewhere = String::new();
         match victim {
             Victim::Vmm => self.revoke()?,
             Victim::Worker => {
@@ -236,13 +269,16 @@ impl Rig<'_> {
                 // Its worker does not know yet, and stores.
                 self.stores_go_on(&self.attached.guest)?;
                 self.registers()?.ensure_reset()?;
-                host.kill(pid, SIGCONT)?;
+                let pieces = self.lend_on_elsewhere(pid)?;
+                elsewhere = format!("{pieces} pieces at host c were right; ");
             }
+            // Nobody but this port can take its lease away, so that nothing can be lent on before it
+            // goes on: the old VMM and its worker store beside the next tenant, who comes then.
             Victim::LenderPort => self.revoke_of_frozen_port(pid)?,
         }
         let next = self.lend_on_beside()?;
         self.late_stores_come(victim)?;
-        self.take_over(next)
+        Ok(elsewhere + &self.take_over(next, None)?)
     }
 
     /// The old tenant stands still until the next is up, as TCG's nested SVM does not stand a guest
@@ -276,11 +312,12 @@ impl Rig<'_> {
         b.sh(&format!("test -s {HOLDERS}/{pid}"))?;
         b.kill(pid, SIGSTOP)?;
         b.wait_until(&format!("grep -q '^State:.T' /proc/{pid}/status"), WAIT)?;
-        self.revoke()?;
-        let code = b.wait(pid, WAIT)?;
-        ensure!(code.is_none(), "the VMM was not killed, it ended: {code:?}");
+        let freed = Freed::by(&b, self.attached.guest.memory_mib.into(), || {
+            self.revoke()?;
+            ensure_killed(&b, pid)
+        })?;
         let next = self.lend_on()?;
-        self.take_over(next)
+        self.take_over(next, Some(freed))
     }
 
     fn kill_port_of_mapped(&mut self) -> Result<String> {
@@ -294,18 +331,20 @@ impl Rig<'_> {
             .context("the VMM ended by itself: nothing is shown")?;
         let log = self.lab.dir.join("port-b.log");
         let of_killed = fs::read_to_string(&log)?.len();
-        self.attached.lending.b.start_port()?;
-        // It answers, and so has opened its NTB.
-        let gone = b.sh(&format!("! {}", lives(pid)));
-        gone.context("a port serves while a VMM has its window")?;
-        ensure_ended_first(&fs::read_to_string(&log)?[of_killed..], pid)?;
-        let code = b.wait(pid, WAIT)?;
-        ensure!(code.is_none(), "the VMM was not killed, it ended: {code:?}");
+        let guest_mib = self.attached.guest.memory_mib.into();
+        let freed = Freed::by(&b, guest_mib, || {
+            self.attached.lending.b.start_port()?;
+            // It answers, and so has opened its NTB.
+            let gone = b.sh(&format!("! {}", lives(pid)));
+            gone.context("a port serves while a VMM has its window")?;
+            ensure_ended_first(&fs::read_to_string(&log)?[of_killed..], pid)?;
+            ensure_killed(&b, pid)
+        })?;
         self.attached.lending.wait_link()?;
         // On the socket that the killed port left behind.
         self.tenants += SOCKETS.len();
         let next = self.move_in()?;
-        self.take_over(next)
+        self.take_over(next, Some(freed))
     }
 
     /// The operator's word is answered when the function is nobody's.
@@ -348,8 +387,7 @@ impl Rig<'_> {
     /// The same function to another tenant, with the old one's VMM still there.
     fn lend_on(&mut self) -> Result<Next> {
         let Attached { lending, fdid, .. } = &self.attached;
-        let lost = |status: &Value| status["borrowed"][0]["state"] == "lost";
-        lending.b.wait_status("lost lease", WAIT, lost)?;
+        lending.b.wait_status("lost lease", WAIT, is_lost)?;
         lending.b.verb(&["return", fdid])?;
         self.tenants += 1;
         self.move_in()
@@ -373,26 +411,56 @@ impl Rig<'_> {
     }
 
     /// The new tenant's function, bytes and memory are its own, and both hosts' memory is nobody's;
-    /// then the old one's VMM goes.
-    fn take_over(&mut self, next: Next) -> Result<String> {
-        let a = &self.attached.pair.a.agent;
+    /// then the old one's VMM goes, if it is there yet, and what that frees is nobody's either while
+    /// the new tenant works on.
+    fn take_over(&mut self, next: Next, freed: Option<Freed>) -> Result<String> {
         let Next { guest, memory } = next;
+        self.work_as_next(&guest)?;
+        memory.look(1).context("the next tenant's memory")?;
+        let old = std::mem::replace(&mut self.attached.guest, guest);
+        let last_mib = old.memory_mib.into();
+        old.clear_away()?;
+        let Attached { pair, guest, .. } = &self.attached;
+        let freed = match freed {
+            Some(freed) => freed,
+            None => Freed::fill(&pair.b.agent, last_mib, guest.memory_mib.into())?,
+        };
+        let written = self.work_as_next(guest)?;
+        memory.look(2).context("the next tenant's memory")?;
+        self.look_at_bystanders()?;
+        let mib = freed.ensure_whole()?;
+        Ok(format!(
+            "{written}; {mib} MiB, the {last_mib} of the last guest among them, were filled when its \
+             VMM had ended, and are as they were"
+        ))
+    }
+
+    /// It writes, and all that it has written is there.
+    fn work_as_next(&self, guest: &Guest) -> Result<String> {
         let written = steps::write_and_read_back(&guest.agent, BYTES)?;
-        let read = dio(a, "read", BYTES, None)?;
+        let read = dio(&self.attached.pair.a.agent, "read", BYTES, None)?;
         ensure!(
             written == read,
             "the guest wrote {written}, host a has {read}"
         );
+        self.ensure_no_store_of_last()?;
+        Ok(written)
+    }
+
+    /// The function runs for whoever has it now.
+    fn ensure_no_store_of_last(&self) -> Result<()> {
         let seen = self.registers()?;
         ensure!(
             seen.cc & 1 == 1 && seen.aqa != PATTERN,
             "the next tenant's function bears a store of the last's: {seen:x?}"
         );
-        memory.look(1).context("the next tenant's memory")?;
-        let mut bystanders = self.bystanders.iter();
-        bystanders.try_for_each(|bystander| bystander.look(self.tenants as u64))?;
-        let old = std::mem::replace(&mut self.attached.guest, guest);
-        old.clear_away()?;
-        Ok(written)
+        Ok(())
+    }
+
+    /// Memory that is no tenant's is as it was.
+    fn look_at_bystanders(&mut self) -> Result<()> {
+        self.looks += 1;
+        let mut all = self.bystanders.iter();
+        all.try_for_each(|bystander| bystander.look(self.looks))
     }
 }
