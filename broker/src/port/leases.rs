@@ -8,27 +8,23 @@ use crate::daemon::socket::ControlSocket;
 use crate::line::{
     FromDaemon, FromPort, LEASES_PER_MESSAGE_MAX, MessageError, Packets, Sent, VERSION,
 };
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::io::Errno;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use vfio_shim::model::{OsRuntime, Runtime, Task};
 use vfio_shim::path::LeasePool;
 use vfio_shim::path::grant::{PortLine, ToPool, ToPort};
 use vfio_shim::path::words;
 
-/// How long nobody is accepted after that failed.
-const PAUSE: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 100_000_000,
-};
+/// How long nobody is accepted after that failed, milliseconds.
+const PAUSE_MS: u64 = 100;
 
 /// The leases of one port, asked for at whichever daemon is connected. The thread ends on drop.
 pub struct PortLeases {
     shared: Arc<Shared>,
     stop: OwnedFd,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<Task>>,
 }
 
 struct Shared {
@@ -137,6 +133,15 @@ impl LeasePool for PortLeases {
 impl PortLeases {
     /// Starts to wait for daemons.
     pub fn start(node: u16, name: &str, socket: ControlSocket) -> io::Result<Arc<Self>> {
+        Self::start_on(Arc::new(OsRuntime), (node, name), socket)
+    }
+
+    /// The same on another runtime than the operating system's.
+    pub fn start_on(
+        runtime: Arc<dyn Runtime>,
+        (node, name): (u16, &str),
+        socket: ControlSocket,
+    ) -> io::Result<Arc<Self>> {
         let shared = Arc::new(Shared {
             node,
             name: name.to_owned(),
@@ -148,13 +153,13 @@ impl PortLeases {
             shared: Arc::clone(&shared),
             socket,
             stop: stop.try_clone()?,
+            runtime: Arc::clone(&runtime),
         };
-        let builder = std::thread::Builder::new().name("leases".into());
-        let thread = Some(builder.spawn(move || waiting.run())?);
+        let thread = runtime.spawn("leases".into(), Box::new(move || waiting.run()))?;
         Ok(Arc::new(Self {
             shared,
             stop,
-            thread,
+            thread: Mutex::new(Some(thread)),
         }))
     }
 }
@@ -162,8 +167,12 @@ impl PortLeases {
 impl Drop for PortLeases {
     fn drop(&mut self) {
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(thread) = thread.take() {
+            thread.join();
         }
     }
 }
@@ -173,6 +182,7 @@ struct Waiting {
     shared: Arc<Shared>,
     socket: ControlSocket,
     stop: OwnedFd,
+    runtime: Arc<dyn Runtime>,
 }
 
 impl Waiting {
@@ -187,9 +197,8 @@ impl Waiting {
             if let Some(daemon) = &daemon {
                 fds.push(PollFd::from_borrowed_fd(daemon.as_fd(), PollFlags::IN));
             }
-            match poll(&mut fds, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return tracing::error!(%error, "no daemon is heard any more"),
+            if let Err(error) = self.runtime.poll(&mut fds) {
+                return tracing::error!(%error, "no daemon is heard any more");
             }
             let [stopped, called, said] =
                 [0, 1, 2].map(|at| fds.get(at).is_some_and(|fd| !fd.revents().is_empty()));
@@ -228,7 +237,8 @@ impl Waiting {
                 tracing::warn!(%error, "a daemon could not be accepted");
                 // Out of fds or memory: the listener stays readable, so wait on `stop` alone.
                 let mut fds = [PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN)];
-                let _ = poll(&mut fds, Some(&PAUSE));
+                let until_ms = self.runtime.now_ms() + PAUSE_MS;
+                let _ = self.runtime.poll_until(&mut fds, Some(until_ms));
                 return;
             }
         };

@@ -5,10 +5,13 @@
 //! there when it was added. So a daemon may be killed and come back at any time. A port that is not
 //! there, or does not answer, costs its own lines and no more.
 
+mod leases;
 mod lend;
 mod link;
 mod report;
 mod tenants;
+
+pub use leases::{LeaseLine, Line, LinePort};
 
 use super::Host;
 use super::host::{HostError, check_ways};

@@ -1,6 +1,7 @@
 //! What `list` and `status` tell of all ports together.
 
-use super::link::{Line, PortLink};
+use super::leases::Line;
+use super::link::PortLink;
 use super::{LIST_DEADLINE, Router, refuse, strange};
 use crate::config::PortConfig;
 use crate::daemon::quarantine;
