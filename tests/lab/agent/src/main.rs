@@ -35,7 +35,8 @@ const USAGE: &str = "usage: lab-agent COMMAND
   interrupts BDF                    /proc/interrupts of one device, as JSON
   vfio-user SOCKET CASE             a client without a VMM; cases: good, version, early, oversized,
                                     private, became-private, file, short, read-only, reserved, window
-  vfio-user SOCKET vmm FIFO LBA     drives the function as the FIFO says: open, map, work, look, go, end
+  vfio-user SOCKET vmm FIFO LBA     drives the function as the FIFO says: open, map, work, more,
+                                    leave, look, go, end
   witness SOCKET STOP LOG           a tenant at work until the file STOP is there; a line for each piece
   hostile SOCKET CASE LOG           a VMM that means harm, and what it costs the witness of this log;
                                     cases: flood, far, unread, storm, maps, fuse, truncated, punched

@@ -112,6 +112,8 @@ pub struct Guest {
     pub agent: Agent,
     /// The VMM's process id on the host.
     pub pid: u32,
+    /// What its kernel says, a file on the host.
+    pub console: String,
     host: Agent,
     sockets: Vec<String>,
     /// The scenario's folder, outside.
@@ -156,6 +158,7 @@ impl Guest {
         Ok(Guest {
             agent: host.agent.beyond(&paths.agent),
             pid,
+            console: paths.console,
             host: host.agent.clone(),
             // cloud-hypervisor leaves the lock of its control socket behind.
             sockets: vec![
