@@ -1,6 +1,6 @@
 //! Memory that nobody may write: full of a pattern, half of it mapped for a function, half of it nobody's, and looked at again and again.
 
-use crate::vfio_user::{Client, DMA_MAP, Memory, dma_map};
+use crate::vfio_user::{Client, DMA_MAP, DMA_UNMAP, Memory, dma_map, dma_unmap};
 use anyhow::{Result, bail};
 use rustix::mm::MapFlags;
 use std::fs::File;
@@ -48,6 +48,12 @@ impl Canary {
     pub fn map(&self, client: &mut Client) -> Result<()> {
         let body = dma_map(ADDRESS, self.bytes / 2);
         client.ask(DMA_MAP, &body, &[self.file.as_fd()]).map(drop)
+    }
+
+    /// Takes it away again.
+    pub fn unmap(&self, client: &mut Client) -> Result<()> {
+        let body = dma_unmap(ADDRESS, BYTES as u64 / 2);
+        client.ask(DMA_UNMAP, &body, &[]).map(drop)
     }
 
     /// That all of it is as it was.

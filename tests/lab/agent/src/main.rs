@@ -36,8 +36,9 @@ const USAGE: &str = "usage: lab-agent COMMAND
   vfio-user SOCKET CASE             a client without a VMM; cases: good, version, early, oversized,
                                     private, became-private, file, short, read-only, reserved, window
   vfio-user SOCKET vmm FIFO LBA [MIB]
-                                    drives the function as the FIFO says: open, map, work, look, go, end;
-                                    its canary is so many MiB of huge pages, else one of ordinary ones
+                                    drives the function as the FIFO says: open, map, work, more, leave,
+                                    look, go, end; its canary is so many MiB of huge pages, else one of
+                                    ordinary ones
   witness SOCKET STOP LOG           a tenant at work until the file STOP is there; a line for each piece
   hostile SOCKET CASE LOG           a VMM that means harm, and what it costs the witness of this log;
                                     cases: flood, far, unread, storm, maps, fuse, truncated, punched

@@ -1,8 +1,8 @@
 //! An NVMe controller behind a vfio-user socket, driven from a memfd: what a tenant without a guest does with its function.
 
 use crate::vfio_user::{
-    BAR0, Client, DMA_MAP, Memory, RAM_BYTES, REGION_READ, REGION_WRITE, SET_IRQS, access, dma_map,
-    trigger,
+    BAR0, Client, DMA_MAP, DMA_UNMAP, Memory, RAM_BYTES, REGION_READ, REGION_WRITE, SET_IRQS,
+    access, dma_map, dma_unmap, trigger,
 };
 use anyhow::{Context, Result, ensure};
 use rustix::mm::MapFlags;
@@ -28,8 +28,14 @@ const DOORBELLS: u64 = 0x1000;
 /// CC: 64-byte submission and 16-byte completion entries, enabled.
 const CC_ENABLE: u32 = 6 << 16 | 4 << 20 | 1;
 const READY: u32 = 1;
+/// CC: a normal shutdown; CSTS: it is complete.
+const CC_SHUT_DOWN: u32 = 1 << 14;
+const SHUT_DOWN_MASK: u32 = 3 << 2;
+const SHUT_DOWN: u32 = 2 << 2;
 
+const OPCODE_DELETE_SUBMISSION: u32 = 0x00;
 const OPCODE_CREATE_SUBMISSION: u32 = 0x01;
+const OPCODE_DELETE_COMPLETION: u32 = 0x04;
 const OPCODE_CREATE_COMPLETION: u32 = 0x05;
 const OPCODE_GET_FEATURES: u32 = 0x0a;
 const FEATURE_QUEUES: u32 = 7;
@@ -143,6 +149,25 @@ impl Controller {
         Ok(())
     }
 
+    /// Takes its I/O queue away and shuts it down, as a driver does.
+    pub fn end(&mut self) -> Result<()> {
+        for opcode in [OPCODE_DELETE_SUBMISSION, OPCODE_DELETE_COMPLETION] {
+            let mut command = command(opcode, 0);
+            command[10] = 1;
+            self.run(0, command, within(PATIENCE))?;
+        }
+        self.set(CC, CC_ENABLE | CC_SHUT_DOWN)?;
+        self.wait_status(SHUT_DOWN_MASK, SHUT_DOWN)?;
+        self.set(CC, 0)?;
+        self.wait_ready(0)
+    }
+
+    /// Takes its memory away from the function.
+    pub fn unmap(&mut self) -> Result<()> {
+        let body = dma_unmap(0, RAM_BYTES);
+        self.client.ask(DMA_UNMAP, &body, &[]).map(drop)
+    }
+
     /// A register of BAR 0.
     pub fn get(&mut self, offset: u64) -> Result<u32> {
         let answer = self
@@ -159,10 +184,14 @@ impl Controller {
     }
 
     fn wait_ready(&mut self, ready: u32) -> Result<()> {
+        self.wait_status(READY, ready)
+    }
+
+    fn wait_status(&mut self, mask: u32, wanted: u32) -> Result<()> {
         let mut wait = within(PATIENCE);
         loop {
             let status = self.get(CSTS)?;
-            if status & READY == ready {
+            if status & mask == wanted {
                 return Ok(());
             }
             ensure!(status != u32::MAX, "the controller does not answer");

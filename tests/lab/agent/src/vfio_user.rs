@@ -20,10 +20,12 @@ use std::time::Duration;
 /// vfio-user specification 0.9.1: commands.
 const VERSION: u16 = 1;
 pub(crate) const DMA_MAP: u16 = 2;
+pub(crate) const DMA_UNMAP: u16 = 3;
 pub(crate) const DEVICE_GET_INFO: u16 = 4;
 pub(crate) const SET_IRQS: u16 = 8;
 pub(crate) const REGION_READ: u16 = 9;
 pub(crate) const REGION_WRITE: u16 = 10;
+pub(crate) const DEVICE_RESET: u16 = 13;
 pub(crate) const HEADER_BYTES: usize = 16;
 /// Above the largest message that any server takes.
 const OVERSIZED: u32 = 1 << 30;
@@ -238,9 +240,20 @@ pub(crate) fn device_info() -> Vec<u8> {
 }
 
 pub(crate) fn dma_map(address: u64, bytes: u64) -> Vec<u8> {
+    dma_map_of(0, address, bytes)
+}
+
+/// The same of a memory fd's bytes from `offset` on.
+pub(crate) fn dma_map_of(offset: u64, address: u64, bytes: u64) -> Vec<u8> {
     let mut body = Vec::new();
     body.extend([32, READ_WRITE].map(u32::to_le_bytes).concat());
-    body.extend([0, address, bytes].map(u64::to_le_bytes).concat());
+    body.extend([offset, address, bytes].map(u64::to_le_bytes).concat());
+    body
+}
+
+pub(crate) fn dma_unmap(address: u64, bytes: u64) -> Vec<u8> {
+    let mut body = [24, 0].map(u32::to_le_bytes).concat();
+    body.extend([address, bytes].map(u64::to_le_bytes).concat());
     body
 }
 
@@ -251,11 +264,20 @@ pub(crate) fn access(region: u32, offset: u64, count: u32, data: Option<&[u8]>) 
     body
 }
 
+const MSIX: u32 = 2;
+
 /// One eventfd as the trigger of the first MSI-X vector.
 pub(crate) fn trigger() -> Vec<u8> {
     const EVENTFD_TRIGGER: u32 = 1 << 2 | 1 << 5;
-    const MSIX: u32 = 2;
     [20, EVENTFD_TRIGGER, MSIX, 0, 1]
+        .map(u32::to_le_bytes)
+        .concat()
+}
+
+/// No trigger for any MSI-X vector.
+pub(crate) fn no_triggers() -> Vec<u8> {
+    const NONE_TRIGGER: u32 = 1 | 1 << 5;
+    [20, NONE_TRIGGER, MSIX, 0, 0]
         .map(u32::to_le_bytes)
         .concat()
 }

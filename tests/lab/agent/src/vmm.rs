@@ -8,11 +8,16 @@ use crate::canary::Canary;
 use crate::nvme_remote::{
     ACQ, AQA, ASQ, BLOCK_BYTES, BUFFERS, CC, CSTS, Controller, INTMS, PATIENCE, VS, within,
 };
-use crate::vfio_user::{DEVICE_GET_INFO, device_info};
+use crate::vfio_user::{
+    DEVICE_GET_INFO, DEVICE_RESET, DMA_MAP, DMA_UNMAP, Memory, SET_IRQS, device_info, dma_map_of,
+    dma_unmap, no_triggers, trigger,
+};
 use anyhow::{Context, Result, bail, ensure};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::mm::MapFlags;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 use std::time::Instant;
@@ -23,6 +28,12 @@ const PIECE_BYTES: usize = 4096;
 const PIECE_BLOCKS: u32 = (PIECE_BYTES / BLOCK_BYTES) as u32;
 /// Left in the interrupt mask, for a reset to undo.
 const PATTERN: u32 = 0x5a5a_a5a5;
+/// Small regions of memory beside the controller's own: to take them away one by one is long enough
+/// for a strike in the middle.
+const REGIONS: u64 = 64;
+const REGION_BYTES: u64 = 16 << 10;
+/// Far from the controller's memory and from the canary.
+const REGIONS_AT: u64 = 1 << 29;
 /// Between two pieces: others have the machine, too.
 const PAUSE: Timespec = Timespec {
     tv_sec: 0,
@@ -35,6 +46,13 @@ struct Vmm {
     canary: Rc<Canary>,
     lba: u64,
     pieces: u64,
+    /// The small regions, and who hears of interrupts, where there are any.
+    more: Option<(Memory, OwnedFd)>,
+}
+
+/// Where each of the small regions is, in their memory.
+fn regions() -> impl Iterator<Item = u64> {
+    (0..REGIONS).map(|index| index * REGION_BYTES)
 }
 
 impl Vmm {
@@ -57,6 +75,7 @@ impl Vmm {
             canary: canary.clone(),
             lba,
             pieces: 0,
+            more: None,
         })
     }
 
@@ -81,6 +100,39 @@ impl Vmm {
         let mut back = vec![0; PIECE_BYTES];
         controller.ram.read_exact_at(&mut back, READ_BACK)?;
         ensure!(back == piece, "piece {} came back as another", self.pieces);
+        self.canary.look()
+    }
+
+    /// What a VMM has beside: a trigger for interrupts, and memory in many small regions.
+    fn more(&mut self) -> Result<()> {
+        let memory = Memory::new(REGIONS * REGION_BYTES, MapFlags::SHARED)?;
+        let heard = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let client = &mut self.controller.client;
+        client.ask(SET_IRQS, &trigger(), &[heard.as_fd()])?;
+        for offset in regions() {
+            let body = dma_map_of(offset, REGIONS_AT + offset, REGION_BYTES);
+            client.ask(DMA_MAP, &body, &[memory.fd.as_fd()])?;
+        }
+        self.more = Some((memory, heard));
+        Ok(())
+    }
+
+    /// Takes its function apart, as a VMM does whose guest shuts down: interrupts, queues, memory
+    /// region by region, a reset, and last the connection.
+    fn leave(mut self) -> Result<()> {
+        let more = self.more.take();
+        let client = &mut self.controller.client;
+        client.ask(SET_IRQS, &no_triggers(), &[])?;
+        self.controller.end()?;
+        let client = &mut self.controller.client;
+        for offset in regions().take_while(|_| more.is_some()) {
+            let body = dma_unmap(REGIONS_AT + offset, REGION_BYTES);
+            client.ask(DMA_UNMAP, &body, &[])?;
+        }
+        self.canary.unmap(client)?;
+        self.controller.unmap()?;
+        let client = &mut self.controller.client;
+        client.ask(DEVICE_RESET, &[], &[]).map(drop)?;
         self.canary.look()
     }
 }
@@ -119,10 +171,14 @@ pub fn run(socket: &str, orders: &str, lba: u64, huge_mib: Option<u64>) -> Resul
 }
 
 fn obey(order: &str, vmm: &mut Option<Vmm>, orders: &File) -> Result<()> {
+    if order == "leave" {
+        return vmm.take().context("nothing is open")?.leave();
+    }
     let vmm = vmm.as_mut().context("nothing is open")?;
     match order {
         "map" => vmm.map(),
         "work" => vmm.work(),
+        "more" => vmm.more(),
         "go" => {
             // Until there is another order.
             let mut ready = [PollFd::new(orders, PollFlags::IN)];

@@ -114,6 +114,8 @@ pub struct Guest {
     pub pid: u32,
     /// The size of its RAM.
     pub memory_mib: u32,
+    /// What its kernel says, a file on the host.
+    pub console: String,
     host: Agent,
     sockets: Vec<String>,
     /// The scenario's folder, outside.
@@ -159,6 +161,7 @@ impl Guest {
             agent: host.agent.beyond(&paths.agent),
             pid,
             memory_mib: spec.memory_mib,
+            console: paths.console,
             host: host.agent.clone(),
             // cloud-hypervisor leaves the lock of its control socket behind.
             sockets: vec![

@@ -1,6 +1,6 @@
 //! What must be true after a strike: both hosts tell the truth, nothing is left, and the next tenant gets a clean function.
 
-use super::cell::Cell;
+use super::cell::{Cell, Truth};
 use super::rig::{Rig, TRUTH_TIMEOUT};
 use super::stages::{END_TIMEOUT, SOCKET, VERB_LOG};
 use crate::host::VF_BDF;
@@ -10,6 +10,13 @@ use crate::sublet::PORT;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::time::Instant;
+
+/// What a host says of one function on a side, `lent` or `borrowed`.
+pub fn of_function<'v>(status: &'v Value, side: &str, fdid: &str) -> &'v Value {
+    let all = status[side].as_array();
+    let one = all.and_then(|all| all.iter().find(|one| one["fdid"] == fdid));
+    one.unwrap_or(&Value::Null)
+}
 
 impl Rig<'_> {
     /// The link session that host B knows.
@@ -31,39 +38,39 @@ impl Rig<'_> {
 
     /// What a host says of the function that it has borrowed.
     pub fn borrowed<'v>(&self, status: &'v Value) -> &'v Value {
-        let all = status["borrowed"].as_array();
-        let one = all.and_then(|all| all.iter().find(|one| one["fdid"] == self.fdid.as_str()));
-        one.unwrap_or(&Value::Null)
+        of_function(status, "borrowed", &self.fdid)
     }
 
     /// What it says of the function that it lends.
     pub fn lent<'v>(&self, status: &'v Value) -> &'v Value {
-        let all = status["lent"].as_array();
-        let one = all.and_then(|all| all.iter().find(|one| one["fdid"] == self.fdid.as_str()));
-        one.unwrap_or(&Value::Null)
+        of_function(status, "lent", &self.fdid)
     }
 
-    /// Waits until both hosts say the same of the function, and it is no passing state.
-    pub fn truth(&self) -> Result<String> {
+    /// Waits until both hosts say the same of the function, it is no passing state, and one of
+    /// those that may be. Asked for within 2 s: how long an answer takes is not its truth's matter.
+    pub fn truth(&self, expected: &[Truth]) -> Result<String> {
         let since = Instant::now();
+        let mut last = None;
         loop {
             let asked = since.elapsed();
             let (a, b) = (self.lending.a.status()?, self.lending.b.status()?);
             ensure!(
                 asked < TRUTH_TIMEOUT,
-                "asked after {asked:.1?} the hosts do not agree: {}, {}, {}, {}",
+                "asked after {asked:.1?} the hosts agree on {last:?}, and not on one of \
+                 {expected:?}: {}, {}, {}, {}",
                 self.lent(&a),
                 a["ports"][0],
                 self.borrowed(&b),
                 b["ports"][0]
             );
-            if let Some(told) = self.agreed(&a, &b) {
-                return Ok(format!("{told}, asked after {} ms", asked.as_millis()));
+            last = self.agreed(&a, &b);
+            if let Some(told) = last.filter(|told| expected.contains(told)) {
+                return Ok(format!("{told:?}, asked after {} ms", asked.as_millis()).to_lowercase());
             }
         }
     }
 
-    fn agreed(&self, a: &Value, b: &Value) -> Option<&'static str> {
+    fn agreed(&self, a: &Value, b: &Value) -> Option<Truth> {
         for status in [a, b] {
             let port = &status["ports"][0];
             if port["session"]["state"] != "open" || port["process"]["answers"] != true {
@@ -72,13 +79,13 @@ impl Rig<'_> {
         }
         let (lent, borrowed) = (self.lent(a), self.borrowed(b));
         let nobody = lent["lease"].is_null();
+        let same = borrowed["lease"] == lent["lease"];
         match (lent["state"].as_str(), borrowed["state"].as_str()) {
             (Some("quarantine"), _) => None,
-            (_, None) if nobody => Some("nobody's"),
-            (_, Some("lost")) if nobody => Some("lost"),
-            (_, Some("waiting" | "connected")) if borrowed["lease"] == lent["lease"] => {
-                Some("lent")
-            }
+            (_, None) if nobody => Some(Truth::Nobodys),
+            (_, Some("lost")) if nobody => Some(Truth::Lost),
+            (_, Some("waiting")) if same => Some(Truth::Waiting),
+            (_, Some("connected")) if same => Some(Truth::Connected),
             _ => None,
         }
     }

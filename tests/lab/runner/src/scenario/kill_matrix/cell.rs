@@ -49,6 +49,36 @@ pub enum Stage {
     Return,
 }
 
+/// What is done at a stage while the strike comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    Lend,
+    Borrow,
+    Open,
+    Map,
+    Run,
+    /// A VMM ends at once, and leaves its function running: others have all the undoing to do.
+    End,
+    /// A VMM takes its function apart, step by step.
+    Leave,
+    /// A guest's kernel powers its machine off.
+    ShutDown,
+    Return,
+}
+
+/// What both hosts say of the function, once they agree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Truth {
+    /// There is no lease.
+    Nobodys,
+    /// There was one: the borrower says why it is over, until it is returned.
+    Lost,
+    /// A lease is in force, and its socket waits for a VMM.
+    Waiting,
+    /// A lease is in force, and a VMM has the function.
+    Connected,
+}
+
 /// What is done to the victim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deed {
@@ -100,14 +130,12 @@ pub enum Plan {
 }
 
 impl Cell {
-    /// A stage whose operation nobody disturbs: what comes of it is a success.
-    pub const fn undisturbed(stage: Stage) -> Self {
-        Cell {
-            victim: VICTIMS[0],
-            stage,
-            deed: DEEDS[0],
-        }
-    }
+    /// For an operation that nobody disturbs: what comes of it is a success, and its host stays.
+    pub const UNDISTURBED: Self = Cell {
+        victim: Victim::LenderDaemon,
+        stage: Stage::Lend,
+        deed: Deed::Killed,
+    };
 
     /// As its line in the scenario's output has it.
     pub fn name(self) -> String {
@@ -131,12 +159,12 @@ impl Cell {
             (Vmm | GuestKernel, Lend | Borrow | Return, _) => {
                 Never("there is no VMM before open or after detach")
             }
-            (Vmm, Detach, _) => {
-                Never("not tried: this stage's VMM ends at once, and is struck under map and run")
-            }
             (GuestKernel, _, Frozen) => Never("a kernel stands still with its VMM"),
-            (GuestKernel, Open | Map | Detach, _) => {
-                Never("not tried: the VMM here has no guest; a kernel is killed under run")
+            (GuestKernel, Open, _) => {
+                Never("a VMM connects and asks before its guest's first instruction")
+            }
+            (GuestKernel, Map, _) => {
+                Never("not tried: this stage's VMM drives the function itself and has no guest")
             }
             (LenderWarden, _, _) => {
                 Never("not tried: a lender's warden holds nothing of what is lent")
@@ -146,6 +174,75 @@ impl Cell {
             }
             _ => Strike,
         }
+    }
+
+    /// What is under way. Whoever detaches is struck at what takes a while; else a VMM's end is
+    /// the least that anybody can do for those who undo.
+    pub const fn work(self) -> Work {
+        match (self.stage, self.victim) {
+            (Stage::Lend, _) => Work::Lend,
+            (Stage::Borrow, _) => Work::Borrow,
+            (Stage::Open, _) => Work::Open,
+            (Stage::Map, _) => Work::Map,
+            (Stage::Run, _) => Work::Run,
+            (Stage::Detach, Victim::Vmm) => Work::Leave,
+            (Stage::Detach, Victim::GuestKernel) => Work::ShutDown,
+            (Stage::Detach, _) => Work::End,
+            (Stage::Return, _) => Work::Return,
+        }
+    }
+
+    /// What the hosts may say when all is back, by whether the stage's operation said that it was
+    /// done. Where it did not, as a verb whose daemon is killed does not, a verb is told to its port
+    /// or is not: the port does to its end what it was told, and nobody does the rest.
+    pub const fn may_end_in(self, done: bool) -> &'static [Truth] {
+        use {Stage::*, Truth::*};
+        match (self.stage, done, self.fate()) {
+            // Nobody has it yet, or any more, whatever became of the verb.
+            (Lend, ..) | (Return, true, _) => &[Nobodys],
+            // A borrow that fails gives back what it had, and leaves no lease behind to be lost.
+            (Borrow, false, Nobodys | Lost) => &[Nobodys],
+            (Borrow | Return, false, Waiting) => &[Nobodys, Waiting],
+            (Return, false, Lost) => &[Nobodys, Lost],
+            (Open | Map, _, Connected) if self.asks_too_long() => &[Waiting, Connected],
+            (_, _, Nobodys) => &[Nobodys],
+            (_, _, Lost) => &[Lost],
+            (_, _, Waiting) => &[Waiting],
+            (_, _, Connected) => &[Connected],
+        }
+    }
+
+    /// What those who are left may say while nobody is back, and the stage's operation goes on: as
+    /// [`Cell::may_end_in`], but that a borrower who has forgotten its leases does not say so yet.
+    pub const fn may_be_told(self) -> &'static [Truth] {
+        use {Stage::*, Truth::*};
+        match (self.stage, self.fate()) {
+            (Lend, _) => &[Nobodys],
+            (Borrow | Return, Nobodys | Lost) => &[Nobodys, Lost],
+            (_, Nobodys | Lost) => &[Lost],
+            _ => self.may_end_in(true),
+        }
+    }
+
+    /// What becomes of a lease in force.
+    const fn fate(self) -> Truth {
+        use {Deed::*, Stage::*, Truth::*, Victim::*};
+        match (self.victim, self.stage, self.deed) {
+            // Whoever held it begins anew, and knows of none.
+            (BorrowerPort | BorrowerWarden | BorrowerHost, _, Killed) => Nobodys,
+            // A VMM's end is not its lease's.
+            (Vmm | GuestKernel, _, Killed) => Waiting,
+            _ if !self.is_survived() => Lost,
+            (_, Open | Map | Run, _) => Connected,
+            _ => Waiting,
+        }
+    }
+
+    /// Whether a tenant may be told of it though its path lives: ports are asked with a limit of
+    /// 4 s, as QEMU waits for 5; wardens with one of 5.
+    pub const fn asks_too_long(self) -> bool {
+        use Victim::*;
+        matches!(self.victim, LenderPort | BorrowerPort | BorrowerWarden)
     }
 
     /// Where its witness is: beside the tenant where only that one is to be struck, at another
@@ -248,11 +345,75 @@ impl Cell {
 
 #[cfg(test)]
 mod tests {
-    use super::{Cell, Plan};
+    use super::{Cell, Deed, Plan, Stage, Truth, Victim};
 
     #[test]
     fn every_struck_cell_is_counted_once() {
         let struck = Cell::all().filter(|cell| cell.plan() == Plan::Strike);
         assert_eq!(struck.count(), Cell::struck());
+    }
+
+    fn ends(victim: Victim, stage: Stage, deed: Deed) -> [&'static [Truth]; 3] {
+        let cell = Cell {
+            victim,
+            stage,
+            deed,
+        };
+        let [done, not_done] = [true, false].map(|done| cell.may_end_in(done));
+        [done, not_done, cell.may_be_told()]
+    }
+
+    #[test]
+    fn each_cell_says_what_it_may_end_in() {
+        use {Deed::*, Stage::*, Truth::*, Victim::*};
+        let [nobodys, lost, waiting, connected]: [&[Truth]; 4] =
+            [&[Nobodys], &[Lost], &[Waiting], &[Connected]];
+        let either: &[Truth] = &[Nobodys, Lost];
+        for (victim, stage, deed, expected) in [
+            // Nobody's before a borrow and after a return, whoever dies.
+            (LenderPort, Lend, Killed, [nobodys; 3]),
+            (BorrowerHost, Lend, Killed, [nobodys; 3]),
+            (Worker, Return, Killed, [nobodys, either, either]),
+            // A path that dies takes its lease with it.
+            (Worker, Run, Killed, [lost; 3]),
+            (LenderPort, Open, Killed, [lost; 3]),
+            (LenderHost, Detach, Killed, [lost; 3]),
+            (Link, Map, Frozen, [lost; 3]),
+            (Link, Borrow, Killed, [lost, nobodys, either]),
+            // The borrower's side begins anew without it.
+            (BorrowerPort, Run, Killed, [nobodys, nobodys, lost]),
+            (BorrowerWarden, Open, Killed, [nobodys, nobodys, lost]),
+            // A VMM's death is no end of a lease.
+            (Vmm, Map, Killed, [waiting; 3]),
+            (Vmm, Detach, Killed, [waiting; 3]),
+            (GuestKernel, Run, Killed, [waiting; 3]),
+            (GuestKernel, Detach, Killed, [waiting; 3]),
+            // What a path lives through.
+            (BorrowerDaemon, Run, Killed, [connected; 3]),
+            (LenderPort, Run, Frozen, [connected; 3]),
+            (Worker, Map, Frozen, [connected; 3]),
+            (Vmm, Detach, Frozen, [waiting; 3]),
+            (LenderKeeper, Detach, Killed, [waiting; 3]),
+        ] {
+            assert_eq!(
+                ends(victim, stage, deed),
+                expected,
+                "{victim:?} {stage:?} {deed:?}"
+            );
+        }
+        // Under way a verb's port was told of it, or was not.
+        let [done, cut_off, _] = ends(BorrowerDaemon, Borrow, Killed);
+        assert_eq!((done, cut_off), (waiting, &[Nobodys, Waiting][..]));
+        let [_, told_late, _] = ends(LenderPort, Open, Frozen);
+        assert_eq!(told_late, [Waiting, Connected]);
+    }
+
+    #[test]
+    fn no_cell_may_end_in_anything_at_all() {
+        for cell in Cell::all() {
+            for told in [true, false].map(|done| cell.may_end_in(done)) {
+                assert!((1..=2).contains(&told.len()), "{}: {told:?}", cell.name());
+            }
+        }
     }
 }

@@ -1,6 +1,6 @@
-//! The stage of a real guest at work: its stock driver writes without end while somebody is struck.
+//! A real guest at work: its stock driver writes without end while somebody is struck, or while it shuts down.
 
-use super::cell::{Cell, Victim};
+use super::cell::{Cell, Victim, Work};
 use super::rig::Rig;
 use super::stages::SOCKET;
 use super::strikes::SIGKILL;
@@ -8,11 +8,14 @@ use crate::guest::GuestSpec;
 use crate::scenario::steps::{self, dio};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const BYTES: u64 = 64 << 10;
 const IO_TIMEOUT: Duration = Duration::from_secs(60);
 const IO_LOG: &str = "/tmp/io";
+/// What a kernel says when it has shut its devices down, and when it was told to crash.
+const POWERED_OFF: &str = "reboot: Power down";
+const CRASHED: &str = "Kernel panic - not syncing: sysrq triggered crash";
 
 /// The guest's endless writes.
 pub struct AtWork {
@@ -63,6 +66,47 @@ impl Rig<'_> {
         let crash = ["sh", "-c", "echo c > /proc/sysrq-trigger"];
         let _ = guest.agent.spawn(&crash, "/dev/null");
         self.pair.b.agent.wait(guest.pid, IO_TIMEOUT).map(drop)
+    }
+
+    /// The guest powers off under I/O, of which it caches nothing, and its kernel crashes while it
+    /// does so.
+    pub fn shut_down_and_crash(&self, after: Duration) -> Result<()> {
+        let crash = format!("usleep {}; echo c > /proc/sysrq-trigger", after.as_micros());
+        self.shut_down(&format!("{{ {crash}; }} & "))
+    }
+
+    fn shut_down(&self, beside: &str) -> Result<()> {
+        let guest = self.guest.as_ref().context("no guest")?;
+        let script = format!("{beside}exec poweroff -n -f");
+        // The answer may be lost with the guest: what counts is the end of its VMM.
+        let _ = guest.agent.spawn(&["sh", "-c", &script], "/dev/null");
+        Ok(())
+    }
+
+    /// Whether the guest that was told so has crashed, and not powered off before.
+    pub fn has_crashed(&self) -> Result<bool> {
+        let guest = self.guest.as_ref().context("no guest")?;
+        let host = &self.pair.b.agent;
+        host.wait(guest.pid, IO_TIMEOUT).context("it hangs")?;
+        let console = host.text(&guest.console)?;
+        Ok(console.contains(CRASHED))
+    }
+
+    /// How long a guest's kernel that writes takes to shut down, by one that may.
+    pub fn measure_shut_down(&mut self) -> Result<Duration> {
+        self.guest_at_work()?;
+        let since = Instant::now();
+        self.shut_down("")?;
+        let guest = self.guest.as_ref().context("no guest")?;
+        let host = &self.pair.b.agent;
+        let off = format!("grep -q '{POWERED_OFF}' {}", guest.console);
+        host.wait_until(&off, IO_TIMEOUT)?;
+        let took = since.elapsed();
+        host.wait(guest.pid, IO_TIMEOUT)?;
+        self.clear_guest_away()?;
+        self.reclaim()?;
+        self.note(Work::ShutDown, took);
+        Ok(took)
     }
 
     /// The writes go on, where the path does; else the guest's VMM is cleared away, and of a lease

@@ -1,8 +1,7 @@
 //! The hosts of the kill matrix: two with a cable between them and one to a third host each, whose power goes, and who boot again.
 
-use super::cell::{Cell, Victim};
-use super::rig::{Rig, TRUTH_TIMEOUT};
-use super::stages::END_TIMEOUT;
+use super::cell::Victim;
+use super::rig::Rig;
 use crate::host::{Host, HostSpec};
 use crate::lab::{Lab, Pair};
 use crate::ntb::Ntb;
@@ -10,8 +9,7 @@ use crate::pci;
 use crate::scenario::client::Client;
 use crate::scenario::third;
 use crate::sublet::{Daemon, Keeper, Workers};
-use anyhow::{Context, Result, ensure};
-use std::time::Instant;
+use anyhow::Result;
 
 /// The lender's VF for a witness, after the tenant's.
 pub const WITNESS_BDF: &str = "0000:01:00.2";
@@ -88,44 +86,6 @@ impl Rig<'_> {
         };
         (*host, *old) = (booted, daemon);
         Ok(())
-    }
-
-    /// The host that is left notices, and what it says of the function then is soon true.
-    pub fn survivor_tells(&self, cell: Cell) -> Result<String> {
-        let lender_is_left = match cell.victim {
-            Victim::LenderHost => false,
-            Victim::BorrowerHost => true,
-            _ => return Ok(String::new()),
-        };
-        let left = match lender_is_left {
-            true => &self.lending.a,
-            false => &self.lending.b,
-        };
-        left.wait_status("end of the session", END_TIMEOUT, |status| {
-            status["ports"][0]["session"]["state"] != "open"
-        })?;
-        let noticed = Instant::now();
-        loop {
-            let asked = noticed.elapsed();
-            let status = left.status()?;
-            let (lent, borrowed) = (self.lent(&status), self.borrowed(&status));
-            ensure!(
-                asked < TRUTH_TIMEOUT,
-                "asked {asked:.1?} after the end of the session: {lent}, {borrowed}"
-            );
-            let told = match lender_is_left {
-                true => lent["lease"].is_null() && lent["state"] != "quarantine",
-                false => borrowed.is_null() || borrowed["state"] == "lost",
-            };
-            if told {
-                break;
-            }
-        }
-        if lender_is_left {
-            self.ensure_stopped()?;
-        }
-        self.witness()?.goes_on(2).context("without that host")?;
-        Ok("the other host told, ".to_owned())
     }
 }
 

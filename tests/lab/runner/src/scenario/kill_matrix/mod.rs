@@ -8,6 +8,7 @@ mod rig;
 mod stages;
 mod strikes;
 mod table;
+mod tells;
 mod witness;
 
 use super::client::Client;
@@ -19,7 +20,7 @@ use crate::pci;
 use crate::snapshot::{self, Both};
 use crate::sublet::{Lending, Workers};
 use anyhow::{Context, Result, ensure};
-use cell::{Cell, Plan, STAGES, Stage, Witnessed};
+use cell::{Cell, Plan, STAGES, Witnessed, Work};
 use hosts::WITNESS_CONTROLLER;
 use rig::Rig;
 use stages::{END_TIMEOUT, Op};
@@ -188,46 +189,50 @@ impl Rig<'_> {
     /// Two whole leases without a strike: the shorter of each stage counts.
     fn measure(&mut self) -> Result<String> {
         self.fdid = self.lending.offer()?;
-        self.usual = vec![(Stage::Run, IO_WITHIN), (Stage::Detach, UNDOING)];
+        self.usual = vec![(Work::Run, IO_WITHIN), (Work::End, UNDOING)];
         for _ in 0..2 {
-            for stage in [Stage::Lend, Stage::Borrow, Stage::Open, Stage::Map] {
-                let took = self.unstruck(stage)?;
-                self.note(stage, took);
+            for work in [Work::Lend, Work::Borrow, Work::Open, Work::Map] {
+                self.unstruck(work)?;
             }
+            let client = self.client.as_ref().context("no client")?;
+            client.order("work")?;
+            client.order("more")?;
+            self.unstruck(Work::Leave)?;
             self.client.take().context("no client")?.end()?;
             self.wait_free()?;
-            let took = self.unstruck(Stage::Return)?;
-            self.note(Stage::Return, took);
+            self.unstruck(Work::Return)?;
         }
         Ok(format!("{:.0?}", self.usual))
     }
 
-    fn note(&mut self, stage: Stage, took: Duration) {
-        match self.usual.iter_mut().find(|(one, _)| *one == stage) {
+    pub fn note(&mut self, work: Work, took: Duration) {
+        match self.usual.iter_mut().find(|(one, _)| *one == work) {
             Some((_, usual)) => *usual = took.min(*usual),
-            None => self.usual.push((stage, took)),
+            None => self.usual.push((work, took)),
         }
     }
 
     /// A stage's operation as it is when nobody is struck: how long it goes on from where a strike's
     /// delay begins. What asking for its end takes is no part of that.
-    fn unstruck(&mut self, stage: Stage) -> Result<Duration> {
-        match stage {
-            Stage::Lend => self.prepare(stage)?,
-            Stage::Open => self.client = Some(self.start_client()?),
+    fn unstruck(&mut self, work: Work) -> Result<()> {
+        match work {
+            Work::Lend => self.prepare(work)?,
+            Work::Open => self.client = Some(self.start_client()?),
             _ => {}
         }
-        let op = self.begin(stage)?;
+        let op = self.begin(work, Duration::ZERO)?;
         let since = Instant::now();
         if let Op::Verb(host, pid) = &op {
             host.wait(*pid, END_TIMEOUT).context("the verb hangs")?;
         }
         let verb = since.elapsed();
-        let came = self.end(op, Cell::undisturbed(stage))?;
-        ensure!(came.starts_with("done"), "{stage:?}: {came}");
+        let came = self.end(op, Cell::UNDISTURBED)?;
+        ensure!(came.starts_with("done"), "{work:?}: {came}");
         // A client tells it by its own clock.
         let order = came.rsplit_once(' ').and_then(|(_, ms)| ms.parse().ok());
-        Ok(order.map_or(verb, Duration::from_millis).max(SHORTEST))
+        let took = order.map_or(verb, Duration::from_millis).max(SHORTEST);
+        self.note(work, took);
+        Ok(())
     }
 
     /// The last guest shuts down, and its lease is given back.

@@ -1,6 +1,6 @@
 //! What the cells of the kill matrix have in common, and one cell from its first step to its last.
 
-use super::cell::{Cell, Deed, Stage, Victim};
+use super::cell::{Cell, Stage, Victim, Work};
 use super::strikes::WHOLE_PIECES;
 use super::witness::Witness;
 use crate::guest::Guest;
@@ -11,9 +11,11 @@ use crate::scenario::client::Client;
 use crate::snapshot::Both;
 use crate::sublet::Lending;
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use std::time::Duration;
 
-/// What is asked so long after all is back is answered with the truth.
+/// What is asked so long after a host has noticed a strike, and again after all is back, is answered
+/// with the truth.
 pub const TRUTH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often an operation that was over is begun again, to be struck sooner.
 const SOONER_MAX: u32 = 2;
@@ -25,8 +27,8 @@ pub struct Rig<'a> {
     pub program: String,
     pub fdid: String,
     pub seed: u64,
-    /// By stage, as measured.
-    pub usual: Vec<(Stage, Duration)>,
+    /// How long each takes, as measured.
+    pub usual: Vec<(Work, Duration)>,
     pub witness: Option<Witness>,
     /// On each host one.
     pub bystanders: [Client; 2],
@@ -48,8 +50,7 @@ impl Rig<'_> {
     /// again, sooner, until it is. So is an operation that was over, a few times: then it is told
     /// that the strike came behind it.
     pub fn strike(&mut self, cell: Cell) -> Result<String> {
-        let usual = self.usual.iter().find(|(stage, _)| *stage == cell.stage);
-        let mut within = usual.map_or(1, |(_, usual)| usual.as_micros() as u64);
+        let mut within = self.usual_of(cell.work())?.as_micros() as u64;
         let mut tries = 0;
         loop {
             if let Some(told) = self.strike_within(cell, within, tries < SOONER_MAX)? {
@@ -61,11 +62,22 @@ impl Rig<'_> {
         }
     }
 
+    /// How long it takes when nobody is struck. Of a shutdown that is not known before it is asked
+    /// for, as a guest has to boot for it.
+    fn usual_of(&mut self, work: Work) -> Result<Duration> {
+        match self.usual.iter().find(|(one, _)| *one == work) {
+            Some((_, usual)) => Ok(*usual),
+            None => self.measure_shut_down(),
+        }
+    }
+
     fn strike_within(&mut self, cell: Cell, within: u64, in_time: bool) -> Result<Option<String>> {
-        if cell.stage != Stage::Run {
+        let work = cell.work();
+        if !matches!(work, Work::Run | Work::ShutDown) {
             self.no_guest()?;
         }
-        self.prepare(cell.stage)?;
+        self.prepare(work)?;
+        let usual = Duration::from_micros(within);
         let delay = Duration::from_micros(moment(self.seed, cell.index(), within));
         let workers = self.workers()?;
         // One that ends by itself is known before; others are not there before.
@@ -74,33 +86,42 @@ impl Rig<'_> {
             _ => self.process(cell.victim)?,
         };
         let session = self.session()?;
-        let op = self.begin(cell.stage)?;
+        let op = self.begin(work, delay)?;
         let process = match (known, cell.victim, cell.stage) {
             (None, Victim::Worker, Stage::Borrow) => Some(self.new_worker(&workers)?),
             (None, ..) => self.process(cell.victim)?,
             (known, ..) => known,
         };
-        // Not a wait for a condition: the moment of the strike.
-        std::thread::sleep(delay);
+        if work != Work::ShutDown {
+            // Not a wait for a condition: the moment of the strike.
+            std::thread::sleep(delay);
+        }
         let over = self.is_over(&op)?;
         if over && in_time {
-            self.end(op, Cell::undisturbed(cell.stage))?;
+            self.end(op, Cell::UNDISTURBED)?;
             self.reclaim()?;
             return Ok(None);
         }
         let when = if over { ", when it was over" } else { "" };
         let died = self.do_deed(cell, process)?;
+        // Who was gone already was not struck: nobody has anything to tell.
+        let told = match died {
+            Some(_) => self.survivors_tell(cell, &session),
+            None => Ok(String::new()),
+        };
         let came = self.end(op, cell)?;
-        let other = self.survivor_tells(cell)?;
-        if (cell.victim, cell.deed) == (Victim::BorrowerWarden, Deed::Killed) {
-            // Before anybody starts its port again, too.
-            self.truth()?;
-        }
+        let truth = told.and_then(|told| Ok(told + &self.aftermath(cell, &session, &came)?))?;
+        Ok(died
+            .map(|died| format!("after {delay:.0?} of {usual:.0?}{when}{died}: {came}; {truth}")))
+    }
+
+    /// All are brought back, tell the truth, and have nothing left of it.
+    fn aftermath(&mut self, cell: Cell, session: &Value, came: &str) -> Result<String> {
         self.bring_back(cell)?;
         if cell.ends_session() {
-            self.wait_next_session(&session)?;
+            self.wait_next_session(session)?;
         }
-        let truth = self.truth()?;
+        let truth = self.truth(cell.may_end_in(came.starts_with("done")))?;
         self.witness()?
             .goes_on(WHOLE_PIECES)
             .context("the witness")?;
@@ -111,7 +132,7 @@ impl Rig<'_> {
             self.use_it()?;
             self.ensure_nothing_left()?;
         }
-        Ok(died.map(|died| format!("after {delay:.0?}{when}{died}: {came}; {other}{truth}")))
+        Ok(truth)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The stages of a lease as operations: what has to be there before, how each begins, and how it may end.
 
-use super::cell::{Cell, Stage, Victim};
+use super::cell::{Cell, Work};
 use super::guest::AtWork;
 use super::rig::Rig;
 use crate::agent::Agent;
@@ -34,25 +34,28 @@ impl Rig<'_> {
         Client::start(&self.pair.b.agent, "tenant", SOCKET, LBA)
     }
 
-    pub fn prepare(&mut self, stage: Stage) -> Result<()> {
+    pub fn prepare(&mut self, work: Work) -> Result<()> {
         let a = &self.lending.a;
-        match stage {
-            Stage::Lend => {
+        match work {
+            Work::Lend => {
                 a.verb(&["unavailable", VF_BDF])?;
                 a.verb(&["remove", VF_BDF])?;
             }
-            Stage::Borrow | Stage::Run => {}
-            Stage::Open | Stage::Map | Stage::Detach | Stage::Return => {
+            Work::Borrow | Work::Run | Work::ShutDown => {}
+            Work::Open | Work::Map | Work::End | Work::Leave | Work::Return => {
                 self.lending.borrow(&self.fdid, SOCKET, &[])?;
                 let client = self.start_client()?;
-                if stage != Stage::Open {
+                if work != Work::Open {
                     client.order("open")?;
                 }
-                if matches!(stage, Stage::Detach | Stage::Return) {
+                if matches!(work, Work::End | Work::Leave | Work::Return) {
                     client.order("map")?;
                     client.order("work")?;
                 }
-                if stage == Stage::Return {
+                if work == Work::Leave {
+                    client.order("more")?;
+                }
+                if work == Work::Return {
                     client.end()?;
                     self.wait_free()?;
                 } else {
@@ -63,38 +66,48 @@ impl Rig<'_> {
         Ok(())
     }
 
-    /// Starts the stage's operation.
-    pub fn begin(&mut self, stage: Stage) -> Result<Op> {
+    /// Starts the stage's operation. A guest that shuts down is told before when its kernel will
+    /// crash: nobody can reach it then.
+    pub fn begin(&mut self, work: Work, crash_after: Duration) -> Result<Op> {
         let (a, b) = (&self.pair.a.agent, &self.pair.b.agent);
         let verb = format!("{} --json", self.program);
-        let script = match stage {
-            Stage::Lend => {
+        let script = match work {
+            Work::Lend => {
                 format!("{verb} add {VF_BDF} && {verb} available {VF_BDF} --port {PORT}")
             }
-            Stage::Borrow => format!("{verb} borrow {} --socket {SOCKET}", self.fdid),
-            Stage::Return => format!("{verb} return {}", self.fdid),
+            Work::Borrow => format!("{verb} borrow {} --socket {SOCKET}", self.fdid),
+            Work::Return => format!("{verb} return {}", self.fdid),
             _ => String::new(),
         };
         let client = || self.client.as_ref().context("no client");
-        Ok(match stage {
-            Stage::Lend | Stage::Borrow | Stage::Return => {
-                let host = if stage == Stage::Lend { a } else { b };
+        Ok(match work {
+            Work::Lend | Work::Borrow | Work::Return => {
+                let host = if work == Work::Lend { a } else { b };
                 let pid = host.spawn(&["sh", "-c", &script], VERB_LOG)?;
                 Op::Verb(host.clone(), pid)
             }
-            Stage::Open => {
+            Work::Open => {
                 client()?.tell("open")?;
                 Op::Order("open")
             }
-            Stage::Map => {
+            Work::Map => {
                 client()?.tell("map")?;
                 Op::Order("map")
             }
-            Stage::Detach => {
+            Work::Leave => {
+                client()?.tell("leave")?;
+                Op::Order("leave")
+            }
+            Work::End => {
                 client()?.tell("end")?;
                 Op::Detach(self.client.take().context("no client")?)
             }
-            Stage::Run => Op::Io(self.guest_at_work()?),
+            Work::Run => Op::Io(self.guest_at_work()?),
+            Work::ShutDown => {
+                let at_work = self.guest_at_work()?;
+                self.shut_down_and_crash(crash_after)?;
+                Op::Io(at_work)
+            }
         })
     }
 
@@ -135,12 +148,7 @@ impl Rig<'_> {
             Op::Order(order) => {
                 let client = self.client.as_ref().context("no client")?;
                 let said = client.ended(order)?;
-                // Ports are asked with a limit of 4 s, as QEMU waits for 5; wardens with one of 5.
-                let asked = matches!(
-                    cell.victim,
-                    Victim::LenderPort | Victim::BorrowerPort | Victim::BorrowerWarden
-                );
-                let well = said.starts_with("done") || asked;
+                let well = said.starts_with("done") || cell.asks_too_long();
                 ensure!(
                     well || !cell.is_survived(),
                     "its tenant is told, and need not be: {said}"

@@ -1,6 +1,6 @@
 //! The strikes: who the victims are, what is done to them, and how a supervisor brings them back.
 
-use super::cell::{Cell, Deed, Victim};
+use super::cell::{Cell, Deed, Victim, Work};
 use super::rig::Rig;
 use super::stages::END_TIMEOUT;
 use crate::agent::Agent;
@@ -86,6 +86,9 @@ impl Rig<'_> {
             self.pair.ntb.as_ref().context("no cable")?.flap(ms)?;
             return Ok(Some(""));
         }
+        if cell.work() == Work::ShutDown {
+            return Ok(self.has_crashed()?.then_some(""));
+        }
         if cell.victim == Victim::GuestKernel {
             self.crash_guest()?;
             return Ok(Some(""));
@@ -104,6 +107,8 @@ impl Rig<'_> {
                     Victim::LenderPort => self.lending.a.kill_port()?,
                     Victim::BorrowerPort => self.lending.b.kill_port()?,
                     _ if host.kill(pid, SIGKILL).is_err() => return Ok(None),
+                    // It takes a while to give its memory back.
+                    Victim::Vmm => host.wait(pid, END_TIMEOUT).map(drop)?,
                     _ => {}
                 }
                 Ok(Some(""))
