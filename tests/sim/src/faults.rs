@@ -1,10 +1,10 @@
 //! Which faults a schedule plans, and what of them has struck.
 
 use crate::lease::Held;
+use crate::steps::Step;
 use crate::table::Trouble;
 use crate::world::World;
 use sublet::pool::When;
-use vfio_shim::model::UndoStep;
 use vfio_shim::ntb::soft::{CHANCE_ONE, Fault, FaultPlan};
 
 /// Of which kind a fabric is: what stores it can hold back at all.
@@ -32,8 +32,8 @@ impl Fabric {
     }
 }
 
-/// How many plans there are for one that kills at a step of undoing.
-const KILL_AT_STEP_ONCE_IN: usize = 6;
+/// How many plans there are for one that kills at a step that has a name.
+const KILL_AT_STEP_ONCE_IN: usize = 4;
 /// The link's plan in the table; functions and spaces come behind it.
 const LINK: usize = 0;
 
@@ -130,11 +130,11 @@ impl World {
         });
     }
 
-    /// Now and then whoever comes to a step of undoing is killed there.
+    /// Now and then whoever comes to a step that has a name is killed there.
     pub fn plan_kill(&mut self) {
-        let step = UndoStep::ALL[self.random.below(UndoStep::ALL.len())];
+        let step = Step::all().nth(self.random.below(Step::COUNT));
         let wanted = self.random.once_in(KILL_AT_STEP_ONCE_IN);
-        self.scheduler.core().kill_at(wanted.then_some(step));
+        self.scheduler.core().kill_at(step.filter(|_| wanted));
     }
 
     /// No faults any more.
@@ -218,6 +218,9 @@ impl World {
         }
         let workers = self.held.iter().filter_map(Held::worker);
         let [mut frozen, mut dead] = [0; 2];
+        let daemons = self.hosts.iter().filter(|host| host.line.is_some());
+        let daemons = daemons.filter(|host| self.scheduler.is_stopped(host.daemon));
+        let daemons = daemons.count();
         for worker in workers {
             frozen += usize::from(self.scheduler.is_stopped(worker));
             dead += usize::from(self.scheduler.core().is_dead(worker));
@@ -225,14 +228,18 @@ impl World {
         for (count, trouble) in [
             (frozen, Trouble::WorkerFrozen),
             (dead, Trouble::WorkerDead),
-            (self.scheduler.stopped() - frozen, Trouble::VmmFrozen),
+            (daemons, Trouble::DaemonFrozen),
+            (
+                self.scheduler.stopped() - frozen - daemons,
+                Trouble::VmmFrozen,
+            ),
         ] {
             if count != 0 && !frozen_hosts {
                 self.table.meet(trouble, 1);
             }
         }
-        if self.hosts.iter().any(|host| host.engine.is_none()) {
-            self.table.meet(Trouble::HostDown, 1);
+        for down in [0, 1].map(|side| self.down(side)).into_iter().flatten() {
+            self.table.meet(down, 1);
         }
         if self.cut {
             self.table.meet(Trouble::CableOut, 1);

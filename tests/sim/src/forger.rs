@@ -322,7 +322,7 @@ impl World {
             let name = self.hosts[side].name();
             self.trace
                 .tell(7, || format!("{name}: its forging daemon is killed"));
-            self.kill(side);
+            self.kill_port(side);
         }
     }
 }

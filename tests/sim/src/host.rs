@@ -4,8 +4,10 @@ use crate::coroutine::{Pause, pause};
 use crate::pool::{Disk, Watch, Watched};
 use crate::random::Random;
 use crate::scheduler::{Process, Scheduler, wait_for};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use sublet::daemon::router::LeaseLine;
 use sublet::pool::PoolService;
 use vfio_shim::model::{AddressSpace, Bdf, Function, FunctionIds, IrqIndex, PortIova, Span};
 use vfio_shim::ntb::NtbPort;
@@ -18,9 +20,11 @@ pub const WINDOW_BYTES: u64 = 64 << 20;
 pub const WINDOW_BASE: PortIova = PortIova(1 << 32);
 /// The product's defaults.
 pub const HEARTBEAT_MS: u64 = 250;
-const LOST_AFTER_MS: u64 = 1500;
+pub const LOST_AFTER_MS: u64 = 1500;
 /// The product's default.
 pub const LEASE_TTL_MS: u64 = 60_000;
+/// What configurations call the port.
+pub const PORT: &str = "ntb0";
 /// Vectors of the engine function.
 const VECTORS: u16 = 3;
 const VRAM_BYTES: u64 = 1 << 20;
@@ -96,13 +100,21 @@ pub struct Host {
     pub port: Arc<SoftPort>,
     /// What it can lend.
     pub functions: Vec<Lent>,
-    /// Its daemon's process.
+    /// Its port's process.
     pub process: Process,
-    /// Its daemon, while that lives.
+    /// Its port, while that lives.
     pub engine: Option<Arc<Engine>>,
+    /// Its daemon's process: the port's, where they are one.
+    pub daemon: Process,
     /// Its daemon's pool, while that lives.
     pub pool: Option<PoolService>,
-    /// What that pool has granted.
+    /// The daemon's line to the port, while the daemon lives and where they are two.
+    pub line: Option<LeaseLine>,
+    /// Where the port waits for a daemon, where they are two.
+    pub line_socket: Option<PathBuf>,
+    /// When the daemon was started, or went on last.
+    pub daemon_since_ms: u64,
+    /// What the port was granted.
     pub watch: Option<Watch>,
     /// How long a lease lives without a path.
     pub lease_ttl_ms: u64,
@@ -128,7 +140,11 @@ impl Host {
             functions: functions.into(),
             process,
             engine: None,
+            daemon: process,
             pool: None,
+            line: None,
+            line_socket: None,
+            daemon_since_ms: 0,
             watch: None,
             lease_ttl_ms: LEASE_TTL_MS,
             disk: Disk::default(),
@@ -143,12 +159,12 @@ impl Host {
         ["host 4", "host 8"][self.side]
     }
 
-    /// Starts a daemon's engine in a new process.
+    /// Starts a port's engine in a new process; with the daemon's pool, where they are one.
     pub fn start(&mut self, scheduler: &mut Scheduler) {
         self.process = scheduler.process(self.side);
         let config = EngineConfig {
             name: format!("h{}", self.side),
-            node: [4, 8][self.side],
+            node: self.node(),
             window_base: WINDOW_BASE,
             window_bytes: WINDOW_BYTES,
             heartbeat_ms: HEARTBEAT_MS,
@@ -158,17 +174,37 @@ impl Host {
         self.port.reset();
         let runtime = scheduler.runtime(self.process);
         let port: Arc<dyn NtbPort> = self.port.clone();
-        let store = self.disk.open();
-        let service = PoolService::start_on(Arc::clone(&runtime), store, self.lease_ttl_ms);
-        let service = service.expect("a pool");
+        let pool: Arc<dyn LeasePool> = match &self.line_socket {
+            Some(socket) => self.wait_for_daemons(socket, &runtime),
+            None => {
+                self.daemon = self.process;
+                self.start_pool(scheduler);
+                self.pool.as_ref().expect("a pool").port(PORT)
+            }
+        };
         let clock = (Arc::clone(&runtime), self.lease_ttl_ms);
-        let watched = Watched::new(service.port("ntb0"), &self.disk, clock);
+        let watched = Watched::new(pool, &self.disk, clock, self.line_socket.is_some());
         self.watch = Some(watched.watch());
         let pool: Arc<dyn LeasePool> = Arc::new(watched);
         self.engine = Some(Engine::start_on(runtime, port, config, pool).expect("an engine"));
-        service.settle();
-        self.pool = Some(service);
+        if let (None, Some(pool)) = (&self.line_socket, &self.pool) {
+            pool.settle();
+        }
         self.tainted = false;
+    }
+
+    /// What the fabric calls it.
+    pub fn node(&self) -> u16 {
+        [4, 8][self.side]
+    }
+
+    /// Starts the daemon's pool in the daemon's process.
+    pub fn start_pool(&mut self, scheduler: &Scheduler) {
+        let runtime = scheduler.runtime(self.daemon);
+        let store = self.disk.open(scheduler.core(), self.daemon);
+        let service = PoolService::start_on(runtime, store, self.lease_ttl_ms);
+        self.pool = Some(service.expect("a pool"));
+        self.daemon_since_ms = scheduler.now_ms();
     }
 
     /// What the kernel does with the fds of a daemon that is gone: in the order of their numbers, so

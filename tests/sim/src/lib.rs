@@ -6,6 +6,7 @@
 //! The simulator runs the product's engine, lease pool, guest sessions, workers and soft fabric on a `Runtime` of its own:
 //! every thread is a coroutine, and which one runs next follows from the seed.
 
+pub mod apart;
 pub mod coroutine;
 pub mod faults;
 pub mod forged;
@@ -23,6 +24,7 @@ pub mod schedule;
 pub mod scheduler;
 pub mod serve;
 pub mod settle;
+pub mod steps;
 pub mod table;
 pub mod trace;
 pub mod vmm;

@@ -42,8 +42,11 @@ impl World {
             Op::Borrow | Op::Return => self.borrower_verb(op),
             Op::Connect | Op::KillVmm | Op::FreezeVmm | Op::ThawVmm => self.vmm(op),
             Op::KillWorker | Op::FreezeWorker | Op::ThawWorker => self.worker(op),
-            Op::KillDaemon | Op::PowerOff | Op::Restart => self.life(op),
+            Op::KillBoth | Op::KillPort | Op::KillDaemon | Op::PowerOff | Op::Restart => {
+                self.life(op)
+            }
             Op::FreezeHost | Op::ThawHost => self.freezer(op),
+            Op::FreezeDaemon | Op::ThawDaemon => self.freeze_some_daemon(op),
             Op::CutCable | Op::PlugCable => self.cable(op),
             Op::Forge => self.forge(),
             _ => self.guest(op),
@@ -193,28 +196,19 @@ impl World {
 
     fn life(&mut self, op: Op) -> bool {
         let side = self.random.below(2);
-        let name = self.hosts[side].name();
-        let alive = self.hosts[side].engine.is_some();
+        let host = &self.hosts[side];
+        let name = host.name();
+        let (port, daemon) = (host.engine.is_some(), host.pool.is_some());
         match op {
-            Op::Restart if !alive && !self.is_closing(side) => {
-                self.restart(side);
-                self.recover();
-            }
-            Op::KillDaemon if alive => self.kill(side),
-            Op::PowerOff if alive => self.power_off(side),
+            Op::Restart if self.start_some(side) => self.recover(),
+            Op::KillBoth if port && daemon => self.kill(side),
+            Op::KillPort if self.apart && port => self.kill_port(side),
+            Op::KillDaemon if self.apart && daemon => self.kill_daemon(side),
+            Op::PowerOff if port => self.power_off(side),
             _ => return false,
         }
         self.trace.tell(op as u64, || format!("{name}: {op:?}"));
         true
-    }
-
-    /// A daemon starts, on a host that has power again if it had none.
-    pub fn restart(&mut self, side: usize) {
-        if !self.hosts[side].powered {
-            self.hosts[side].soft.start();
-            self.hosts[side].powered = true;
-        }
-        self.start(side);
     }
 
     fn freezer(&mut self, op: Op) -> bool {
@@ -235,6 +229,19 @@ impl World {
             true => {}
             false => self.recover(),
         }
+        true
+    }
+
+    fn freeze_some_daemon(&mut self, op: Op) -> bool {
+        let side = self.random.below(2);
+        let freeze = op == Op::FreezeDaemon;
+        let host = &self.hosts[side];
+        if !self.apart || host.pool.is_none() || self.scheduler.is_stopped(host.daemon) == freeze {
+            return false;
+        }
+        let name = host.name();
+        self.freeze_daemon(side, freeze);
+        self.trace.tell(op as u64, || format!("{name}: {op:?}"));
         true
     }
 

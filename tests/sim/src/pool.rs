@@ -1,6 +1,8 @@
 //! The lease pool of a simulated host: its disk, and what must hold for every lease that it grants.
 
 use crate::coroutine::{Pause, pause};
+use crate::scheduler::{Core, Process};
+use crate::steps::{Step, StoreStep};
 use crate::table::Trouble;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -28,12 +30,21 @@ pub struct Disk {
     /// Leases that ended as nobody opened their path.
     expired: Arc<AtomicU64>,
     expired_seen: u64,
+    written: Arc<Mutex<Written>>,
 }
+
+/// When each lease was written down first.
+type Written = BTreeMap<LeaseId, u64>;
 
 impl Disk {
     /// The store, as the next daemon opens it.
-    pub fn open(&self) -> PacedStore<FailingStore<MemoryStore>> {
-        PacedStore(FailingStore::new(self.store.clone(), self.switch.clone()))
+    pub fn open(&self, core: &Arc<Core>, process: Process) -> PacedStore {
+        PacedStore {
+            store: FailingStore::new(self.store.clone(), self.switch.clone()),
+            written: Arc::clone(&self.written),
+            core: Arc::clone(core),
+            process,
+        }
     }
 
     /// The n-th write from now fails, counted from 0.
@@ -79,27 +90,49 @@ fn written(store: &MemoryStore, bdf: Bdf) -> Option<LeaseRecord> {
 }
 
 /// A store where others run, and the daemon can be killed, on either side of each write.
-pub struct PacedStore<S>(S);
+pub struct PacedStore {
+    store: FailingStore<MemoryStore>,
+    written: Arc<Mutex<Written>>,
+    core: Arc<Core>,
+    /// The daemon's.
+    process: Process,
+}
 
-impl<S: LeaseStore> LeaseStore for PacedStore<S> {
+impl PacedStore {
+    fn reach(&self, step: Option<StoreStep>) {
+        pause(Pause::Ready);
+        if let Some(step) = step {
+            self.core.reach(self.process, Step::Store(step));
+        }
+    }
+}
+
+impl LeaseStore for PacedStore {
     fn load(&mut self) -> Result<Snapshot, StoreError> {
-        self.0.load()
+        self.store.load()
     }
 
     fn read(&mut self, function: &FunctionKey) -> Result<Option<LeaseRecord>, StoreError> {
         pause(Pause::Ready);
-        self.0.read(function)
+        self.store.read(function)
     }
 
     fn commit(&mut self, change: &Change) -> Result<(), StoreError> {
-        pause(Pause::Ready);
-        let result = self.0.commit(change);
-        pause(Pause::Ready);
+        let [before, after] =
+            StoreStep::around(&change.entry.moved).map_or([None; 2], |both| both.map(Some));
+        self.reach(before);
+        let result = self.store.commit(change);
+        if result.is_ok() {
+            let lease = LeaseId(change.record.epoch);
+            let now_ms = self.core.now_ms();
+            lock(&self.written).entry(lease).or_insert(now_ms);
+        }
+        self.reach(after.filter(|_| result.is_ok()));
         result
     }
 
     fn journal(&mut self, most: usize) -> Result<Vec<JournalEntry>, StoreError> {
-        self.0.journal(most)
+        self.store.journal(most)
     }
 }
 
@@ -107,7 +140,7 @@ impl<S: LeaseStore> LeaseStore for PacedStore<S> {
 struct Ledger {
     asks: BTreeMap<AskId, Bdf>,
     held: BTreeMap<Bdf, LeaseId>,
-    /// Leases without a path, and when they were granted.
+    /// Leases without a path, and when their time to live began.
     unopened: BTreeMap<LeaseId, u64>,
     opened: BTreeSet<LeaseId>,
 }
@@ -130,8 +163,11 @@ pub struct Watched {
     store: MemoryStore,
     epoch_told: Arc<AtomicU64>,
     expired: Arc<AtomicU64>,
+    written: Arc<Mutex<Written>>,
     runtime: Arc<dyn Runtime>,
     ttl_ms: u64,
+    /// Whether the pool is another process's, so that what both say may cross.
+    apart: bool,
     ledger: Arc<Mutex<Ledger>>,
 }
 
@@ -141,14 +177,17 @@ impl Watched {
         pool: Arc<dyn LeasePool>,
         disk: &Disk,
         (runtime, ttl_ms): (Arc<dyn Runtime>, u64),
+        apart: bool,
     ) -> Self {
         Self {
             pool,
             store: disk.store.clone(),
             epoch_told: Arc::clone(&disk.epoch_told),
             expired: Arc::clone(&disk.expired),
+            written: Arc::clone(&disk.written),
             runtime,
             ttl_ms,
+            apart,
             ledger: Arc::default(),
         }
     }
@@ -159,8 +198,8 @@ impl Watched {
     }
 }
 
-fn lock(ledger: &Mutex<Ledger>) -> MutexGuard<'_, Ledger> {
-    ledger.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Ledger {
@@ -187,7 +226,6 @@ impl Ledger {
 
     /// The pool says that a lease has expired.
     fn expires(&self, lease: LeaseId, now_ms: u64, ttl_ms: u64) {
-        self.not_open(lease);
         let granted_ms = self.unopened.get(&lease).copied();
         let early = granted_ms.is_some_and(|granted| now_ms < granted + ttl_ms);
         assert!(
@@ -215,9 +253,14 @@ impl LeasePool for Watched {
         let ledger = Arc::clone(&self.ledger);
         let (store, told) = (self.store.clone(), Arc::clone(&self.epoch_told));
         let (runtime, ttl_ms) = (Arc::clone(&self.runtime), self.ttl_ms);
+        let (apart, times) = (self.apart, Arc::clone(&self.written));
         self.pool.connect(Box::new(move |message| {
             if let ToPort::Expired(lease) = &message {
-                lock(&ledger).expires(*lease, runtime.now_ms(), ttl_ms);
+                let ledger = lock(&ledger);
+                ledger.expires(*lease, runtime.now_ms(), ttl_ms);
+                if !apart {
+                    ledger.not_open(*lease);
+                }
             }
             if let ToPort::Granted(ask, result) = &message {
                 let mut ledger = lock(&ledger);
@@ -225,7 +268,12 @@ impl LeasePool for Watched {
                 if let Ok(grant) = result {
                     let last = told.swap(grant.lease.0, Ordering::Relaxed);
                     ledger.granted(bdf, grant.lease, written(&store, bdf), last);
-                    ledger.unopened.insert(grant.lease, runtime.now_ms());
+                    // A daemon apart counts from when it has written it down, and the port may
+                    // hear of it much later.
+                    let written_ms = lock(&times).get(&grant.lease).copied();
+                    let written_ms = written_ms.filter(|_| apart);
+                    let granted_ms = written_ms.unwrap_or_else(|| runtime.now_ms());
+                    ledger.unopened.insert(grant.lease, granted_ms);
                 }
             }
             port(message);

@@ -2,11 +2,11 @@
 
 use crate::guest::Tally;
 use crate::schedule::{self, Report};
+use crate::steps::Step;
 use crate::table::{Op, Table, Trouble};
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
-use vfio_shim::model::UndoStep;
 
 /// The last lines of a story that are printed.
 const STORY_TAIL: usize = 60;
@@ -95,7 +95,7 @@ impl Sum {
                 }
             }
         }
-        for step in UndoStep::ALL {
+        for step in Step::all() {
             self.table.kill(step, next());
         }
     }
@@ -179,9 +179,8 @@ pub fn parent(wish: Wish, full: bool) -> ExitCode {
     for (op, trouble) in &empty {
         println!("EMPTY: {op:?} never met {trouble:?}");
     }
-    let kills = sum.table.kills();
-    let missed = kills.iter().filter(|(_, count)| full && *count == 0);
-    let missed = missed.inspect(|(step, _)| println!("EMPTY: nobody was killed before {step:?}"));
+    let missed = sum.table.kills().filter(|(_, count)| full && *count == 0);
+    let missed = missed.inspect(|(step, _)| println!("EMPTY: nobody was killed at {step}"));
     let failed = failures.len() + empty.len() + missed.count();
     let passed = sum.schedules;
     println!("schedules: {passed} passed, {failed} failed");

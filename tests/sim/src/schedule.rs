@@ -26,6 +26,8 @@ pub struct Shape {
     pub short_leases: bool,
     /// Borrowed functions are served by processes of their own, most of them.
     pub workers: bool,
+    /// On both hosts port and daemon are processes of their own, and each may die without the other.
+    pub apart: bool,
 }
 
 impl Shape {
@@ -36,6 +38,7 @@ impl Shape {
             forger: random.once_in(5),
             short_leases: random.once_in(3),
             workers: random.once_in(3),
+            apart: random.once_in(2),
         }
     }
 }
@@ -156,6 +159,7 @@ fn drive(world: &mut World, fabric: Fabric) {
         if step % STEPS_TO_QUIET == 0 {
             world.settle();
             world.check_quiet();
+            world.check_deaths();
             world.clean_up();
         }
     }

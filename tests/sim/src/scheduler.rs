@@ -2,6 +2,7 @@
 
 use crate::coroutine::{Pause, Thread, is_dying, is_inside, pause};
 use crate::random::Random;
+use crate::steps::Step;
 use crate::trace::Trace;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -47,10 +48,10 @@ struct State {
     stops: Vec<Process>,
     /// Those that have come there.
     stopped: Vec<Process>,
-    /// At which step of undoing the next process is killed that comes there.
-    kill_at: Option<UndoStep>,
+    /// At which step the next process is killed that comes there.
+    kill_at: Option<Step>,
     /// A process that has come there.
-    reached: Option<(Process, UndoStep)>,
+    reached: Option<(Process, Step)>,
 }
 
 /// What the threads see of the scheduler.
@@ -98,14 +99,31 @@ impl Core {
         pause(Pause::Ready);
     }
 
-    /// The next process that comes to this step of undoing is to be killed there.
-    pub fn kill_at(&self, step: Option<UndoStep>) {
+    /// The next process that comes to this step is to be killed there.
+    pub fn kill_at(&self, step: Option<Step>) {
         self.lock().kill_at = step;
     }
 
     /// Who has come there just now.
-    pub fn reached(&self) -> Option<(Process, UndoStep)> {
+    pub fn reached(&self) -> Option<(Process, Step)> {
         self.lock().reached.take()
+    }
+
+    /// A process comes to a step, and may be killed there.
+    pub fn reach(&self, process: Process, step: Step) {
+        if !is_inside() || is_dying() {
+            return;
+        }
+        {
+            let mut state = self.lock();
+            if state.kill_at != Some(step) {
+                return;
+            }
+            state.kill_at = None;
+            state.reached = Some((process, step));
+        }
+        // It is killed before anybody else runs.
+        pause(Pause::Ready);
     }
 
     /// Whether it is gone.
@@ -156,19 +174,7 @@ impl Runtime for ProcessRuntime {
     }
 
     fn reach(&self, step: UndoStep) {
-        if !is_inside() || is_dying() {
-            return;
-        }
-        {
-            let mut state = self.core.lock();
-            if state.kill_at != Some(step) {
-                return;
-            }
-            state.kill_at = None;
-            state.reached = Some((self.process, step));
-        }
-        // It is killed before anybody else runs.
-        pause(Pause::Ready);
+        self.core.reach(self.process, Step::Undo(step));
     }
 
     fn idle(&self, wait: Wait) -> Idle {

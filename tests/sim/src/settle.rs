@@ -1,7 +1,7 @@
 //! What must hold: at every moment, and when all faults are over and all is quiet.
 
 use crate::guest::Life;
-use crate::host::{HEARTBEAT_MS, LEASE_TTL_MS, WINDOW_BYTES};
+use crate::host::{HEARTBEAT_MS, Host, LEASE_TTL_MS, WINDOW_BYTES};
 use crate::lease::{Held, Server};
 use crate::memory::BLOCK_BYTES;
 use crate::pool::Watch;
@@ -62,9 +62,12 @@ impl World {
         }
     }
 
-    /// A function that nobody has by what is written reaches nothing.
+    /// A function that nobody has by what is written reaches nothing. A daemon writes down that its
+    /// port is gone while the kernel still closes what that had: nobody can open it until then.
     fn check_free(&self) {
-        for host in self.hosts.iter().filter(|host| !host.tainted) {
+        let closing = |side: usize| self.apart && self.is_closing(side);
+        let hosts = self.hosts.iter().filter(|host| !host.tainted);
+        for host in hosts.filter(|host| !closing(host.side)) {
             for lent in &host.functions {
                 let maps = lent.soft.space().maps().len();
                 assert!(
@@ -80,11 +83,16 @@ impl World {
     /// A lease whose path nobody opens ends in time.
     pub fn check_expiry(&self) {
         let now_ms = self.scheduler.now_ms();
-        for host in self.hosts.iter().filter(|host| host.engine.is_some()) {
+        let stopped = |host: &Host| self.scheduler.is_stopped(host.daemon);
+        let up = |host: &&Host| host.engine.is_some() && host.pool.is_some() && !stopped(host);
+        for host in self.hosts.iter().filter(up) {
             let unopened = host.watch.as_ref().and_then(Watch::unopened);
             let awake = self.scheduler.awake_since_ms(host.side);
             if let (Some((lease, granted_ms)), Some(awake_ms)) = (unopened, awake) {
-                let end_ms = granted_ms.max(awake_ms) + host.lease_ttl_ms + EXPIRY_SLACK_MS;
+                // Its clock stands while no daemon is there, and begins anew with the next; one that
+                // stands still does nothing until it goes on.
+                let since_ms = granted_ms.max(awake_ms).max(host.daemon_since_ms);
+                let end_ms = since_ms + host.lease_ttl_ms + EXPIRY_SLACK_MS;
                 assert!(
                     now_ms <= end_ms,
                     "INVARIANT expiry: lease {lease} of {}, granted at {granted_ms} ms, lives at {now_ms} ms without a path",
@@ -178,6 +186,7 @@ impl World {
 
     fn thaw_all(&mut self) {
         (0..2).for_each(|side| self.scheduler.freeze_host(side, false));
+        (0..2).for_each(|side| self.freeze_daemon(side, false));
         self.scheduler.thaw_all();
         if self.cut {
             self.cut = false;
@@ -188,10 +197,10 @@ impl World {
 
     fn revive(&mut self) {
         for side in 0..2 {
-            if self.hosts[side].engine.is_none() && !self.is_closing(side) {
+            if self.down(side).is_some() && !self.is_closing(side) {
                 let name = self.hosts[side].name();
                 self.trace
-                    .tell(4, || format!("{name}: the daemon is started again"));
+                    .tell(4, || format!("{name}: what is not there is started again"));
                 self.restart(side);
             }
         }
@@ -203,7 +212,7 @@ impl World {
             guest.life == Life::Running && guest.commands.is_empty() && guest.doing.is_none()
                 || guest.life == Life::Ended && guest.undone
         });
-        let up = self.hosts.iter().all(|host| host.engine.is_some());
+        let up = self.hosts.iter().all(Host::is_joined);
         let mut dead = self.held.iter().filter(|held| held.server.ended());
         let buried = dead.all(Held::is_buried);
         let idle = self.verbs.is_empty() && self.orphans.is_empty() && buried;
@@ -235,14 +244,14 @@ impl World {
     }
 
     /// Whether both ports are in the same link session; none where one of them is in none.
-    fn in_one_session(&mut self) -> Option<bool> {
+    pub(crate) fn in_one_session(&mut self) -> Option<bool> {
         let [one, other] = [0, 1].map(|side| self.status(side).and_then(|status| status.session));
         let (one, other) = one.zip(other)?;
         let same = one.info.session == other.info.session;
         Some(same && one.info.peer_node.is_some() && other.info.peer_node.is_some())
     }
 
-    fn is_tainted(&self) -> bool {
+    pub(crate) fn is_tainted(&self) -> bool {
         self.hosts.iter().any(|host| host.tainted)
     }
 
@@ -273,7 +282,7 @@ impl World {
     }
 
     /// Why each lease is lost, if it is.
-    fn find_lost(&mut self) -> Vec<Option<String>> {
+    pub(crate) fn find_lost(&mut self) -> Vec<Option<String>> {
         let mut lost = Vec::new();
         for at in 0..self.held.len() {
             let process = self.hosts[self.held[at].side].process;
@@ -303,7 +312,7 @@ impl World {
                 .filter(|(_, lost)| lost.is_none())
         };
         let mut free = WINDOW_BYTES - MAILBOX_BYTES;
-        let mut maps = 1;
+        let (mut maps, mut open) = (1, Vec::new());
         for (function, lent) in self.hosts[side].functions.iter().enumerate() {
             let held = live().map(|(held, _)| held);
             let mut held = held.filter(|held| held.side != side && held.function == function);
@@ -327,6 +336,7 @@ impl World {
             );
             match held {
                 Some(_) => {
+                    open.push(lent.bdf);
                     let (bytes, areas) = lent.slices();
                     free -= bytes;
                     maps += areas;
@@ -360,6 +370,7 @@ impl World {
             mine().count(),
             "INVARIANT lease: {name} holds {leases:?}"
         );
+        self.check_known(side, &open);
     }
 
     /// The store holds a function's lease just as long as its borrower does.
@@ -395,7 +406,7 @@ impl World {
     pub fn clean_up(&mut self) {
         for side in 0..2 {
             if self.hosts[side].tainted {
-                self.kill(side);
+                self.kill_port(side);
             }
         }
         if self.hosts.iter().any(|host| host.engine.is_none()) {
@@ -415,14 +426,7 @@ impl World {
         self.check_quiet();
         self.clean_up();
         for side in 0..2 {
-            let engine = self.hosts[side].engine.take().expect("a daemon");
-            let process = self.hosts[side].process;
-            let pool = self.hosts[side].pool.take();
-            self.run_in(process, "stop", move || {
-                engine.stop();
-                // It writes down what the port's end means for its leases.
-                drop(pool);
-            });
+            self.stop(side);
             for lent in &self.hosts[side].functions {
                 self.check_stored(side, lent.bdf, None);
             }

@@ -1,8 +1,8 @@
 //! Which operations met which faults: an empty cell means that something was not tried.
 
+use crate::steps::Step;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
-use vfio_shim::model::UndoStep;
 use vfio_shim::ntb::soft::Fault;
 
 /// What a schedule does.
@@ -28,11 +28,15 @@ pub enum Op {
     Reboot,
     KillVmm,
     HangUp,
+    KillBoth,
+    KillPort,
     KillDaemon,
     PowerOff,
     Restart,
     FreezeHost,
     ThawHost,
+    FreezeDaemon,
+    ThawDaemon,
     FreezeVmm,
     ThawVmm,
     KillWorker,
@@ -45,7 +49,7 @@ pub enum Op {
 
 impl Op {
     /// All of them, with how often each is chosen.
-    pub const ALL: [(Self, usize); 32] = [
+    pub const ALL: [(Self, usize); 36] = [
         (Self::Lend, 6),
         (Self::Unlend, 1),
         (Self::Borrow, 14),
@@ -58,18 +62,22 @@ impl Op {
         (Self::Rogue, 5),
         (Self::Store, 7),
         (Self::Mask, 9),
-        (Self::Unmask, 12),
+        (Self::Unmask, 16),
         (Self::Swap, 9),
         (Self::Rearm, 3),
         (Self::Reset, 4),
         (Self::Reboot, 3),
         (Self::KillVmm, 2),
-        (Self::HangUp, 1),
-        (Self::KillDaemon, 1),
+        (Self::HangUp, 2),
+        (Self::KillBoth, 1),
+        (Self::KillPort, 1),
+        (Self::KillDaemon, 2),
         (Self::PowerOff, 1),
         (Self::Restart, 40),
         (Self::FreezeHost, 2),
         (Self::ThawHost, 30),
+        (Self::FreezeDaemon, 2),
+        (Self::ThawDaemon, 16),
         (Self::FreezeVmm, 3),
         (Self::ThawVmm, 20),
         (Self::KillWorker, 2),
@@ -99,10 +107,13 @@ pub enum Trouble {
     StoreFails,
     StoreUnsure,
     HostFrozen,
+    DaemonFrozen,
     VmmFrozen,
     WorkerFrozen,
     WorkerDead,
     HostDown,
+    PortDown,
+    DaemonDown,
     CableOut,
     LeaseExpired,
     PeerForges,
@@ -110,7 +121,7 @@ pub enum Trouble {
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 24] = [
         Self::BellLost,
         Self::BellLate,
         Self::StoreHeld,
@@ -125,10 +136,13 @@ impl Trouble {
         Self::StoreFails,
         Self::StoreUnsure,
         Self::HostFrozen,
+        Self::DaemonFrozen,
         Self::VmmFrozen,
         Self::WorkerFrozen,
         Self::WorkerDead,
         Self::HostDown,
+        Self::PortDown,
+        Self::DaemonDown,
         Self::CableOut,
         Self::LeaseExpired,
         Self::PeerForges,
@@ -169,8 +183,8 @@ pub struct Table {
     /// What had struck at the last look, for each thing that has a plan.
     seen: BTreeMap<usize, BTreeMap<Fault, u64>>,
     flaps: u64,
-    /// How often a process was killed just before a step of undoing.
-    kills: BTreeMap<UndoStep, u64>,
+    /// How often a process was killed at each step that has a name.
+    kills: BTreeMap<Step, u64>,
 }
 
 impl Table {
@@ -225,19 +239,19 @@ impl Table {
         self.flaps + flaps(struck)
     }
 
-    /// A process was killed just before this step.
-    pub fn killed(&mut self, step: UndoStep) {
+    /// A process was killed at this step.
+    pub fn killed(&mut self, step: Step) {
         self.kill(step, 1);
     }
 
     /// So often.
-    pub fn kill(&mut self, step: UndoStep, count: u64) {
+    pub fn kill(&mut self, step: Step, count: u64) {
         *self.kills.entry(step).or_default() += count;
     }
 
-    /// How often a process was killed just before each step of undoing, in order.
-    pub fn kills(&self) -> [(UndoStep, u64); UndoStep::ALL.len()] {
-        UndoStep::ALL.map(|step| (step, self.kills.get(&step).copied().unwrap_or(0)))
+    /// How often a process was killed at each step that has a name, in order.
+    pub fn kills(&self) -> impl Iterator<Item = (Step, u64)> + '_ {
+        Step::all().map(|step| (step, self.kills.get(&step).copied().unwrap_or(0)))
     }
 
     /// Adds another's.
@@ -296,9 +310,9 @@ impl fmt::Display for Table {
                 write!(f, " {count:>12}")?;
             }
         }
-        write!(f, "\nkilled just before:")?;
+        write!(f, "\nkilled at:")?;
         for (step, count) in self.kills() {
-            write!(f, " {step:?} {count}")?;
+            write!(f, " {step} {count}")?;
         }
         Ok(())
     }
@@ -320,6 +334,6 @@ mod tests {
         let empty = table.empty();
         assert!(empty.contains(&(Op::Lend, Trouble::BellLate)));
         assert!(!empty.contains(&(Op::Borrow, Trouble::BellLate)));
-        assert_eq!(empty.len(), 32 * 21 - 4);
+        assert_eq!(empty.len(), 36 * 24 - 4);
     }
 }

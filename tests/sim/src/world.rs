@@ -7,6 +7,7 @@ use crate::lease::{Held, Kind, Outcome, Verb, Vmm, Wish};
 use crate::random::Random;
 use crate::schedule::Shape;
 use crate::scheduler::{Process, Scheduler};
+use crate::steps::Step;
 use crate::table::Table;
 use crate::trace::Trace;
 use crate::vmm;
@@ -15,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vfio_shim::model::{Function, UndoStep};
+use vfio_shim::model::Function;
 use vfio_shim::ntb::soft::{FaultPlan, SoftHost, SoftLink, SoftPortConfig};
 use vfio_shim::path::Engine;
 
@@ -51,6 +52,8 @@ pub struct World {
     pub forger: Option<Forger>,
     /// Whether functions are served by processes of their own, most of them.
     pub workers: bool,
+    /// Whether ports and daemons are processes of their own.
+    pub apart: bool,
     /// Those processes, but for some that have ended.
     pub worker_processes: Vec<Process>,
     pub(crate) dir: PathBuf,
@@ -94,6 +97,7 @@ impl World {
             table: Table::default(),
             forger: None,
             workers: shape.workers,
+            apart: shape.apart,
             worker_processes: Vec::new(),
             dir: dir.to_owned(),
             sockets: 0,
@@ -107,12 +111,17 @@ impl World {
             if shape.short_leases {
                 world.hosts[side].lease_ttl_ms = 20 + world.random.below(1500) as u64;
             }
+            if shape.apart {
+                world.hosts[side].line_socket = Some(dir.join(format!("leases-{side}.sock")));
+                world.hosts[side].start_daemon(&mut world.scheduler);
+            }
             world.start(side);
         }
         world
     }
 
-    /// Starts a host's daemon, which offers what was offered before.
+    /// Starts a host's port, which offers what was offered before; with its daemon, where both are
+    /// one process.
     pub fn start(&mut self, side: usize) {
         self.hosts[side].start(&mut self.scheduler);
         for function in 0..self.hosts[side].functions.len() {
@@ -136,19 +145,23 @@ impl World {
         true
     }
 
-    /// A process is killed just before a step of undoing.
-    fn kill_at(&mut self, process: Process, step: UndoStep) {
+    /// A process is killed at a step that has a name.
+    fn kill_at(&mut self, process: Process, step: Step) {
         let host = &self.hosts[process.side];
-        let name = host.name();
-        let port = process == host.process;
-        self.trace.tell(step as u64, || {
-            let who = if port { "the daemon" } else { "a worker" };
-            format!("{name}: {who} is killed just before {step:?}")
+        let (name, port, daemon) = (host.name(), host.process, host.daemon);
+        self.trace.tell(step.number(), || {
+            let who = match process {
+                _ if process == port => "the port",
+                _ if process == daemon => "the daemon",
+                _ => "a worker",
+            };
+            format!("{name}: {who} is killed at {step}")
         });
         self.table.killed(step);
-        match port {
-            true => self.kill(process.side),
-            false => self.scheduler.kill(process),
+        match process {
+            _ if process == port => self.kill_port(process.side),
+            _ if process == daemon => self.kill_daemon(process.side),
+            _ => self.scheduler.kill(process),
         }
     }
 
@@ -387,19 +400,6 @@ impl World {
         let of_functions: usize = functions.map(|f| f.soft.space().maps().len()).sum();
         let ports = self.hosts.iter().map(|host| host.port.space().maps().len());
         ports.sum::<usize>() + of_functions
-    }
-
-    /// A host's daemon is killed where it stands; its kernel closes what it had.
-    pub fn kill(&mut self, side: usize) {
-        let process = self.hosts[side].process;
-        self.scheduler.kill(process);
-        self.hosts[side].engine = None;
-        self.hosts[side].pool = None;
-        self.verbs.retain(|verb| verb.side != side);
-        self.drop_held(|held| held.side == side);
-        self.downs += 1;
-        let workers = self.workers_of(side);
-        self.hosts[side].close_all(&mut self.scheduler, &mut self.random, workers);
     }
 
     /// A host loses power, with all that runs on it.

@@ -1,4 +1,4 @@
-//! Schedules of a given shape: with a peer that forges, with leases that expire under their borrowers, with workers that die.
+//! Schedules of a given shape: with a peer that forges, with leases that expire under their borrowers, with workers, ports and daemons that die.
 
 use sim_tests::faults::Fabric;
 use sim_tests::random::Random;
@@ -10,7 +10,7 @@ use std::sync::Mutex;
 static ALONE: Mutex<()> = Mutex::new(());
 
 /// Runs so many schedules; what was met in them.
-fn passed(many: u64, [forger, short_leases, workers]: [bool; 3]) -> Table {
+fn passed(many: u64, [forger, short_leases, workers, apart]: [bool; 4]) -> Table {
     let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     let mut table = Table::default();
@@ -20,6 +20,7 @@ fn passed(many: u64, [forger, short_leases, workers]: [bool; 3]) -> Table {
             forger,
             short_leases,
             workers,
+            apart,
         };
         schedule::keep_panics();
         let report = schedule::run_as(shape, (seed, Random::new(seed)), false, dir.path());
@@ -34,14 +35,14 @@ fn passed(many: u64, [forger, short_leases, workers]: [bool; 3]) -> Table {
 
 #[test]
 fn honest_host_keeps_its_invariants_whatever_its_peer_forges() {
-    let table = passed(16, [true, false, false]);
+    let table = passed(32, [true, false, false, false]);
     assert!(table.met(Op::Forge, Trouble::PeerForges) > 0);
     assert!(table.met(Op::Interrupt, Trouble::PeerForges) > 0);
 }
 
 #[test]
 fn lease_that_nobody_opens_expires_and_one_with_an_open_path_never_does() {
-    let table = passed(16, [true, true, false]);
+    let table = passed(16, [true, true, false, false]);
     let expired: u64 = Op::ALL
         .iter()
         .map(|(op, _)| table.met(*op, Trouble::LeaseExpired))
@@ -52,10 +53,22 @@ fn lease_that_nobody_opens_expires_and_one_with_an_open_path_never_does() {
 
 #[test]
 fn worker_that_dies_or_stands_still_costs_its_own_lease_alone() {
-    let table = passed(24, [false, false, true]);
+    let table = passed(24, [false, false, true, false]);
     for trouble in [Trouble::WorkerDead, Trouble::WorkerFrozen] {
         for op in [Op::Interrupt, Op::Store, Op::Revoke, Op::Return] {
             assert!(table.met(op, trouble) > 0, "{op:?} never met {trouble:?}");
         }
     }
+}
+
+#[test]
+fn daemon_that_dies_ends_no_path_and_a_port_that_dies_ends_its_own() {
+    let table = passed(24, [false, true, true, true]);
+    for trouble in [Trouble::DaemonDown, Trouble::PortDown, Trouble::HostDown] {
+        for op in [Op::Borrow, Op::Return, Op::KillPort, Op::KillDaemon] {
+            assert!(table.met(op, trouble) > 0, "{op:?} never met {trouble:?}");
+        }
+    }
+    let expired = table.met(Op::KillDaemon, Trouble::LeaseExpired);
+    assert!(expired > 0, "no lease expired near a daemon's death");
 }

@@ -22,6 +22,7 @@ fn two_hosts(dir: &tempfile::TempDir) -> World {
         forger: false,
         short_leases: false,
         workers: true,
+        apart: false,
     };
     let mut world = World::new(Random::new(1), shape, Trace::new(true), dir.path());
     go_on(&mut world);
