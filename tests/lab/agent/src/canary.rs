@@ -52,7 +52,7 @@ impl Canary {
 
     /// Takes it away again.
     pub fn unmap(&self, client: &mut Client) -> Result<()> {
-        let body = dma_unmap(ADDRESS, BYTES as u64 / 2);
+        let body = dma_unmap(ADDRESS, self.bytes / 2);
         client.ask(DMA_UNMAP, &body, &[]).map(drop)
     }
 
