@@ -35,7 +35,7 @@ fn passed(many: u64, [forger, short_leases, workers, apart]: [bool; 4]) -> Table
 
 #[test]
 fn honest_host_keeps_its_invariants_whatever_its_peer_forges() {
-    let table = passed(32, [true, false, false, false]);
+    let table = passed(64, [true, false, false, false]);
     assert!(table.met(Op::Forge, Trouble::PeerForges) > 0);
     assert!(table.met(Op::Interrupt, Trouble::PeerForges) > 0);
 }
