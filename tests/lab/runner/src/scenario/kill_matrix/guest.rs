@@ -31,7 +31,8 @@ impl Rig<'_> {
             self.guests += 1;
             let name = format!("g{}", self.guests);
             let spec = GuestSpec::stock(&name, &self.lab.vmm()?);
-            self.guest = Some(steps::boot(self.lab, &self.pair, spec)?);
+            let boot = || steps::boot(self.lab, &self.pair, spec);
+            self.guest = Some(self.while_witness_rests(boot)?);
             self.whole()?;
         }
         let lease = self.lease()?;

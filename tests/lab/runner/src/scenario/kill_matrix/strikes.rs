@@ -8,8 +8,8 @@ use crate::scenario::client::Client;
 use anyhow::{Context, Result, ensure};
 use std::time::{Duration, Instant};
 
-const SIGSTOP: i32 = 19;
-const SIGCONT: i32 = 18;
+pub const SIGSTOP: i32 = 19;
+pub const SIGCONT: i32 = 18;
 pub const SIGKILL: i32 = 9;
 /// How long a frozen process stands still. The lab's ports miss a peer after 10 s.
 const FREEZE: Duration = Duration::from_secs(5);

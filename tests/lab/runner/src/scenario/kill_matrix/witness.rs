@@ -3,6 +3,7 @@
 use super::cell::Witnessed;
 use super::hosts::WITNESS_BDF;
 use super::rig::Rig;
+use super::strikes::{SIGCONT, SIGSTOP};
 use crate::host::VF_BDF;
 use crate::pci;
 use crate::scenario::client::Client;
@@ -104,6 +105,20 @@ impl Rig<'_> {
     /// Who must not notice.
     pub fn witness(&self) -> Result<&Client> {
         Ok(&self.witness.as_ref().context("no witness")?.client)
+    }
+
+    /// Does something while the witness rests, if it works on the tenant's host: TCG's nested SVM
+    /// does not stand a guest that boots beside somebody at work (`NESTED_FAULTS` in `log`).
+    pub fn while_witness_rests<T>(&self, act: impl FnOnce() -> Result<T>) -> Result<T> {
+        let witness = self.witness.as_ref().context("no witness")?;
+        if witness.place != Witnessed::Beside {
+            return act();
+        }
+        let (agent, pid) = (&self.pair.b.agent, witness.client.pid);
+        agent.kill(pid, SIGSTOP)?;
+        let done = act();
+        agent.kill(pid, SIGCONT)?;
+        done
     }
 
     /// Memory of both hosts that is no tenant's is as it was.
