@@ -18,6 +18,7 @@ mod pf_gone;
 mod reboot;
 mod refusals;
 mod rounds;
+mod second;
 mod steps;
 mod tenant;
 mod third;

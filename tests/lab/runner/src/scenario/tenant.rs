@@ -1,16 +1,17 @@
 //! A second tenant of the same port: a client with its own function, at work all the time, beside memory that is full of a pattern.
 //!
-//! No second guest: TCG's nested SVM does not stand two of them (`NESTED_FAULTS` in `log`).
+//! `two-tenants` has a second guest instead, which takes a boot.
 
 use super::client::Client;
 use super::steps::Attached;
 use super::vf::Vf;
 use crate::host::NTB_BDF;
+use crate::lab::Pair;
 use crate::pci;
 use anyhow::{Context, Result};
 
 /// The VF after the guest's.
-const VF: Vf = Vf {
+pub(super) const VF: Vf = Vf {
     bdf: "0000:01:00.2",
     controller: 2,
     socket: "/run/sublet/neighbour.sock",
@@ -43,7 +44,7 @@ impl Neighbour {
         client.order("map")?;
         client.tell("go")?;
         client.goes_on(2)?;
-        let address = find(attached)?;
+        let address = find(&attached.pair)?;
         Ok(Neighbour {
             client,
             fdid,
@@ -69,8 +70,8 @@ impl Neighbour {
 }
 
 /// The pattern, seen by host A through its window: the NTB does lead there.
-fn find(attached: &Attached) -> Result<u64> {
-    let host_a = &attached.pair.a.agent;
+pub(super) fn find(pair: &Pair) -> Result<u64> {
+    let host_a = &pair.a.agent;
     let window = pci::bar_address(host_a, NTB_BDF, 2)?;
     let steps = WINDOW_BYTES / STEP;
     let found = host_a.sh(&format!(

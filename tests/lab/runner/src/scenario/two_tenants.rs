@@ -2,8 +2,8 @@
 
 use super::isolation::{faults_seen, refused};
 use super::rounds::Rounds;
+use super::second::Second;
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, Setup};
-use super::tenant::Neighbour;
 use super::vf::Vf;
 use super::{Scenario, When};
 use crate::agent::Agent;
@@ -98,49 +98,62 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
     let attached = steps::attach(lab, checks, &setup, spec(lab)?)?;
     let [work, harm] = more.get().context("nothing more is lent")?;
     let mut second = None;
-    checks.must(
-        "a second tenant works with a VF behind the same port",
-        || {
-            let moved_in = Neighbour::move_in(&attached)?;
-            let fdid = moved_in.fdid.clone();
-            second = Some(moved_in);
-            Ok(fdid)
-        },
-    )?;
+    checks.must("a second guest has a VF behind the same port", || {
+        let moved_in = Second::move_in(lab, &attached)?;
+        let fdid = moved_in.fdid.clone();
+        second = Some(moved_in);
+        Ok(fdid)
+    })?;
     let second = second.context("no second tenant")?;
-    let guest = &attached.guest.agent;
-    let [at_work, by_hand] = functions(guest)?;
-    let device = pci::wait_block_device(guest, &at_work)?;
-    let round = |number| steps::round_at(guest, (&device, WORK_OFFSET), (WORK_BYTES, number));
-    let (tried, ended) = Rounds::beside(round, |first| {
-        let both = Both {
-            first,
-            second: &second,
-        };
-        checks.check("both tenants' I/O goes on", || both.go_on());
-        hostile_guest(checks, &attached, &by_hand, &both)?;
-        let hostile = Hostile {
-            lending: &attached.lending,
-            pair: &attached.pair,
-            fdid: harm,
-            both: &both,
-        };
-        hostile.tries(checks);
-        Ok::<_, anyhow::Error>(())
-    });
-    tried?;
+    let ended = beside_each_other(checks, &attached, &second, harm)?;
+    let [first_ended, second_ended] = ended;
     checks.check("every byte of the first tenant was right", || {
-        let rounds = ended?;
+        let rounds = first_ended?;
         ensure_no_lost_interrupt(&attached.guest.dmesg("polled|timeout")?)?;
         Ok(format!("{rounds} rounds of {WORK_BYTES} bytes"))
     });
     checks.check("every byte of the second tenant was right", || {
-        second.move_out(&attached)
+        second.move_out(&attached, second_ended?)
     });
     steps::detach_with(checks, attached, |pair, lending| {
         AT_WORK.take_back(&pair.a.agent, lending, work)?;
         HARMFUL.take_back(&pair.a.agent, lending, harm)
     })
+}
+
+/// Both work all the time, and the first does all the harm that it can; how many of each one's
+/// rounds were right.
+fn beside_each_other(
+    checks: &mut Checks,
+    attached: &Attached,
+    second: &Second,
+    harm: &str,
+) -> Result<[Result<u64>; 2]> {
+    let guest = &attached.guest.agent;
+    let [at_work, by_hand] = functions(guest)?;
+    let device = pci::wait_block_device(guest, &at_work)?;
+    let round = |number| steps::round_at(guest, (&device, WORK_OFFSET), (WORK_BYTES, number));
+    let ((tried, second_ended), first_ended) = Rounds::beside(round, |first_rounds| {
+        let round = |number| second.round(number);
+        Rounds::beside(round, |second_rounds| {
+            let both = Both {
+                rounds: [first_rounds, second_rounds],
+                second,
+            };
+            checks.check("both tenants' I/O goes on", || both.go_on());
+            hostile_guest(checks, attached, &by_hand, &both)?;
+            let hostile = Hostile {
+                lending: &attached.lending,
+                pair: &attached.pair,
+                fdid: harm,
+                both: &both,
+            };
+            hostile.tries(checks);
+            Ok::<_, anyhow::Error>(())
+        })
+    });
+    tried?;
+    Ok([first_ended, second_ended])
 }
 
 /// The guest's own addresses of its functions: QEMU was told of the one for its work first.
@@ -153,15 +166,16 @@ fn functions(guest: &Agent) -> Result<[String; 2]> {
 
 /// Both tenants' checksummed I/O.
 struct Both<'a> {
-    first: &'a Rounds,
-    second: &'a Neighbour,
+    rounds: [&'a Rounds; 2],
+    second: &'a Second,
 }
 
 impl Both<'_> {
-    /// Whole pieces of each from now on.
+    /// Whole pieces of each from now on, and memory that is as it was.
     fn go_on(&self) -> Result<String> {
-        self.second.goes_on()?;
-        self.first.go_on()
+        let [first, second] = self.rounds.map(Rounds::go_on);
+        self.second.look()?;
+        Ok(format!("{} and {}", first?, second?))
     }
 }
 
