@@ -2,10 +2,11 @@
 
 use super::control::Input;
 use super::executor::{Executor, ExecutorShared};
-use super::irq::{IrqHandle, IrqThread, Relay, VectorCounters};
+use super::irq::{IrqCommand, IrqHandle, IrqThread, Relay, VectorCounters};
 use super::keep::{Keep, ResetWord, ScrubPlan};
+use super::requests::{Watch, Wish};
 use crate::model::{
-    Access, AddressSpace, Aperture, BAR_COUNT, DmaMap, Function, FunctionError, FunctionIds,
+    Access, AddressSpace, Aperture, BAR_COUNT, Bdf, DmaMap, Function, FunctionError, FunctionIds,
     FunctionInfo, IrqIndex, MapError, OsRuntime, PortIova, RegionIndex, Runtime, Span,
     WindowOffset,
 };
@@ -240,17 +241,25 @@ impl Rig {
         self.executor.work(FunctionWork::Map(ranges)).unwrap();
     }
 
-    /// Returns when the irq thread has handled all that was ready before.
-    fn irq_is_quiet(&self) {
-        // The first wakes it with what was ready, the second when it is through with that.
-        self.irq.disarm(&OsRuntime, LeaseId(77));
-        self.irq.disarm(&OsRuntime, LeaseId(77));
+    /// Returns when the irq thread has handled all that was ready before, with what it has told.
+    fn irq_is_quiet(&self) -> Vec<Input> {
+        // Ready behind all of that, so told of behind all of that: epoll keeps their order.
+        let fd = eventfd(1, EventfdFlags::NONBLOCK).unwrap();
+        let wish = Wish::Error;
+        let nobody: Bdf = "7f:1f.7".parse().unwrap();
+        self.irq
+            .send(IrqCommand::Watch(nobody, vec![Watch { wish, fd }]));
+        let told = self.told.iter();
+        let told = told.take_while(|input| !matches!(input, Input::Wish(of, _) if *of == nobody));
+        let told = told.collect();
+        self.irq.send(IrqCommand::Unwatch(nobody));
+        told
     }
 }
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        self.irq.send(super::irq::IrqCommand::Stop);
+        self.irq.send(IrqCommand::Stop);
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
@@ -376,9 +385,9 @@ fn peer_that_rings_without_end_fills_no_queue() {
             std::thread::yield_now();
         }
     }
-    rig.irq_is_quiet();
-    let bells = |input: &Input| matches!(input, Input::Bell);
-    assert_eq!(rig.told.try_iter().filter(bells).count(), 1);
+    let told = rig.irq_is_quiet();
+    let bells = |input: &&Input| matches!(input, Input::Bell);
+    assert_eq!(told.iter().filter(bells).count(), 1);
 }
 
 #[test]
