@@ -590,3 +590,6 @@ fn read_count(fd: BorrowedFd<'_>) -> u64 {
 fn drain(fd: BorrowedFd<'_>) {
     let _ = read_count(fd);
 }
+
+#[cfg(test)]
+mod tests;

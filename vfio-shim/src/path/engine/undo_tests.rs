@@ -2,7 +2,7 @@
 
 use super::control::Input;
 use super::executor::{Executor, ExecutorShared};
-use super::irq::{IrqCommand, IrqHandle, IrqThread, Relay, VectorCounters};
+use super::irq::{IrqCommand, IrqHandle, IrqThread};
 use super::keep::{Keep, ResetWord, ScrubPlan};
 use super::requests::{Watch, Wish};
 use crate::model::{
@@ -17,7 +17,6 @@ use crate::path::message::{LeaseId, MapRange};
 use crate::path::wire::BELL_MAILBOX;
 use crate::path::work::{FunctionWork, OpenPlan, WorkOutcome};
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::Errno;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -304,32 +303,6 @@ fn relay_is_quiet_after_a_close_whose_vectors_could_not_be_disabled() {
     rig.irq_is_quiet();
     let counters = Arc::clone(&super::lock(&rig.executor.shared.counters));
     assert_eq!(counters[0].raised.load(Ordering::SeqCst), 0);
-}
-
-#[test]
-fn relay_of_which_one_vector_cannot_be_watched_is_refused_and_watches_none() {
-    let rig = Rig::new();
-    let counters: Arc<[VectorCounters]> = [(); 2].map(|()| VectorCounters::default()).into();
-    let event = || eventfd(0, EventfdFlags::NONBLOCK).unwrap();
-    let first = event();
-    let relay = |second: OwnedFd| Relay {
-        lease: LEASE,
-        first: 0,
-        eventfds: vec![first.try_clone().unwrap(), second],
-        counters: Arc::clone(&counters),
-    };
-    let ring = || {
-        rustix::io::write(&first, &1_u64.to_ne_bytes()).unwrap();
-        rig.irq_is_quiet();
-        counters[0].raised.load(Ordering::SeqCst)
-    };
-    // What epoll cannot watch, as it is always ready.
-    let file = OwnedFd::from(tempfile::tempfile().unwrap());
-    let refused = rig.irq.arm(&OsRuntime, relay(file));
-    assert_eq!(refused, Err(Errno::PERM));
-    assert_eq!(ring(), 0, "the first one is watched");
-    rig.irq.arm(&OsRuntime, relay(event())).unwrap();
-    assert_eq!(ring(), 2, "both raises");
 }
 
 #[test]
