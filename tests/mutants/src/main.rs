@@ -4,13 +4,13 @@
 //! so each is run in the clean tree first.
 
 use anyhow::{Context, Result, bail};
-use mutants::outcome::{Outcome, run};
+use mutants::outcome::{Outcome, TEST, limit, run};
 use mutants::table::{self, Mutant};
 use mutants::tree::Tree;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 struct Bed {
     tree: Tree,
@@ -28,17 +28,18 @@ impl Bed {
         })
     }
 
-    fn outcome(&self, mutant: &Mutant) -> Result<Outcome> {
-        run(mutant, self.tree.root(), &self.target, &self.log)
+    fn outcome(&self, mutant: &Mutant, limit: Duration) -> Result<(Outcome, Duration)> {
+        let places = (self.tree.root(), &*self.target, &*self.log);
+        run(mutant, places, limit)
     }
 
     /// Whether the mutant is found; says so in a line.
-    fn judge(&self, mutant: &Mutant, clean: Outcome) -> Result<bool> {
+    fn judge(&self, mutant: &Mutant, (clean, took): (Outcome, Duration)) -> Result<bool> {
         let since = Instant::now();
         let (found, why) = match clean {
             Outcome::Green => {
                 let _planted = self.tree.plant(mutant)?;
-                match self.outcome(mutant)? {
+                match self.outcome(mutant, limit(took))?.0 {
                     Outcome::Red => (true, "red"),
                     Outcome::Hung => (true, "does not end"),
                     Outcome::Green => (false, "stays green: nobody would notice"),
@@ -86,11 +87,11 @@ fn main() -> Result<ExitCode> {
     };
     let mutants = chosen(table::read(&here.join("mutants.toml"))?, &names)?;
     let bed = Bed::new(root)?;
-    let mut clean: BTreeMap<(String, String, String), Outcome> = BTreeMap::new();
+    let mut clean = BTreeMap::new();
     for mutant in &mutants {
         let key = |m: &Mutant| (m.package.clone(), m.target.clone(), m.test.clone());
         if let std::collections::btree_map::Entry::Vacant(entry) = clean.entry(key(mutant)) {
-            entry.insert(bed.outcome(mutant)?);
+            entry.insert(bed.outcome(mutant, TEST)?);
         }
     }
     let (mut found, mut missed) = (0, 0);

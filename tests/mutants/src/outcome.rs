@@ -10,8 +10,12 @@ use std::time::{Duration, Instant};
 
 /// How long a build may take on a slow machine.
 const BUILD: Duration = Duration::from_secs(900);
-/// How long a single test may take; one that hangs has found its fault.
-const TEST: Duration = Duration::from_secs(120);
+/// How long a single test may take in the clean tree.
+pub const TEST: Duration = Duration::from_secs(120);
+/// The least that it may take with a fault, and how much more of what it takes without: one that
+/// hangs has found its fault, and most would wait a minute for what does not come.
+const FAULTY_LEAST: Duration = Duration::from_secs(20);
+const FAULTY_TIMES: u32 = 10;
 
 /// What became of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,25 +32,38 @@ pub enum Outcome {
     NoTest,
 }
 
-/// Builds and runs the test that has to find the mutant, in the tree as it is now.
-pub fn run(mutant: &Mutant, tree: &Path, target: &Path, log: &Path) -> Result<Outcome> {
+/// How long a test may take with a fault that takes so long without.
+pub fn limit(clean: Duration) -> Duration {
+    (clean * FAULTY_TIMES).max(FAULTY_LEAST).min(TEST)
+}
+
+/// Builds and runs the test that has to find the mutant, in the tree as it is now; how long the test
+/// itself took.
+pub fn run(
+    mutant: &Mutant,
+    (tree, target, log): (&Path, &Path, &Path),
+    limit: Duration,
+) -> Result<(Outcome, Duration)> {
     let build = cargo(mutant, tree, target, &["--no-run"], &[]);
     let built = within(build, BUILD, log)?;
     if !built.is_some_and(|status| status.success()) {
-        return Ok(Outcome::NotBuilt);
+        return Ok((Outcome::NotBuilt, Duration::ZERO));
     }
+    let since = Instant::now();
     let test = cargo(mutant, tree, target, &[], &[&mutant.test, "--exact"]);
-    let ended = within(test, TEST, log)?;
+    let ended = within(test, limit, log)?;
+    let took = since.elapsed();
     let text = std::fs::read_to_string(log).context("the log")?;
     let tests = text
         .lines()
         .filter(|line| line.starts_with("running 1 test"));
-    Ok(match (tests.count(), ended) {
+    let outcome = match (tests.count(), ended) {
         (0, _) => Outcome::NoTest,
         (_, None) => Outcome::Hung,
         (_, Some(status)) if status.success() => Outcome::Green,
         _ => Outcome::Red,
-    })
+    };
+    Ok((outcome, took))
 }
 
 fn cargo(mutant: &Mutant, tree: &Path, target: &Path, flags: &[&str], words: &[&str]) -> Command {
@@ -85,4 +102,17 @@ fn end(child: &mut Child) -> Result<()> {
     }
     child.wait()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FAULTY_LEAST, TEST, limit};
+    use std::time::Duration;
+
+    #[test]
+    fn faulty_tests_have_ten_times_what_the_clean_ones_take_within_bounds() {
+        assert_eq!(limit(Duration::from_millis(300)), FAULTY_LEAST);
+        assert_eq!(limit(Duration::from_secs(4)), Duration::from_secs(40));
+        assert_eq!(limit(Duration::from_secs(60)), TEST);
+    }
 }
