@@ -7,7 +7,7 @@ use super::store::{LeaseStore, StoreError};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{SystemTime, UNIX_EPOCH};
-use vfio_shim::model::{Bdf, OsRuntime, Runtime, Task};
+use vfio_shim::model::{Bdf, JoinOnDrop, OsRuntime, Runtime};
 use vfio_shim::path::grant::{PortLine, ToPool, ToPort};
 use vfio_shim::path::{LeasePool, Refusal, RefusalCode};
 
@@ -33,7 +33,7 @@ enum Input {
 /// The pool at work, in a thread of its own. Dropped after the ports: it writes down their ends.
 pub struct PoolService {
     inbox: mpsc::Sender<Input>,
-    thread: Mutex<Option<Task>>,
+    _thread: JoinOnDrop,
     runtime: Arc<dyn Runtime>,
 }
 
@@ -65,7 +65,7 @@ impl PoolService {
         let thread = spawned.map_err(|source| StoreError::failed("served", source))?;
         Ok(Self {
             inbox,
-            thread: Mutex::new(Some(thread)),
+            _thread: thread.join_on_drop(),
             runtime,
         })
     }
@@ -115,13 +115,6 @@ impl PoolService {
 impl Drop for PoolService {
     fn drop(&mut self) {
         let _ = self.inbox.send(Input::Stop);
-        let thread = self
-            .thread
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(thread) = thread.take() {
-            thread.join();
-        }
     }
 }
 

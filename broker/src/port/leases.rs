@@ -12,7 +12,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vfio_shim::model::{OsRuntime, Runtime, Task};
+use vfio_shim::model::{JoinOnDrop, OsRuntime, Runtime};
 use vfio_shim::path::LeasePool;
 use vfio_shim::path::grant::{PortLine, ToPool, ToPort};
 use vfio_shim::path::words;
@@ -24,7 +24,7 @@ const PAUSE_MS: u64 = 100;
 pub struct PortLeases {
     shared: Arc<Shared>,
     stop: OwnedFd,
-    thread: Mutex<Option<Task>>,
+    _thread: JoinOnDrop,
 }
 
 struct Shared {
@@ -159,7 +159,7 @@ impl PortLeases {
         Ok(Arc::new(Self {
             shared,
             stop,
-            thread: Mutex::new(Some(thread)),
+            _thread: thread.join_on_drop(),
         }))
     }
 }
@@ -167,13 +167,6 @@ impl PortLeases {
 impl Drop for PortLeases {
     fn drop(&mut self) {
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-        let thread = self
-            .thread
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(thread) = thread.take() {
-            thread.join();
-        }
     }
 }
 

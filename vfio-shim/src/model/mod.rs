@@ -26,7 +26,7 @@ pub use config_space::{
 pub use function::{Function, FunctionError, FunctionIds, FunctionInfo};
 pub use irq::{IrqIndex, IrqInfo};
 pub use region::{BAR_COUNT, MmapArea, RegionIndex, RegionInfo};
-pub use runtime::{Idle, OsRuntime, Runtime, Task, Wait};
+pub use runtime::{Idle, JoinOnDrop, OsRuntime, Runtime, Task, Wait};
 pub use shadow_config::{Effects, ShadowConfig, ShadowError};
 pub use space::{Access, AddressSpace, Aperture, DmaMap, MapError, Mapping, Memory};
 pub use span::{Span, overlap_among};

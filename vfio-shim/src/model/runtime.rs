@@ -74,6 +74,23 @@ impl Task {
     pub fn join(self) {
         (self.0)();
     }
+
+    /// For a field of its owner, whose own `drop` comes before its fields' and tells it to end.
+    pub fn join_on_drop(self) -> JoinOnDrop {
+        JoinOnDrop(Mutex::new(Some(self)))
+    }
+}
+
+/// A thread that is waited for when this is dropped.
+pub struct JoinOnDrop(Mutex<Option<Task>>);
+
+impl Drop for JoinOnDrop {
+    fn drop(&mut self) {
+        let task = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(task) = task.take() {
+            task.join();
+        }
+    }
 }
 
 impl dyn Runtime + '_ {

@@ -18,7 +18,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use vfio_shim::model::{Runtime, Task};
+use vfio_shim::model::{JoinOnDrop, Runtime};
 use vfio_shim::path::grant::{AskId, PortLine, ToPool, ToPort};
 use vfio_shim::path::lender::OFFERS_MAX;
 use vfio_shim::path::message::Secret;
@@ -64,7 +64,7 @@ pub struct LinePort {
 pub struct LeaseLine {
     line: Arc<Mutex<Line>>,
     stop: OwnedFd,
-    thread: Mutex<Option<Task>>,
+    _thread: JoinOnDrop,
 }
 
 impl LeaseLine {
@@ -89,7 +89,7 @@ impl LeaseLine {
         Ok(Self {
             line,
             stop,
-            thread: Mutex::new(Some(thread)),
+            _thread: thread.join_on_drop(),
         })
     }
 
@@ -102,13 +102,6 @@ impl LeaseLine {
 impl Drop for LeaseLine {
     fn drop(&mut self) {
         let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-        let thread = self
-            .thread
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner);
-        if let Some(thread) = thread.take() {
-            thread.join();
-        }
     }
 }
 

@@ -11,6 +11,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// Signals by their numbers, as every Linux has them.
+pub const SIGKILL: i32 = 9;
+pub const SIGTERM: i32 = 15;
+pub const SIGCONT: i32 = 18;
+pub const SIGSTOP: i32 = 19;
 /// What a reply may take beyond the time that the request itself is given.
 const REPLY_GRACE: Duration = Duration::from_secs(15);
 /// A request that does no work.
@@ -222,6 +227,15 @@ impl Agent {
     pub fn kill(&self, pid: u32, signal: i32) -> Result<()> {
         self.request(Request::Kill { pid, signal }, Vec::new(), SHORT)
             .map(drop)
+    }
+
+    /// Does something while a process stands still: TCG's nested SVM does not stand a guest that
+    /// boots beside somebody at work (`NESTED_FAULTS` in `log`).
+    pub fn while_still<T>(&self, pid: u32, act: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.kill(pid, SIGSTOP)?;
+        let done = act();
+        self.kill(pid, SIGCONT)?;
+        done
     }
 
     /// Writes a file.

@@ -1,6 +1,6 @@
 //! A guest (L2) inside a host: QEMU or cloud-hypervisor under nested KVM, on hugepages.
 
-use crate::agent::Agent;
+use crate::agent::{Agent, SIGKILL};
 use crate::cache::Cache;
 use crate::host::{Host, QUICK, vfio_user_device};
 use crate::initramfs::{Initramfs, PORT_NAME, Port};
@@ -17,7 +17,6 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// While a guest boots, its VMM is looked after this often.
 const LOOK_AFTER_VMM: Duration = Duration::from_secs(3);
 const END_TIMEOUT: Duration = Duration::from_secs(30);
-const SIGKILL: i32 = 9;
 /// What the host's VMMs and programs do, a line for each thread: its state, its ticks as a user and
 /// in the kernel, the guest's of them, and where it waits. A guest that stands still tells nothing.
 const THREADS: &str = r#"for p in /proc/[0-9]*; do

@@ -1,6 +1,6 @@
 //! The project's own daemons and ports on both hosts, and the way of one function from the lender to a guest.
 
-use crate::agent::{Agent, Output};
+use crate::agent::{Agent, Output, SIGKILL, SIGTERM};
 use crate::host::{Host, NTB_BDF, VF_BDF};
 use crate::lab::{Lab, Pair};
 use crate::pci;
@@ -17,8 +17,6 @@ const CONFIG_DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../config");
 const PORT_CONTROL: &str = "/run/sublet/ports/ntb0/control.sock";
 /// The sample configurations' port.
 pub const PORT: &str = "ntb0";
-const SIGKILL: i32 = 9;
-const SIGTERM: i32 = 15;
 const END_TIMEOUT: Duration = Duration::from_secs(20);
 const LINK_TIMEOUT: Duration = Duration::from_secs(30);
 const VERB_TIMEOUT: Duration = Duration::from_secs(30);
@@ -33,6 +31,18 @@ const KEEPER_FOLDER: &str = "/run/sublet-keeper";
 pub fn config(name: &str) -> Result<String> {
     let from = Path::new(CONFIG_DIR).join(name);
     fs::read_to_string(&from).with_context(|| format!("cannot read {}", from.display()))
+}
+
+/// A sample configuration's text with other values for some keys (`key = `, each on a line of its own).
+pub fn edited(config: &str, edits: &[(&str, &str)]) -> String {
+    let line = |line: &str| {
+        let edit = edits.iter().find(|(key, _)| line.starts_with(key));
+        edit.map_or_else(
+            || format!("{line}\n"),
+            |(key, value)| format!("{key}{value}\n"),
+        )
+    };
+    config.lines().map(line).collect()
 }
 
 /// What runs as a process of its own.

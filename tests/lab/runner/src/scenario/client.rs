@@ -1,12 +1,11 @@
 //! A tenant without a guest, or a bystander without a function: started, told what to do, and asked what came of it.
 
-use crate::agent::Agent;
+use crate::agent::{Agent, SIGKILL};
 use anyhow::{Context, Result, bail, ensure};
 use std::time::{Duration, Instant};
 
 /// Longer than the client itself waits for an answer.
 const ORDER_TIMEOUT: Duration = Duration::from_secs(30);
-const SIGKILL: i32 = 9;
 
 /// Shell lines by which a machine has a bystander before any of its drivers is loaded.
 pub const EARLY_BYSTANDER: &str = "mkfifo /run/bystander.orders\n\

@@ -2,6 +2,7 @@
 
 use super::steps::SOCKET;
 use super::{Scenario, When};
+use crate::agent::{SIGCONT, SIGSTOP};
 use crate::check::Checks;
 use crate::lab::Lab;
 use crate::pci;
@@ -19,8 +20,6 @@ pub const SCENARIO: Scenario = Scenario {
     run,
 };
 
-const SIGSTOP: i32 = 19;
-const SIGCONT: i32 = 18;
 /// The only line that the lab's configuration says otherwise than the default.
 const LOST_AFTER: &str = "lost_after_ms = ";
 const LOST_AFTER_DEFAULT_MS: u64 = 1500;

@@ -9,7 +9,7 @@ use crate::host::HostSpec;
 use crate::lab::{Lab, Pair};
 use crate::pci;
 use crate::snapshot::Snapshot;
-use crate::sublet::{Lending, Workers};
+use crate::sublet::{Lending, Workers, edited};
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -198,14 +198,7 @@ fn boot(lab: &Lab) -> Result<Pair> {
 
 /// A sample configuration with this scenario's limits.
 fn edit(config: &str) -> String {
-    let line = |line: &str| {
-        let edited = EDITS.iter().find(|(key, _)| line.starts_with(key));
-        edited.map_or_else(
-            || format!("{line}\n"),
-            |(key, value)| format!("{key}{value}\n"),
-        )
-    };
-    config.lines().map(line).collect()
+    edited(config, &EDITS)
 }
 
 /// How often the vector of the n-th lent function was over its rate.

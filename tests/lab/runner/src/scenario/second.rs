@@ -9,8 +9,6 @@ use crate::sublet::ensure_no_lost_interrupt;
 use anyhow::{Context, Result};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-const SIGSTOP: i32 = 19;
-const SIGCONT: i32 = 18;
 /// Where its pieces lie: behind what the first guest and clients use of the namespace, which all
 /// functions have.
 const AT: (&str, u64) = ("/dev/nvme0n1", 56 << 20);
@@ -30,19 +28,14 @@ pub struct Second {
 }
 
 impl Second {
-    /// Borrows, boots, and is found through the window. The first guest stands still until it is up:
-    /// TCG's nested SVM does not stand a guest that boots beside one at work (`NESTED_FAULTS` in
-    /// `log`).
+    /// Borrows, boots while the first guest stands still, and is found through the window.
     pub fn move_in(lab: &Lab, attached: &Attached) -> Result<Self> {
         let Attached { pair, lending, .. } = attached;
         let fdid = VF.lend(&pair.a.agent, lending)?;
         let (first, b) = (attached.guest.pid, &pair.b.agent);
         let mut spec = GuestSpec::stock("second", &lab.vmm()?).device(VF.socket);
         spec.cmdline = format!("hugepages={}", MEMORY_MIB / 2);
-        b.kill(first, SIGSTOP)?;
-        let guest = lab.boot_guest(&spec, &pair.b);
-        b.kill(first, SIGCONT)?;
-        let guest = guest?;
+        let guest = b.while_still(first, || lab.boot_guest(&spec, &pair.b))?;
         steps::wait_namespace(&guest.agent)?;
         let memory = Client::huge_bystander(&guest.agent, "memory", MEMORY_MIB)?;
         let address = find(pair)?;

@@ -12,8 +12,8 @@ use crate::guest::GuestSpec;
 use crate::host::NTB_BDF;
 use crate::lab::{Lab, Pair};
 use crate::pci;
-use crate::sublet::{Lending, Workers, ensure_no_lost_interrupt};
-use anyhow::{Context, Result, ensure};
+use crate::sublet::{Lending, Workers, edited, ensure_no_lost_interrupt};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -74,11 +74,7 @@ fn spec(lab: &Lab) -> Result<GuestSpec> {
 
 /// A sample configuration with a limit that can be reached.
 fn config(text: &str) -> String {
-    let line = |line: &str| match line.starts_with(RATE.0) {
-        true => format!("{}{}\n", RATE.0, RATE.1),
-        false => format!("{line}\n"),
-    };
-    text.lines().map(line).collect()
+    edited(text, &[RATE])
 }
 
 fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
@@ -161,7 +157,7 @@ fn functions(guest: &Agent) -> Result<[String; 2]> {
     let found = pci::find_nvmes(guest)?;
     found
         .try_into()
-        .map_err(|found| anyhow::anyhow!("the guest has {found:?} for two functions"))
+        .map_err(|found| anyhow!("the guest has {found:?} for two functions"))
 }
 
 /// Both tenants' checksummed I/O.

@@ -3,7 +3,7 @@
 use super::cell::{Cell, Victim, Work};
 use super::rig::Rig;
 use super::stages::SOCKET;
-use super::strikes::SIGKILL;
+use crate::agent::SIGKILL;
 use crate::guest::GuestSpec;
 use crate::scenario::steps::{self, dio};
 use anyhow::{Context, Result, ensure};

@@ -3,14 +3,11 @@
 use super::cell::{Cell, Deed, Victim, Work};
 use super::rig::Rig;
 use super::stages::END_TIMEOUT;
-use crate::agent::Agent;
+use crate::agent::{Agent, SIGCONT, SIGKILL, SIGSTOP};
 use crate::scenario::client::Client;
 use anyhow::{Context, Result, ensure};
 use std::time::{Duration, Instant};
 
-pub const SIGSTOP: i32 = 19;
-pub const SIGCONT: i32 = 18;
-pub const SIGKILL: i32 = 9;
 /// How long a frozen process stands still. The lab's ports miss a peer after 10 s.
 const FREEZE: Duration = Duration::from_secs(5);
 /// The witness's pieces of which one at least was begun after they were counted: it has one under way

@@ -3,7 +3,6 @@
 use super::cell::Witnessed;
 use super::hosts::WITNESS_BDF;
 use super::rig::Rig;
-use super::strikes::{SIGCONT, SIGSTOP};
 use crate::host::VF_BDF;
 use crate::pci;
 use crate::scenario::client::Client;
@@ -107,18 +106,13 @@ impl Rig<'_> {
         Ok(&self.witness.as_ref().context("no witness")?.client)
     }
 
-    /// Does something while the witness rests, if it works on the tenant's host: TCG's nested SVM
-    /// does not stand a guest that boots beside somebody at work (`NESTED_FAULTS` in `log`).
+    /// Does something while the witness rests, if it works on the tenant's host.
     pub fn while_witness_rests<T>(&self, act: impl FnOnce() -> Result<T>) -> Result<T> {
         let witness = self.witness.as_ref().context("no witness")?;
         if witness.place != Witnessed::Beside {
             return act();
         }
-        let (agent, pid) = (&self.pair.b.agent, witness.client.pid);
-        agent.kill(pid, SIGSTOP)?;
-        let done = act();
-        agent.kill(pid, SIGCONT)?;
-        done
+        self.pair.b.agent.while_still(witness.client.pid, act)
     }
 
     /// Memory of both hosts that is no tenant's is as it was.

@@ -1,6 +1,7 @@
 //! The borrower's port stands still while what it had borrowed has another tenant, at a third host.
 
-use super::{Rig, SIGCONT, Victim, WAIT, is_lost};
+use super::{Rig, Victim, WAIT, is_lost};
+use crate::agent::SIGCONT;
 use crate::host::VF_BDF;
 use crate::ntb::Ntb;
 use crate::pci;

@@ -7,7 +7,7 @@ use super::client::{Client, EARLY_BYSTANDER};
 use super::steps::{self, ATTACH_CHECKS, Attached, DETACH_CHECKS, SOCKET, Setup, dio};
 use super::third::{self, Third};
 use super::{Scenario, When};
-use crate::agent::Agent;
+use crate::agent::{Agent, SIGCONT, SIGSTOP};
 use crate::check::Checks;
 use crate::guest::{Guest, GuestSpec};
 use crate::host::{Host, VF_BDF};
@@ -56,8 +56,6 @@ const VICTIMS: [Victim; 4] = [
     Victim::LenderPort,
 ];
 
-const SIGSTOP: i32 = 19;
-const SIGCONT: i32 = 18;
 const WAIT: Duration = Duration::from_secs(60);
 const BYTES: u64 = 64 << 10;
 const SOCKETS: [&str; 2] = [SOCKET, "/run/sublet/next.sock"];
