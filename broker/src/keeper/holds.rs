@@ -141,7 +141,7 @@ impl Holds {
                 continue;
             }
             tracing::info!(%bdf, ?old, "bound by the last keeper");
-            let guard = BindGuard::adopt(&ground.sysfs, bdf, DRIVER, old);
+            let guard = BindGuard::adopt(&ground.sysfs, bdf, old);
             entries.insert(bdf, Entry::Held(None, guard));
         }
         Ok(Self {
@@ -181,7 +181,13 @@ impl Holds {
         let (mut turn, guard) = self.take_for(client, bdf)?;
         let is_orphan = guard.is_some();
         let guard = match guard {
-            Some(guard) => guard,
+            Some(guard) => match self.bind_again(bdf, &guard) {
+                Ok(()) => guard,
+                Err(refused) => {
+                    turn.then = Some(Entry::Held(None, guard));
+                    return Err(refused);
+                }
+            },
             None => self.bind(bdf)?,
         };
         match (self.ground.open)(bdf, &self.ground.sysfs) {
@@ -202,14 +208,20 @@ impl Holds {
         }
     }
 
-    /// The journal first: a keeper that is killed in between has written down what to undo.
-    fn bind(&self, bdf: Bdf) -> Result<BindGuard, VerbError> {
+    /// The driver that this function is opened by.
+    fn driver_for(&self, bdf: Bdf) -> Result<&'static str, VerbError> {
         let sysfs = &self.ground.sysfs;
         let ids = sysfs.ids(bdf);
         let is_xe = ids.and_then(|ids| sysfs.is_xe_vf(bdf, &ids));
         let is_xe = is_xe.map_err(|error| refusals::from_sysfs(&error))?;
         let variant = sysfs.xe_vfio_driver().filter(|_| is_xe);
-        let driver = variant.unwrap_or(DRIVER);
+        Ok(variant.unwrap_or(DRIVER))
+    }
+
+    /// The journal first: a keeper that is killed in between has written down what to undo.
+    fn bind(&self, bdf: Bdf) -> Result<BindGuard, VerbError> {
+        let sysfs = &self.ground.sysfs;
+        let driver = self.driver_for(bdf)?;
         let old = sysfs.binding(bdf);
         let old = old.map_err(|error| refusals::from_sysfs(&error))?;
         self.journal.write(bdf, &old).map_err(|error| {
@@ -221,6 +233,12 @@ impl Holds {
             self.journal.remove(bdf);
             refusals::from_bind(&error)
         })
+    }
+
+    /// The last keeper may have been killed while it bound this, or gave it back.
+    fn bind_again(&self, bdf: Bdf, guard: &BindGuard) -> Result<(), VerbError> {
+        let bound = guard.bind_again(self.driver_for(bdf)?);
+        bound.map_err(|error| refusals::from_bind(&error))
     }
 
     /// The entry for this client's use. One that another connection has is waited for a little: its
@@ -369,14 +387,17 @@ impl Holds {
     /// any more. Those clients live on with what they hold, and may come back.
     pub(super) fn tend_orphans(&self) {
         loop {
-            for bdf in self.orphans() {
-                if let Some((turn, owner, guard)) = self.take_back(bdf, Option::is_none) {
-                    // Refused = still open, and that is how it should be.
-                    let given = self.give_back(turn, owner, guard, Some(Duration::ZERO));
-                    tracing::debug!(%bdf, ?given, "a function that the last keeper had bound");
-                }
-            }
+            self.orphans().into_iter().for_each(|bdf| self.tend(bdf));
             std::thread::sleep(self.waits.idle_step);
+        }
+    }
+
+    /// Gives this one back, if it is bound for no connection and nobody has it open.
+    pub(super) fn tend(&self, bdf: Bdf) {
+        if let Some((turn, owner, guard)) = self.take_back(bdf, Option::is_none) {
+            // Refused = still open, and that is how it should be.
+            let given = self.give_back(turn, owner, guard, Some(Duration::ZERO));
+            tracing::debug!(%bdf, ?given, "a function that the last keeper had bound");
         }
     }
 

@@ -17,6 +17,8 @@ mod message;
 #[cfg(test)]
 mod message_tests;
 mod role;
+#[cfg(test)]
+mod schedule_tests;
 mod serve;
 mod socket;
 #[cfg(test)]

@@ -4,7 +4,7 @@
 #[path = "../../tests/tree/mod.rs"]
 mod tree;
 
-pub(crate) use tree::{OTHER, PF, VF};
+pub(crate) use tree::{NTB, OTHER, PF, VF};
 
 use super::{
     holds::Holds,
@@ -39,10 +39,10 @@ use std::{
     thread::JoinHandle,
     time::{Duration, Instant},
 };
-use tree::{FORBIDDEN, NTB, Tree, put};
+use tree::{FORBIDDEN, Tree, put};
 use vfio_shim::{
     model::{Bdf, Span},
-    sysfs::Sysfs,
+    sysfs::{OnWrite, Sysfs},
     vfio::{OpenError, OpenGroup},
 };
 use vmm_glue::vfio_user::memory_check::{Inode, MemoryMaps};
@@ -87,8 +87,8 @@ impl Machine {
         Config::parse(Path::new("test.toml"), &text).unwrap()
     }
 
-    /// sysfs that does what a kernel does on bind, unbind and probe.
-    pub(crate) fn sysfs(&self) -> Sysfs {
+    /// What a kernel does on unbind and probe.
+    pub(super) fn kernel(&self) -> Arc<OnWrite> {
         let root = self.sys("");
         let writes = Arc::clone(&self.writes);
         let groups = Arc::clone(&self.groups);
@@ -117,10 +117,18 @@ impl Machine {
                 _ => {}
             }
         };
-        Sysfs::stand_in(self.sys(""), Arc::new(kernel))
+        Arc::new(kernel)
     }
 
-    fn ground(&self) -> Ground {
+    pub(crate) fn sysfs(&self) -> Sysfs {
+        Sysfs::stand_in(self.sys(""), self.kernel())
+    }
+
+    pub(super) fn is_open(&self, name: &str) -> bool {
+        is_open(&self.groups, bdf(name))
+    }
+
+    pub(super) fn ground(&self) -> Ground {
         let groups = Arc::clone(&self.groups);
         let open = move |bdf: Bdf, sysfs: &Sysfs| {
             let group = sysfs
@@ -318,7 +326,7 @@ fn function_of_the_list_is_bound_handed_over_and_given_back() {
         let opened = keeper.open(bdf(name)).unwrap();
         assert!(machine.is_bound(name), "{:?}", machine.binding(name));
         assert_eq!(machine.records(), [name]);
-        assert!(is_open(&machine.groups, bdf(name)));
+        assert!(machine.is_open(name));
         let OpenGroup {
             group,
             container,

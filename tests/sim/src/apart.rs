@@ -185,16 +185,17 @@ impl World {
         }
     }
 
-    /// When all is quiet, a daemon dies without its port, or a port without its daemon: what that
-    /// ends, and what it does not.
+    /// When all is quiet, a daemon dies or stands still without its port, or a port dies without its
+    /// daemon: what that ends, and what it does not.
     pub fn check_deaths(&mut self) {
         if !self.apart || self.is_tainted() || !self.random.once_in(DEATH_ONCE_IN) {
             return;
         }
         let side = self.random.below(2);
-        match self.random.once_in(2) {
-            true => self.check_death_of_daemon(side),
-            false => self.check_death_of_port(side),
+        match self.random.below(3) {
+            0 => self.check_death_of_daemon(side),
+            1 => self.check_stand_of_daemon(side),
+            _ => self.check_death_of_port(side),
         }
         self.settle();
         self.check_quiet();
@@ -227,19 +228,56 @@ impl World {
         );
     }
 
+    /// Every path goes on, and who asks meanwhile is told that nothing was said in time.
+    fn check_stand_of_daemon(&mut self, side: usize) {
+        let name = self.hosts[side].name();
+        self.trace.tell(10, || {
+            format!("{name}: the daemon stands still when all is quiet")
+        });
+        let before = self.paths();
+        let stored = self.stored(side);
+        self.freeze_daemon(side, true);
+        self.run_for(KNOWN_MS);
+        let after = self.paths();
+        assert_eq!(
+            before, after,
+            "INVARIANT apart: sessions and leases before {name}'s daemon stood still (left), and after (right)"
+        );
+        if let Some(free) = stored.iter().position(|(_, lease)| lease.is_none()) {
+            let bdf = self.hosts[side].functions[free].bdf;
+            let before = self.sessions();
+            let borrowed = self.borrow_now(side, bdf);
+            borrowed
+                .expect_err("INVARIANT apart: a function is lent while its daemon stands still");
+            self.run_for(KNOWN_MS);
+            assert_eq!(
+                before,
+                self.sessions(),
+                "INVARIANT apart: sessions before {name} was asked while its daemon stands still (left), and after (right)"
+            );
+        }
+        if self.random.once_in(2) {
+            self.check_returned(side);
+        }
+        self.freeze_daemon(side, false);
+    }
+
+    /// A peer of this host borrows one of its functions, and waits for what comes of it.
+    fn borrow_now(&mut self, side: usize, bdf: Bdf) -> Result<(), String> {
+        let engine = self.hosts[1 - side].engine.clone().expect("a port");
+        let process = self.hosts[1 - side].process;
+        self.run_in(process, "borrow", move || {
+            let borrowed = engine.borrow(bdf, None);
+            borrowed.map(|_| ()).map_err(|error| error.to_string())
+        })
+    }
+
     /// A lender without a daemon lends nothing, and says why.
     fn check_refused(&mut self, side: usize, function: usize) {
         let lent = &self.hosts[side].functions[function];
         let (bdf, offered) = (lent.bdf, lent.wanted);
-        let engine = self.hosts[1 - side].engine.clone().expect("a port");
-        let process = self.hosts[1 - side].process;
         let linked = self.in_one_session() == Some(true);
-        let borrowed = self.run_in(process, "borrow", move || {
-            engine
-                .borrow(bdf, None)
-                .map(|_| ())
-                .map_err(|error| error.to_string())
-        });
+        let borrowed = self.borrow_now(side, bdf);
         let words = borrowed.expect_err("INVARIANT apart: a function is lent without a daemon");
         assert!(
             !linked || !offered || words.contains("daemon does not run"),
@@ -316,6 +354,14 @@ impl World {
         let host = &self.hosts[side];
         let functions = host.functions.iter().map(|lent| lent.bdf);
         functions.map(|bdf| (bdf, host.disk.holder(bdf))).collect()
+    }
+
+    /// In which session each port is.
+    fn sessions(&mut self) -> [Option<u64>; 2] {
+        [0, 1].map(|side| {
+            let status = self.status(side).expect("a port");
+            status.session.map(|session| session.info.session)
+        })
     }
 
     /// In which session each port is, what it lends and how that stands; and who has lost what.

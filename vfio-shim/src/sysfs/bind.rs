@@ -1,6 +1,6 @@
 //! Binds a function to vfio-pci with a guard that gives the old driver back.
 
-use super::{Sysfs, SysfsError, found, read};
+use super::{Sysfs, SysfsError, found, is_vfio_driver, read};
 use crate::model::Bdf;
 
 /// What the kernel shows where no override is set.
@@ -78,7 +78,6 @@ pub struct OldBinding {
 pub struct BindGuard {
     sysfs: Sysfs,
     bdf: Bdf,
-    driver: String,
     /// `None` once it is to be kept.
     old: Option<OldBinding>,
 }
@@ -87,51 +86,28 @@ impl BindGuard {
     /// Binds `bdf` to `driver`. With `unbind` a driver that has it is made to let go, which can
     /// block for as long as that driver likes; without, the function is refused.
     pub fn bind(sysfs: &Sysfs, bdf: Bdf, driver: &str, unbind: bool) -> Result<Self, BindError> {
-        let failed = |source| BindError::Sysfs {
-            bdf,
-            driver: driver.to_owned(),
-            source,
-        };
-        let old = sysfs.binding(bdf).map_err(failed)?;
-        if let Some(now) = old
-            .driver
-            .as_deref()
-            .filter(|now| *now != driver && !unbind)
-        {
-            let driver = now.to_owned();
-            return Err(BindError::Driven { bdf, driver });
-        }
-        if !sysfs.path("bus/pci/drivers").join(driver).is_dir() {
-            let driver = driver.to_owned();
-            return Err(BindError::NoDriver { driver });
-        }
+        let old = sysfs.check_bindable(bdf, driver, unbind)?;
         // From here on the guard undoes what was done.
-        let guard = Self {
-            sysfs: sysfs.clone(),
-            bdf,
-            driver: driver.to_owned(),
-            old: Some(old),
-        };
-        guard.rebind().map_err(failed)?;
-        match sysfs.driver(bdf).map_err(failed)? {
-            Some(now) if now == driver => Ok(guard),
-            now => Err(BindError::Probe {
-                bdf,
-                driver: driver.to_owned(),
-                now: now.unwrap_or_else(|| "no driver".to_owned()),
-            }),
-        }
+        let guard = Self::adopt(sysfs, bdf, old);
+        sysfs.rebind(bdf, driver)?;
+        Ok(guard)
     }
 
     /// A function that was bound before this process began: the guard gives back what a journal
     /// says was there.
-    pub fn adopt(sysfs: &Sysfs, bdf: Bdf, driver: &str, old: OldBinding) -> Self {
+    pub fn adopt(sysfs: &Sysfs, bdf: Bdf, old: OldBinding) -> Self {
         Self {
             sysfs: sysfs.clone(),
             bdf,
-            driver: driver.to_owned(),
             old: Some(old),
         }
+    }
+
+    /// Binds a function that was adopted to `driver`, as far as it is not: the process before this
+    /// one may have ended in the middle. One that another driver has is refused.
+    pub fn bind_again(&self, driver: &str) -> Result<(), BindError> {
+        self.sysfs.check_bindable(self.bdf, driver, false)?;
+        self.sysfs.rebind(self.bdf, driver)
     }
 
     /// Gives the old driver and override back; a function that has gone has nothing to get back.
@@ -159,21 +135,17 @@ impl BindGuard {
         self.old.take()
     }
 
-    fn rebind(&self) -> Result<(), SysfsError> {
-        let Self {
-            sysfs, bdf, driver, ..
-        } = self;
-        // First the override: between unbind and probe nobody else may take it.
-        sysfs.set_driver_override(*bdf, Some(driver))?;
-        if sysfs.driver(*bdf)?.as_deref() == Some(driver) {
-            return Ok(());
-        }
-        sysfs.unbind(*bdf)?;
-        sysfs.write("bus/pci/drivers_probe", &bdf.to_string())
-    }
-
     fn undo(&self, old: &OldBinding) -> Result<(), SysfsError> {
         self.sysfs.restore_binding(self.bdf, old)
+    }
+}
+
+fn failed(bdf: Bdf, driver: &str) -> impl FnOnce(SysfsError) -> BindError {
+    let driver = driver.to_owned();
+    move |source| BindError::Sysfs {
+        bdf,
+        driver,
+        source,
     }
 }
 
@@ -190,6 +162,46 @@ impl Drop for BindGuard {
 }
 
 impl Sysfs {
+    /// That there is such a driver, and no other has the function: what it is bound to.
+    fn check_bindable(
+        &self,
+        bdf: Bdf,
+        driver: &str,
+        unbind: bool,
+    ) -> Result<OldBinding, BindError> {
+        let old = self.binding(bdf).map_err(failed(bdf, driver))?;
+        let other = old.driver.as_deref().filter(|now| *now != driver);
+        if let Some(now) = other.filter(|_| !unbind) {
+            let driver = now.to_owned();
+            return Err(BindError::Driven { bdf, driver });
+        }
+        if !self.path("bus/pci/drivers").join(driver).is_dir() {
+            let driver = driver.to_owned();
+            return Err(BindError::NoDriver { driver });
+        }
+        Ok(old)
+    }
+
+    fn rebind(&self, bdf: Bdf, driver: &str) -> Result<(), BindError> {
+        let rebind = || {
+            // First the override: between unbind and probe nobody else may take it.
+            self.set_driver_override(bdf, Some(driver))?;
+            if self.driver(bdf)?.as_deref() != Some(driver) {
+                self.unbind(bdf)?;
+                self.write("bus/pci/drivers_probe", &bdf.to_string())?;
+            }
+            self.driver(bdf)
+        };
+        match rebind().map_err(failed(bdf, driver))? {
+            Some(now) if now == driver => Ok(()),
+            now => Err(BindError::Probe {
+                bdf,
+                driver: driver.to_owned(),
+                now: now.unwrap_or_else(|| "no driver".to_owned()),
+            }),
+        }
+    }
+
     /// What a function is bound to now.
     pub fn binding(&self, bdf: Bdf) -> Result<OldBinding, SysfsError> {
         Ok(OldBinding {
@@ -223,11 +235,13 @@ impl Sysfs {
         }
     }
 
-    /// Gives a function back to what it was bound to before.
+    /// Gives a function back to what it was bound to before. One that neither VFIO nor nobody has
+    /// was taken by somebody since: that driver keeps it.
     pub fn restore_binding(&self, bdf: Bdf, old: &OldBinding) -> Result<(), SysfsError> {
         let now = self.driver(bdf)?;
         self.set_driver_override(bdf, old.driver_override.as_deref())?;
-        if now == old.driver {
+        let is_taken = now.as_deref().is_some_and(|now| !is_vfio_driver(now));
+        if now == old.driver || is_taken {
             return Ok(());
         }
         self.unbind(bdf)?;
