@@ -363,7 +363,11 @@ impl Scheduler {
     /// All processes go on.
     pub fn thaw_all(&mut self) {
         self.frozen.clear();
-        self.core.lock().stops.clear();
+        let mut core = self.core.lock();
+        core.stops.clear();
+        // Also who stopped itself in the step before this, and is not counted as frozen yet.
+        core.stopped.clear();
+        drop(core);
         self.epoch += 1;
     }
 
