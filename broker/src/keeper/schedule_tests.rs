@@ -17,8 +17,8 @@ use std::{
 use vfio_shim::{model::Bdf, sysfs::Sysfs, vfio::OpenGroup};
 
 const FUNCTIONS: [&str; 3] = [VF, OTHER, NTB];
-/// One is driven by VFIO before any keeper, and has no override.
-const DRIVEN: &str = NTB;
+/// One is bound to VFIO before any keeper, and has no override.
+const BOUND: &str = NTB;
 /// As many steps as the longest word takes: two writes, and a look on both sides.
 const STEPS: u32 = 5;
 /// A word that nobody interrupts.
@@ -152,7 +152,7 @@ struct World {
 impl World {
     fn new() -> Self {
         let machine = Machine::new();
-        machine.bind_to(DRIVEN, "vfio-pci");
+        machine.bind_to(BOUND, "vfio-pci");
         let links = tempfile::tempdir().unwrap();
         Self {
             keeper: Alive::start(&machine, links.path(), 0),
@@ -191,9 +191,14 @@ impl World {
         self.holders.iter().any(|holder| holder.name == name)
     }
 
+    /// What it is bound to while no keeper has it.
+    fn before(&self, name: &str) -> &(Option<String>, String) {
+        let at = FUNCTIONS.iter().position(|other| *other == name);
+        &self.before[at.unwrap()]
+    }
+
     fn is_as_before(&self, name: &str) -> bool {
-        let at = FUNCTIONS.iter().position(|other| *other == name).unwrap();
-        self.machine.binding(name) == self.before[at]
+        self.machine.binding(name) == *self.before(name)
             && !self.machine.records().contains(&name.to_owned())
     }
 
@@ -325,8 +330,7 @@ impl World {
     }
 
     fn is_driven(&self, name: &str) -> bool {
-        let at = FUNCTIONS.iter().position(|other| *other == name).unwrap();
-        self.before[at].0.as_deref() == Some("nvme")
+        self.before(name).0.as_deref() == Some("nvme")
     }
 
     fn drive(&mut self, function: usize) {

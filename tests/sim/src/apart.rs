@@ -228,7 +228,7 @@ impl World {
         );
     }
 
-    /// Every path goes on, and who asks meanwhile is told that nothing was said in time.
+    /// Every path goes on, who asks meanwhile is lent nothing, and no session ends by that.
     fn check_stand_of_daemon(&mut self, side: usize) {
         let name = self.hosts[side].name();
         self.trace.tell(10, || {
