@@ -1,7 +1,7 @@
 //! A guest and its VMM: what its driver does with a borrowed function, and what it must find in return.
 
 use crate::coroutine::{Pause, pause};
-use crate::memory::{CONTROL, READ_ONLY, Ram, Slot};
+use crate::memory::{CONTROL, Exposed, READ_ONLY, Ram, Slot};
 use rustix::event::{EventfdFlags, eventfd};
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -134,6 +134,8 @@ pub struct Guest {
     pub downs: u64,
     /// A host forges: interrupts come as it likes, and memory that a device has holds anything.
     pub forged: bool,
+    /// The link has gone down in this session: the device may have been given half a command.
+    pub(crate) torn: bool,
 }
 
 /// A fresh trigger.
@@ -169,16 +171,43 @@ impl Guest {
             values_last: 0,
             downs: 0,
             forged: false,
+            torn: false,
         }
     }
 
     /// A host has forged something.
     pub fn forged_at(&mut self) {
         self.forged = true;
-        for block in 0..self.mapped.len() {
-            if self.mapped[block] != Some(false) {
-                self.ram.expose(block);
-            }
+        self.expose_all();
+    }
+
+    /// How often a link has gone down.
+    pub fn downs_are(&mut self, downs: u64) {
+        if std::mem::replace(&mut self.downs, downs) != downs && !self.undone {
+            self.torn = true;
+            self.expose_all();
+        }
+    }
+
+    /// What the device has may hold more from now on than was asked for, if anything is amiss.
+    pub fn expose_all(&mut self) {
+        let exposed = self.exposed();
+        for block in (0..self.mapped.len()).filter(|block| self.mapped[*block] != Some(false)) {
+            self.ram.expose(block, exposed);
+        }
+    }
+
+    /// The device is about to have a block.
+    pub fn mapping(&mut self, block: usize) {
+        self.mapped[block] = None;
+        self.ram.expose(block, self.exposed());
+    }
+
+    fn exposed(&self) -> Exposed {
+        match (self.forged, self.torn) {
+            (true, _) => Exposed::ToAnything,
+            (false, true) => Exposed::ToOwn,
+            (false, false) => Exposed::Not,
         }
     }
 
@@ -328,10 +357,12 @@ impl Guest {
         }
     }
 
-    /// Nothing of its session is left.
+    /// Nothing of its session is left: until now the device has had what was mapped.
     pub fn undo(&mut self) {
         if !self.undone {
             self.ram.freeze_all();
+            self.mapped.fill(Some(false));
+            self.torn = false;
             self.undone = true;
         }
     }
@@ -343,7 +374,6 @@ impl Guest {
         self.armed = false;
         self.doing = None;
         self.commands.clear();
-        self.mapped.fill(Some(false));
         for vector in &mut self.vectors {
             (vector.masked, vector.masking) = (false, false);
         }

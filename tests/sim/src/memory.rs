@@ -61,14 +61,27 @@ struct Content {
     pending: Vec<u64>,
 }
 
+/// What a block may hold while a device has it, besides what its guest asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Exposed {
+    /// Nothing.
+    #[default]
+    Not,
+    /// Anything of this guest's own: the link has gone down, and of a burst of stores that is a
+    /// command one may be lost and the next ones arrive, until the lender has ended the session.
+    ToOwn,
+    /// Anything: its host, or the function's, forges.
+    ToAnything,
+}
+
 /// A guest's memory.
 pub struct Ram {
     guest: u64,
     fd: OwnedFd,
     mapped: MappedAperture,
     slots: Vec<Content>,
-    /// Blocks that a forging host's function may write anything into.
-    exposed: [bool; BLOCKS],
+    /// What a device may write into each block besides what was asked for.
+    exposed: [Exposed; BLOCKS],
     /// What was written last where nobody could write any more.
     sealed_last: u64,
     /// Transfers under way: from where, to where, and what.
@@ -86,7 +99,7 @@ impl Ram {
             fd,
             mapped,
             slots: vec![Content::default(); BLOCKS * SLOTS],
-            exposed: [false; BLOCKS],
+            exposed: [Exposed::Not; BLOCKS],
             sealed_last: 0,
             under_way: Vec::new(),
         };
@@ -131,8 +144,13 @@ impl Ram {
         let mut words = [[0; 8]; SLOT_WORDS];
         self.mapped.read(slot.offset(), words.as_flattened_mut());
         let value = u64::from_le_bytes(words[0]);
-        if self.exposed[slot.0] {
-            return value;
+        match self.exposed[slot.0] {
+            Exposed::Not => {}
+            Exposed::ToOwn => {
+                self.check_own(slot, &words);
+                return value;
+            }
+            Exposed::ToAnything => return value,
         }
         let content = &self.slots[slot.index()];
         // A device that reads what is not there any more reads ones, and writes them.
@@ -152,14 +170,27 @@ impl Ram {
         value
     }
 
-    /// As long as a device has this block, it may hold anything: its host, or the function's, forges.
-    pub fn expose(&mut self, block: usize) {
-        self.exposed[block] = ![CONTROL, READ_ONLY].contains(&block);
+    /// Half a command reads what this guest has, the page that its driver never looks at, or ones.
+    fn check_own(&self, slot: Slot, words: &[[u8; 8]]) {
+        let mut values = words.iter().map(|word| u64::from_le_bytes(*word));
+        let foreign = values.find(|v| v >> 32 != self.guest && ![0, u64::MAX].contains(v));
+        assert!(
+            foreign.is_none(),
+            "INVARIANT memory: guest {} finds {foreign:x?} in slot {slot:?}, which is nobody's of its own",
+            self.guest
+        );
+    }
+
+    /// As long as a device has this block, it may hold this.
+    pub fn expose(&mut self, block: usize, to: Exposed) {
+        if ![CONTROL, READ_ONLY].contains(&block) {
+            self.exposed[block] = self.exposed[block].max(to);
+        }
     }
 
     /// Nothing is written into this block by any device from now on.
     pub fn freeze(&mut self, block: usize) {
-        if std::mem::take(&mut self.exposed[block]) {
+        if std::mem::take(&mut self.exposed[block]) != Exposed::Not {
             for slot in slots().filter(|slot| slot.0 == block) {
                 self.sealed_last += 1;
                 self.fill(slot, self.guest << 32 | 0x4000_0000 | self.sealed_last);

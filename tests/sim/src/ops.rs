@@ -260,7 +260,6 @@ impl World {
         }
         self.cut = cut;
         if cut {
-            self.downs += 1;
             self.link.cut();
         } else {
             self.link.plug();

@@ -182,7 +182,6 @@ pub struct Table {
     met: BTreeMap<Trouble, u64>,
     /// What had struck at the last look, for each thing that has a plan.
     seen: BTreeMap<usize, BTreeMap<Fault, u64>>,
-    flaps: u64,
     /// How often a process was killed at each step that has a name.
     kills: BTreeMap<Step, u64>,
 }
@@ -230,13 +229,7 @@ impl Table {
 
     /// A plan is about to be replaced, and will count from 0.
     pub fn rearmed(&mut self, plan: usize) {
-        let seen = self.seen.remove(&plan).unwrap_or_default();
-        self.flaps += flaps(&seen);
-    }
-
-    /// How often a link has flapped, with what struck under the plan of now.
-    pub fn flaps(&self, struck: &BTreeMap<Fault, u64>) -> u64 {
-        self.flaps + flaps(struck)
+        self.seen.remove(&plan);
     }
 
     /// A process was killed at this step.
@@ -289,12 +282,6 @@ impl Table {
             .flat_map(|(op, _)| Trouble::ALL.map(|t| (*op, t)));
         all.filter(|cell| !self.cells.contains_key(cell)).collect()
     }
-}
-
-fn flaps(struck: &BTreeMap<Fault, u64>) -> u64 {
-    let flap = |fault: &Fault| matches!(fault, Fault::FlapAtStore(_) | Fault::FlapAtBell(_));
-    let flaps = struck.iter().filter(|(fault, _)| flap(fault));
-    flaps.map(|(_, count)| count).sum()
 }
 
 impl fmt::Display for Table {

@@ -126,13 +126,7 @@ impl Vmm {
             iova: address(block).into(),
             len: BLOCK_BYTES.into(),
         };
-        {
-            let mut guest = self.guest.borrow_mut();
-            guest.mapped[block] = None;
-            if guest.forged {
-                guest.ram.expose(block);
-            }
-        }
+        self.guest.borrow_mut().mapping(block);
         let fd = self
             .guest
             .borrow()
@@ -326,9 +320,7 @@ impl Vmm {
         {
             let mut guest = self.guest.borrow_mut();
             guest.ram.freeze_all();
-            if guest.forged {
-                guest.forged_at();
-            }
+            guest.expose_all();
             guest.prepare_control();
             for vector in &mut guest.vectors {
                 (vector.masked, vector.masking) = (false, false);

@@ -40,8 +40,9 @@ pub struct World {
     pub guests: Vec<Rc<RefCell<Guest>>>,
     /// VMMs whose function is gone.
     pub orphans: Vec<Vmm>,
-    /// How often the link went down by a hand.
+    /// How often a port was killed, and its end of the link with it.
     pub downs: u64,
+    link_downs: u64,
     /// A borrow was refused: there is something to wait for.
     pub refused: bool,
     /// Whether the cable is out.
@@ -92,6 +93,7 @@ impl World {
             guests: Vec::new(),
             orphans: Vec::new(),
             downs: 0,
+            link_downs: 0,
             refused: false,
             cut: false,
             table: Table::default(),
@@ -136,6 +138,11 @@ impl World {
         let Some(signaller) = self.scheduler.step(&mut self.trace) else {
             return false;
         };
+        // Before anybody looks at what a device has made of half a command.
+        let downs = self.link.downs();
+        if std::mem::replace(&mut self.link_downs, downs) != downs {
+            self.tell_downs();
+        }
         if signaller {
             self.collect();
         }
@@ -167,25 +174,20 @@ impl World {
 
     /// Takes all signals.
     pub fn collect(&mut self) {
-        let downs = self.all_downs();
+        self.tell_downs();
         for guest in &self.guests {
             let mut guest = guest.borrow_mut();
-            guest.downs = downs;
             if guest.life == Life::Running {
                 guest.collect();
             }
         }
     }
 
-    fn all_downs(&self) -> u64 {
-        self.downs + self.table.flaps(&self.link.struck())
-    }
-
     /// Tells guests how often the link has gone down.
     pub fn tell_downs(&mut self) {
-        let downs = self.all_downs();
+        let downs = self.downs + self.link.downs();
         for guest in &self.guests {
-            guest.borrow_mut().downs = downs;
+            guest.borrow_mut().downs_are(downs);
         }
     }
 
@@ -340,6 +342,7 @@ impl World {
         );
         let guest = Guest {
             forged: self.is_forged(),
+            downs: self.downs + self.link.downs(),
             ..guest
         };
         let guest = Rc::new(RefCell::new(guest));

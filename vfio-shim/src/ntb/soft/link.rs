@@ -60,6 +60,7 @@ pub(super) struct Fabric {
     holding: bool,
     /// Operations of both ports so far, counted while faults are planned.
     clock: AtomicU64,
+    downs: AtomicU64,
     pub(super) hosts: [Arc<SoftHost>; 2],
     pub(super) events: [OwnedFd; 2],
     pub(super) spaces: [Arc<SoftSpace>; 2],
@@ -105,6 +106,7 @@ impl Fabric {
         let up = enabled && whole;
         if std::mem::replace(&mut state.up, up) != up {
             state.halves.iter_mut().for_each(|h| h.pending |= LINK_BIT);
+            self.downs.fetch_add(u64::from(!up), Ordering::AcqRel);
             // What is under way when the link goes down is lost.
             state.bells.clear();
             self.egress
@@ -327,6 +329,7 @@ impl SoftLink {
             holding: plan.holds_dma(),
             faults: Armed::new(plan),
             clock: AtomicU64::new(0),
+            downs: AtomicU64::new(0),
             hosts,
             events: [eventfd(0, flags)?, eventfd(0, flags)?],
             spaces: array::from_fn(|_| Arc::new(SoftSpace::new())),
@@ -372,6 +375,11 @@ impl SoftLink {
     /// Which faults of the plan have struck, and how often.
     pub fn struck(&self) -> BTreeMap<Fault, u64> {
         self.fabric.faults.struck()
+    }
+
+    /// How often the link has gone down, for however short a time.
+    pub fn downs(&self) -> u64 {
+        self.fabric.downs.load(Ordering::Acquire)
     }
 
     /// Pulls the cable.
