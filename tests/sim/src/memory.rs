@@ -245,3 +245,41 @@ fn slots() -> impl Iterator<Item = Slot> {
     let blocks = (0..BLOCKS).filter(|block| *block != CONTROL);
     blocks.flat_map(|block| (0..SLOTS).map(move |slot| Slot(block, slot)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GUEST: u64 = 7;
+    const SLOT: Slot = Slot(1, 3);
+
+    fn torn() -> Ram {
+        let mut ram = Ram::new(GUEST);
+        ram.expose(SLOT.0, Exposed::ToOwn);
+        ram
+    }
+
+    fn device_writes(ram: &mut Ram, value: u64) {
+        ram.mapped.write(SLOT.offset(), &value.to_le_bytes());
+    }
+
+    #[test]
+    fn half_a_command_leaves_anything_of_the_guests_own_until_its_session_is_undone() {
+        let mut ram = torn();
+        for value in [GUEST << 32 | 6, u64::MAX, 0] {
+            device_writes(&mut ram, value);
+            ram.check();
+        }
+        ram.freeze_all();
+        device_writes(&mut ram, GUEST << 32 | 6);
+        assert!(std::panic::catch_unwind(|| ram.check()).is_err());
+    }
+
+    #[test]
+    #[should_panic = "INVARIANT memory: guest 7 finds Some(800000006)"]
+    fn half_a_command_leaves_nothing_of_anybody_else() {
+        let mut ram = torn();
+        device_writes(&mut ram, (GUEST + 1) << 32 | 6);
+        ram.check();
+    }
+}
