@@ -6,6 +6,7 @@ use crate::host::{Host, QUICK, vfio_user_device};
 use crate::initramfs::{Initramfs, PORT_NAME, Port};
 use crate::log::{self, NESTED_FAULTS};
 use crate::program::arguments;
+use crate::shutdown;
 use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -117,6 +118,8 @@ pub struct Guest {
     pub console: String,
     host: Agent,
     sockets: Vec<String>,
+    /// Whether the console is there from the kernel's start on; hvc0 comes with its module.
+    tells_all: bool,
     /// The scenario's folder, outside.
     dir: PathBuf,
 }
@@ -153,6 +156,7 @@ impl Guest {
             Vmm::CloudHypervisor(program) => cloud_hypervisor(spec, &paths, program),
         };
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
+        shutdown::tell(&host.agent)?;
         let pid = host
             .agent
             .spawn(&argv, &host.shared(&format!("guest-{name}-vmm.log")))?;
@@ -168,6 +172,7 @@ impl Guest {
                 format!("{}.lock", paths.control),
                 paths.control,
             ],
+            tells_all: matches!(spec.vmm, Vmm::Qemu),
             dir: host.dir.clone(),
         })
     }
@@ -180,7 +185,7 @@ impl Guest {
                 return Ok(());
             };
             if let Ok(code) = self.host.wait(self.pid, Duration::ZERO) {
-                return Err(error).context(format!("the VMM ended with {code:?}"));
+                return Err(error).context(format!("the VMM ended with {code:?}{}", self.end()?));
             }
             // A VMM that met one stands still for ever, or has no host any more.
             if let Some(fault) = log::first_of(&self.dir, &NESTED_FAULTS) {
@@ -194,6 +199,19 @@ impl Guest {
                 bail!("not up within {BOOT_TIMEOUT:?}: {error:#}");
             }
         }
+    }
+
+    /// What KVM has to say of a VMM that has ended.
+    fn end(&self) -> Result<String> {
+        let Some(line) = shutdown::of(&self.host, self.pid)? else {
+            return Ok(String::new());
+        };
+        if self.tells_all {
+            let console = self.console.rsplit('/').next().unwrap_or_default();
+            let kept = self.dir.join(format!("shutdown-{}.log", self.pid));
+            shutdown::keep_if_not_ours(&line, &self.dir.join(console), &kept)?;
+        }
+        Ok(format!(", its processor by a triple fault: {line}"))
     }
 
     /// Lines of the guest's kernel log that match an extended expression, in either case. A serial
@@ -212,6 +230,17 @@ impl Guest {
         let code = self.host.wait(self.pid, END_TIMEOUT)?;
         ensure!(code == Some(0), "the VMM ended with {code:?}");
         self.remove_sockets()
+    }
+
+    /// Its kernel faults until the processor shuts down, by `reboot=t`; what is told of that.
+    pub fn shut_down_by_fault(self) -> Result<String> {
+        let _ = self
+            .agent
+            .try_run(&["reboot", "-f"], &[], Duration::from_secs(1));
+        self.host.wait(self.pid, END_TIMEOUT)?;
+        let end = self.end()?;
+        self.remove_sockets()?;
+        Ok(end)
     }
 
     /// Kills the VMM.

@@ -207,7 +207,7 @@ pub fn vfio_user_device(socket: &str, bus: Option<&str>) -> String {
 
 fn setup() -> String {
     format!(
-        "mount -t hugetlbfs huge /dev/hugepages\n\
+        "mount -t hugetlbfs huge /dev/hugepages\nmount -t tracefs trace /sys/kernel/tracing\n\
          mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=1048576,cache=loose cache {cache}\n\
          mount -t 9p -o trans=virtio,version=9p2000.L,msize=1048576 run {RUN_IN_HOST}\n",
         cache = Cache::IN_HOST

@@ -113,7 +113,7 @@ impl Initramfs<'_> {
         };
         format!(
             "#!/bin/sh\n\
-             export PATH=/bin HOME=/tmp\n\
+             export PATH=/bin HOME=/tmp\necho lab: the first program runs\n\
              mount -t devtmpfs dev /dev\nmount -t proc proc /proc\nmount -t sysfs sys /sys\n\
              mount -t tmpfs run /run\nmount -t tmpfs tmp /tmp\n\
              mkdir -p /dev/pts /dev/shm /dev/hugepages\nmount -t devpts pts /dev/pts\nmount -t tmpfs shm /dev/shm\n\

@@ -13,6 +13,7 @@ pub mod ntb;
 pub mod pci;
 pub mod program;
 pub mod scenario;
+pub mod shutdown;
 pub mod snapshot;
 pub mod sublet;
 pub mod tsc;

@@ -5,6 +5,7 @@ use crate::check::Checks;
 use crate::guest::GuestSpec;
 use crate::host::{NTB_BDF, VF_BDF};
 use crate::lab::Lab;
+use crate::log::{self, NESTED_FAULTS};
 use crate::pci;
 use anyhow::{Result, ensure};
 use std::time::Duration;
@@ -12,7 +13,7 @@ use std::time::Duration;
 /// A new scenario starts as a copy of this file.
 pub const SCENARIO: Scenario = Scenario {
     name: "hosts",
-    checks: 9,
+    checks: 10,
     when: When::Gate,
     own_model: None,
     deadline: Duration::from_secs(1200),
@@ -65,12 +66,25 @@ fn run(lab: &Lab, checks: &mut Checks) -> Result<()> {
         pci::remove_vfs(a)?;
         Ok("")
     });
-    checks.check("a guest boots on host b and shuts down", || {
-        let guest = lab.boot_guest(&GuestSpec::stock("g", &lab.vmm()?), &pair.b)?;
+    let mut ended = None;
+    checks.must("a guest boots on host b and ends", || {
+        let mut spec = GuestSpec::stock("g", &lab.vmm()?);
+        spec.cmdline = "reboot=t".to_owned();
+        let guest = lab.boot_guest(&spec, &pair.b)?;
         let release = guest.agent.run(&["uname", "-r"])?;
-        guest.shut_down()?;
+        ended = Some(guest.shut_down_by_fault()?);
         Ok(release)
-    });
+    })?;
+    checks.check(
+        "that it ended by a triple fault is told, and not excused",
+        || {
+            let end = ended.unwrap_or_default();
+            ensure!(end.contains("triple fault"), "told: {end}");
+            let excused = log::first_of(&pair.b.dir, &NESTED_FAULTS);
+            ensure!(excused.is_none(), "excused by {excused:?}");
+            Ok(end)
+        },
+    );
     checks.check("both hosts are as before", || {
         pair.ensure_unchanged(&before)
     });
