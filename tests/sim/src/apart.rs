@@ -79,6 +79,8 @@ impl World {
     /// A host's port is killed where it stands, with its daemon where they are one process; its
     /// kernel closes what it had.
     pub fn kill_port(&mut self, side: usize) {
+        // Its kernel closes without any plan: what has struck until now would be forgotten.
+        self.note_struck();
         let host = &mut self.hosts[side];
         self.scheduler.kill(host.process);
         host.engine = None;

@@ -358,6 +358,9 @@ impl SoftLink {
         if unfit || plan.holds_dma() && !self.fabric.holding {
             return Err(StoresAreOrdered);
         }
+        // What arrives now may have a device store, at which the last plan would strike once more: a
+        // link that flapped then would not come back, as nothing counts without a plan.
+        self.fabric.faults.arm(FaultPlan::default());
         self.settle();
         self.fabric.faults.arm(plan);
         Ok(())
