@@ -22,6 +22,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::Arc,
 };
+use vfio_shim::model::{OsRuntime, Runtime};
 
 /// The process, as its keeper has it. It watches the keeper, and ends after it.
 pub(super) struct Checks {
@@ -108,5 +109,7 @@ pub fn run(
     let maps = PathBuf::from(if shut_in { "/" } else { "/proc" });
     let maps = Service::Checks(Arc::new(maps));
     let stdin = io::stdin();
-    serve::serve(stdin.as_fd(), uid, &maps, &[keeper.as_fd()]).map_err(kernel("serve its socket"))
+    let runtime: Arc<dyn Runtime> = Arc::new(OsRuntime);
+    serve::serve(stdin.as_fd(), uid, &maps, &[keeper.as_fd()], &runtime)
+        .map_err(kernel("serve its socket"))
 }

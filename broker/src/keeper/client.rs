@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 use vfio_shim::{
-    model::{Bdf, Span},
+    model::{Bdf, OsRuntime, Runtime, Span},
     path::words,
     vfio::OpenGroup,
 };
@@ -35,6 +35,7 @@ const CHECK_WAIT: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug)]
 pub struct Keeper {
     folder: PathBuf,
+    runtime: Arc<dyn Runtime>,
 }
 
 /// A function that the keeper has bound for this process; dropping this, after the function was
@@ -108,7 +109,13 @@ impl Keeper {
     pub fn at(folder: &Path) -> Self {
         Self {
             folder: folder.to_owned(),
+            runtime: Arc::new(OsRuntime),
         }
+    }
+
+    /// The same, for threads that wait on this runtime.
+    pub fn on(self, runtime: Arc<dyn Runtime>) -> Self {
+        Self { runtime, ..self }
     }
 
     fn connect(&self, path: &Path) -> Result<Channel, VerbError> {
@@ -117,7 +124,7 @@ impl Keeper {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
             connect(&socket, &SocketAddrUnix::new(path)?)?;
-            Ok::<_, Errno>(Channel::of(socket))
+            Ok::<_, Errno>(Channel::of(socket).on(Arc::clone(&self.runtime)))
         };
         let channel = connected().map_err(|errno| lost(path, io::Error::from(errno)))?;
         match hear(&channel, path, ADMIT_WAIT)? {
@@ -204,6 +211,9 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
+        if self.keeper.runtime.is_killed() {
+            return;
+        }
         if let Err(error) = self.give_back() {
             // The connection's end is the same word, and so is the function's being closed.
             tracing::warn!(bdf = %self.bdf, %error, "the keeper gives a function back later");

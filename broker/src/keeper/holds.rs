@@ -18,11 +18,11 @@ use crate::{
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 use vfio_shim::{
-    model::Bdf,
+    model::{Bdf, Runtime},
     path::words,
     sysfs::{BindGuard, Sysfs},
     vfio::{Door, OpenError, OpenGroup},
@@ -100,6 +100,7 @@ pub(super) struct Holds {
     ground: Ground,
     journal: Journal,
     waits: Waits,
+    runtime: Arc<dyn Runtime>,
     entries: Mutex<BTreeMap<Bdf, Entry>>,
     changed: Condvar,
 }
@@ -133,6 +134,7 @@ impl Holds {
         ground: Ground,
         journal: Journal,
         waits: Waits,
+        runtime: Arc<dyn Runtime>,
     ) -> std::io::Result<Self> {
         let mut entries = BTreeMap::new();
         for (bdf, old) in journal.read()? {
@@ -149,6 +151,7 @@ impl Holds {
             ground,
             journal,
             waits,
+            runtime,
             entries: Mutex::new(entries),
             changed: Condvar::new(),
         })
@@ -248,37 +251,49 @@ impl Holds {
         client: Client,
         bdf: Bdf,
     ) -> Result<(Turn<'_>, Option<BindGuard>), VerbError> {
-        let deadline = Instant::now() + self.waits.handover;
-        let mut entries = self.entries();
-        loop {
+        let mut whose = String::new();
+        let taken = self.wait_for(Some(self.waits.handover), |entries| {
             let guard = match entries.remove(&bdf) {
                 None => None,
                 Some(Entry::Held(None, guard)) => Some(guard),
                 Some(other) => {
-                    let whose = holder(&other);
+                    whose = holder(&other);
                     entries.insert(bdf, other);
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        let text = format!(
-                            "the keeper has {bdf} {whose}: end that process, or wait until it has \
-                             closed the function"
-                        );
-                        return Err(refuse(ErrorCode::Busy, text));
-                    }
-                    let waited = self.changed.wait_timeout(entries, left);
-                    entries = waited.unwrap_or_else(PoisonError::into_inner).0;
-                    continue;
+                    return None;
                 }
             };
             entries.insert(bdf, Entry::Busy);
-            tracing::debug!(%bdf, id = client.id, "taken");
-            let turn = Turn {
-                holds: self,
-                bdf,
-                then: None,
-            };
-            return Ok((turn, guard));
-        }
+            Some(guard)
+        });
+        let Some(guard) = taken else {
+            let text = format!(
+                "the keeper has {bdf} {whose}: end that process, or wait until it has closed the \
+                 function"
+            );
+            return Err(refuse(ErrorCode::Busy, text));
+        };
+        tracing::debug!(%bdf, id = client.id, "taken");
+        let turn = Turn {
+            holds: self,
+            bdf,
+            then: None,
+        };
+        Ok((turn, guard))
+    }
+
+    /// Waits until a look at what is bound finds something, at most so long.
+    fn wait_for<R>(
+        &self,
+        wait: Option<Duration>,
+        look: impl FnMut(&mut BTreeMap<Bdf, Entry>) -> Option<R>,
+    ) -> Option<R> {
+        let until_ms = wait.map(|wait| self.until_ms(wait));
+        let shared = (&self.entries, &self.changed);
+        self.runtime.wait_for(shared, until_ms, look)
+    }
+
+    fn until_ms(&self, wait: Duration) -> u64 {
+        self.runtime.now_ms() + wait.as_millis() as u64
     }
 
     /// Stops a function that this client has open until its next reset; `false` = its PF's driver
@@ -315,16 +330,19 @@ impl Holds {
 
     /// Nobody else's function is closed by this; one that is being given back is waited for.
     fn ensure_gone(&self, bdf: Bdf) -> Result<(), VerbError> {
-        let deadline = Instant::now() + self.waits.handover;
-        let mut entries = self.entries();
-        while let Some(entry) = entries.get(&bdf) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if matches!(entry, Entry::Held(..)) || left.is_zero() {
-                let text = format!("the keeper has {bdf} {}: it is not yours", holder(entry));
-                return Err(refuse(ErrorCode::WrongState, text));
+        let mut whose = String::new();
+        let gone = self.wait_for(Some(self.waits.handover), |entries| {
+            match entries.get(&bdf) {
+                None => Some(true),
+                Some(entry) => {
+                    whose = holder(entry);
+                    matches!(entry, Entry::Held(..)).then_some(false)
+                }
             }
-            let waited = self.changed.wait_timeout(entries, left);
-            entries = waited.unwrap_or_else(PoisonError::into_inner).0;
+        });
+        if gone != Some(true) {
+            let text = format!("the keeper has {bdf} {whose}: it is not yours");
+            return Err(refuse(ErrorCode::WrongState, text));
         }
         Ok(())
     }
@@ -372,15 +390,11 @@ impl Holds {
             Entry::Held(None, _) => Some(*bdf),
             _ => None,
         };
-        let mut entries = self.entries();
-        loop {
+        let found = self.wait_for(None, |entries| {
             let orphans: Vec<Bdf> = entries.iter().filter_map(of_nobody).collect();
-            if !orphans.is_empty() {
-                return orphans;
-            }
-            let waited = self.changed.wait(entries);
-            entries = waited.unwrap_or_else(PoisonError::into_inner);
-        }
+            (!orphans.is_empty()).then_some(orphans)
+        });
+        found.unwrap_or_default()
     }
 
     /// For good: gives back what clients of the last keeper had, each as soon as nobody has it open
@@ -388,8 +402,12 @@ impl Holds {
     pub(super) fn tend_orphans(&self) {
         loop {
             self.orphans().into_iter().for_each(|bdf| self.tend(bdf));
-            std::thread::sleep(self.waits.idle_step);
+            self.sleep(self.waits.idle_step);
         }
+    }
+
+    fn sleep(&self, time: Duration) {
+        self.runtime.sleep_until(self.until_ms(time));
     }
 
     /// Gives this one back, if it is bound for no connection and nobody has it open.
@@ -410,10 +428,10 @@ impl Holds {
         wait: Option<Duration>,
     ) -> Result<(), VerbError> {
         let bdf = turn.bdf;
-        let deadline = Instant::now() + wait.unwrap_or(self.waits.release);
+        let until_ms = self.until_ms(wait.unwrap_or(self.waits.release));
         let mut told = false;
         while let Err(error) = self.ensure_free(bdf) {
-            let late = Instant::now() >= deadline;
+            let late = self.runtime.now_ms() >= until_ms;
             if late && wait.is_some() {
                 turn.then = Some(Entry::Held(owner, guard));
                 return Err(refusals::from_open(&error));
@@ -428,7 +446,7 @@ impl Holds {
             } else {
                 self.waits.step
             };
-            std::thread::sleep(step);
+            self.sleep(step);
         }
         match guard.give_back() {
             Ok(()) => {

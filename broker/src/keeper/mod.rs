@@ -20,6 +20,7 @@ mod role;
 #[cfg(test)]
 mod schedule_tests;
 mod serve;
+mod serving;
 mod socket;
 #[cfg(test)]
 mod stop_tests;
@@ -34,6 +35,7 @@ pub use message::{FromKeeper, ToKeeper};
 pub(crate) use message::{get_refusal, put_refusal};
 pub use role::{CHECKS, ROLE};
 pub use serve::CONNECTIONS_MAX;
+pub use serving::{Claimed, Serving};
 pub use socket::SocketError;
 pub(crate) use socket::is_own_folder;
 
@@ -42,10 +44,7 @@ use crate::{
     jail::{JailError, Kept, Reach, Role, Sandbox, confine_but},
 };
 use checks::Checks;
-use holds::Holds;
-use journal::Journal;
 use rustix::fs::Mode;
-use serve::Service;
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
     low_level::pipe,
@@ -59,6 +58,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
 };
+use vfio_shim::model::OsRuntime;
 
 /// Why a keeper cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -159,24 +159,18 @@ pub fn run(
     let folder = config.keeper.folder.clone();
     // What it makes is for its owner to write, whoever started it.
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
-    socket::claim_folder(&folder)?;
-    let functions = socket::listen_at(&functions_socket(&folder), uid)?;
-    let journal = Journal::open(&journal_folder(&folder)).map_err(kernel("open its journal"))?;
+    let claimed = Claimed::at(&folder, uid)?;
     let checks = Checks::start(program, sandbox, &checks_socket(&folder), uid)?;
-    let own = [&functions, checks.process()].map(AsRawFd::as_raw_fd);
+    let own = [claimed.socket(), checks.process().as_fd()].map(|fd| fd.as_raw_fd());
     let own: Vec<i32> = own.into_iter().chain([0, 1, 2]).collect();
     let confined = confine_but(role, sandbox, &own, &kept(&folder, &ground.top))?;
     let stop = stop_signals().map_err(kernel("take signals"))?;
-    let holds = Holds::new(config, ground, journal, Waits::default());
-    let holds = Arc::new(holds.map_err(kernel("read its journal"))?);
-    let tending = Arc::clone(&holds);
-    let thread = std::thread::Builder::new().name("orphans".into());
-    let spawned = thread.spawn(move || tending.tend_orphans());
-    spawned.map_err(kernel("start a thread"))?;
+    let runtime = Arc::new(OsRuntime);
+    let serving = claimed.take_over(runtime, config, ground, Waits::default())?;
     let report = confined.seal()?;
     tracing::info!(uid, folder = %folder.display(), ?report, "serving");
     let ends = [stop.as_fd(), checks.process().as_fd()];
-    let served = serve::serve(functions.as_fd(), uid, &Service::Functions(holds), &ends);
+    let served = serving.serve(&ends);
     for path in [functions_socket(&folder), checks_socket(&folder)] {
         if let Err(error) = std::fs::remove_file(&path) {
             tracing::warn!(path = %path.display(), %error, "a socket stays behind");

@@ -14,7 +14,11 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
-use vfio_shim::{model::Bdf, sysfs::Sysfs, vfio::OpenGroup};
+use vfio_shim::{
+    model::{Bdf, OsRuntime, Runtime},
+    sysfs::Sysfs,
+    vfio::OpenGroup,
+};
 
 const FUNCTIONS: [&str; 3] = [VF, OTHER, NTB];
 /// One is bound to VFIO before any keeper, and has no override.
@@ -23,6 +27,10 @@ const BOUND: &str = NTB;
 const STEPS: u32 = 5;
 /// A word that nobody interrupts.
 const NEVER: u32 = u32::MAX;
+
+fn runtime() -> Arc<dyn Runtime> {
+    Arc::new(OsRuntime)
+}
 
 /// Nobody is waited for: what another thread would have to do is done by the next act.
 const AT_ONCE: Waits = Waits {
@@ -123,7 +131,7 @@ impl Alive {
             open: Box::new(open),
         };
         let journal = Journal::open(&link.join("keeper/bound")).unwrap();
-        let holds = Holds::new(machine.config(), ground, journal, AT_ONCE).unwrap();
+        let holds = Holds::new(machine.config(), ground, journal, AT_ONCE, runtime()).unwrap();
         Self { holds, link, left }
     }
 

@@ -9,8 +9,7 @@ use crate::{
     ipc::{Channel, ChannelError, Check, Sent},
 };
 use rustix::{
-    event::{PollFd, PollFlags, poll},
-    io::Errno,
+    event::{PollFd, PollFlags},
     net::{SocketFlags, accept_with, sockopt::socket_peercred},
 };
 use std::{
@@ -22,7 +21,7 @@ use std::{
     },
 };
 use vfio_shim::{
-    model::{Bdf, Span},
+    model::{Bdf, Runtime, Span},
     path::words,
 };
 use vmm_glue::vfio_user::memory_check::{Inode, MemoryMaps};
@@ -69,6 +68,7 @@ pub(super) fn serve(
     uid: u32,
     service: &Service,
     ends: &[BorrowedFd<'_>],
+    runtime: &Arc<dyn Runtime>,
 ) -> io::Result<()> {
     let count = Arc::new(AtomicUsize::new(0));
     let mut id = 0;
@@ -76,11 +76,7 @@ pub(super) fn serve(
         let mut fds = vec![PollFd::from_borrowed_fd(listener, PollFlags::IN)];
         let ends = ends.iter().copied();
         fds.extend(ends.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        match poll(&mut fds, None) {
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(errno) => return Err(errno.into()),
-        }
+        runtime.poll(&mut fds)?;
         if fds[1..].iter().any(|fd| !fd.revents().is_empty()) {
             return Ok(());
         }
@@ -94,12 +90,12 @@ pub(super) fn serve(
         };
         id += 1;
         let connection = Connection {
-            channel: Channel::of(socket),
+            channel: Channel::of(socket).on(Arc::clone(runtime)),
             service: service.clone(),
             client: Client { id, pid: 0 },
             open: None,
         };
-        connection.admit(uid, &count);
+        connection.admit(uid, &count, &**runtime);
     }
 }
 
@@ -113,7 +109,7 @@ struct Connection {
 
 impl Connection {
     /// Takes it in, or refuses it in words.
-    fn admit(mut self, uid: u32, count: &Arc<AtomicUsize>) {
+    fn admit(mut self, uid: u32, count: &Arc<AtomicUsize>, runtime: &dyn Runtime) {
         let slot = match self.judge(uid, count) {
             Ok(slot) => slot,
             Err(refusal) => {
@@ -123,13 +119,12 @@ impl Connection {
                 return;
             }
         };
-        let thread = std::thread::Builder::new();
-        let thread = thread.name("connection".into()).stack_size(STACK_BYTES);
-        let spawned = thread.spawn(move || {
+        let run = move || {
             self.run();
             drop(self);
             drop(slot);
-        });
+        };
+        let spawned = runtime.spawn_small("connection".into(), STACK_BYTES, Box::new(run));
         if let Err(error) = spawned {
             tracing::error!(%error, "no thread for a connection: it is closed");
         }

@@ -41,7 +41,7 @@ use std::{
 };
 use tree::{FORBIDDEN, Tree, put};
 use vfio_shim::{
-    model::{Bdf, Span},
+    model::{Bdf, OsRuntime, Runtime, Span},
     sysfs::{OnWrite, Sysfs},
     vfio::{OpenError, OpenGroup},
 };
@@ -234,7 +234,7 @@ impl Running {
         let config = machine.config();
         socket::claim_folder(&folder).unwrap();
         let journal = Journal::open(&journal_folder(&folder)).unwrap();
-        let holds = Holds::new(config, ground, journal, waits).unwrap();
+        let holds = Holds::new(config, ground, journal, waits, Arc::new(OsRuntime)).unwrap();
         let holds = Arc::new(holds);
         let shared = Arc::new(Shared::default());
         let stop = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
@@ -250,7 +250,9 @@ impl Running {
             let listener = socket::listen_at(&path, own).unwrap();
             let stop = stop.try_clone().unwrap();
             std::thread::spawn(move || {
-                serve::serve(listener.as_fd(), uid, &service, &[stop.as_fd()]).unwrap();
+                let runtime: Arc<dyn Runtime> = Arc::new(OsRuntime);
+                let ends = [stop.as_fd()];
+                serve::serve(listener.as_fd(), uid, &service, &ends, &runtime).unwrap();
             })
         });
         if tended {

@@ -7,7 +7,7 @@ use rustix::time::{ClockId, clock_gettime};
 use std::fmt;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 /// How a thread that has nothing to do goes on.
@@ -31,11 +31,27 @@ pub trait Runtime: Send + Sync {
     /// Starts a thread.
     fn spawn(&self, name: String, run: Box<dyn FnOnce() + Send>) -> io::Result<Task>;
 
+    /// The same of one that needs no more stack than this.
+    fn spawn_small(
+        &self,
+        name: String,
+        _stack_bytes: usize,
+        run: Box<dyn FnOnce() + Send>,
+    ) -> io::Result<Task> {
+        self.spawn(name, run)
+    }
+
     /// Called by a thread before it waits.
     fn idle(&self, wait: Wait) -> Idle;
 
     /// A step of undoing is about to be made. A simulator may end the process here.
     fn reach(&self, _step: UndoStep) {}
+
+    /// Whether this process has been killed, so that what it leaves undone stays so: a simulator
+    /// runs destructors nevertheless, to free their memory.
+    fn is_killed(&self) -> bool {
+        false
+    }
 
     /// Nanoseconds of a monotonic clock, where a thread may wait awake for others; none where they
     /// only run when it lets them.
@@ -176,6 +192,63 @@ impl dyn Runtime + '_ {
         }
     }
 
+    /// Waits for what another thread changes, and tells by `changed`, until a look finds it; none
+    /// where it did not until then by the clock.
+    pub fn wait_for<T, R>(
+        &self,
+        (mutex, changed): (&Mutex<T>, &Condvar),
+        until_ms: Option<u64>,
+        mut look: impl FnMut(&mut T) -> Option<R>,
+    ) -> Option<R> {
+        let lock = || mutex.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut again = false;
+        loop {
+            let found = look(&mut lock());
+            let left_ms = until_ms.map(|until| until.saturating_sub(self.now_ms()));
+            if found.is_some() || left_ms == Some(0) {
+                return found;
+            }
+            let wait = Wait {
+                until_ms,
+                again,
+                fds: false,
+            };
+            if self.idle(wait) == Idle::Block {
+                let mut guard = lock();
+                // It may have changed since the last look, and been told.
+                let found = look(&mut guard);
+                if found.is_some() {
+                    return found;
+                }
+                match left_ms.map(Duration::from_millis) {
+                    None => drop(changed.wait(guard)),
+                    Some(left) => drop(changed.wait_timeout(guard, left)),
+                }
+            }
+            again = true;
+        }
+    }
+
+    /// Waits for nothing but the clock.
+    pub fn sleep_until(&self, until_ms: u64) {
+        let mut again = false;
+        loop {
+            let left_ms = until_ms.saturating_sub(self.now_ms());
+            if left_ms == 0 {
+                return;
+            }
+            let wait = Wait {
+                until_ms: Some(until_ms),
+                again,
+                fds: false,
+            };
+            if self.idle(wait) == Idle::Block {
+                std::thread::sleep(Duration::from_millis(left_ms));
+            }
+            again = true;
+        }
+    }
+
     /// Takes a lock that is held over more than a look-up.
     pub fn lock<'a, T>(&self, mutex: &'a Mutex<T>) -> MutexGuard<'a, T> {
         let mut again = false;
@@ -219,11 +292,17 @@ impl Runtime for OsRuntime {
     }
 
     fn spawn(&self, name: String, run: Box<dyn FnOnce() + Send>) -> io::Result<Task> {
-        let handle = std::thread::Builder::new().name(name).spawn(run)?;
-        Ok(Task::new(move || {
-            // A thread that panicked has said so itself.
-            let _ = handle.join();
-        }))
+        start(std::thread::Builder::new().name(name), run)
+    }
+
+    fn spawn_small(
+        &self,
+        name: String,
+        stack_bytes: usize,
+        run: Box<dyn FnOnce() + Send>,
+    ) -> io::Result<Task> {
+        let thread = std::thread::Builder::new().name(name);
+        start(thread.stack_size(stack_bytes), run)
     }
 
     fn idle(&self, _wait: Wait) -> Idle {
@@ -234,6 +313,14 @@ impl Runtime for OsRuntime {
         let now = clock_gettime(ClockId::Monotonic);
         Some(now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64)
     }
+}
+
+fn start(thread: std::thread::Builder, run: Box<dyn FnOnce() + Send>) -> io::Result<Task> {
+    let handle = thread.spawn(run)?;
+    Ok(Task::new(move || {
+        // A thread that panicked has said so itself.
+        let _ = handle.join();
+    }))
 }
 
 #[cfg(test)]
