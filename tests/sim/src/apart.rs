@@ -139,7 +139,11 @@ impl World {
         if (daemon || port) && !host.powered {
             host.soft.start();
             host.powered = true;
+            if self.kept {
+                self.switch_keeper_on(side);
+            }
         }
+        let host = &mut self.hosts[side];
         if daemon {
             host.start_daemon(&mut self.scheduler);
         }
@@ -190,8 +194,14 @@ impl World {
     /// When all is quiet, a daemon dies or stands still without its port, or a port dies without its
     /// daemon: what that ends, and what it does not.
     pub fn check_deaths(&mut self) {
-        if !self.apart || self.is_tainted() || !self.random.once_in(DEATH_ONCE_IN) {
+        let some = self.apart || self.kept;
+        if !some || self.is_tainted() || !self.random.once_in(DEATH_ONCE_IN) {
             return;
+        }
+        if self.kept && (!self.apart || self.random.once_in(2)) {
+            self.check_death_of_keeper();
+            self.settle();
+            return self.check_quiet();
         }
         let side = self.random.below(2);
         match self.random.below(3) {
@@ -352,7 +362,7 @@ impl World {
     }
 
     /// The leases of a host's functions that are in force by what is written.
-    fn stored(&self, side: usize) -> Vec<(Bdf, Option<LeaseId>)> {
+    pub(crate) fn stored(&self, side: usize) -> Vec<(Bdf, Option<LeaseId>)> {
         let host = &self.hosts[side];
         let functions = host.functions.iter().map(|lent| lent.bdf);
         functions.map(|bdf| (bdf, host.disk.holder(bdf))).collect()
@@ -367,7 +377,7 @@ impl World {
     }
 
     /// In which session each port is, what it lends and how that stands; and who has lost what.
-    fn paths(&mut self) -> Vec<String> {
+    pub(crate) fn paths(&mut self) -> Vec<String> {
         let mut paths = Vec::new();
         for side in 0..2 {
             let status = self.status(side).expect("a port");

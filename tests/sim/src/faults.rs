@@ -132,7 +132,7 @@ impl World {
 
     /// Now and then whoever comes to a step that has a name is killed there.
     pub fn plan_kill(&mut self) {
-        let step = Step::all().nth(self.random.below(Step::COUNT));
+        let step = Step::all().nth(self.random.below(Step::OF_PATHS));
         let wanted = self.random.once_in(KILL_AT_STEP_ONCE_IN);
         self.scheduler.core().kill_at(step.filter(|_| wanted));
     }
@@ -221,6 +221,16 @@ impl World {
         let daemons = self.hosts.iter().filter(|host| host.line.is_some());
         let daemons = daemons.filter(|host| self.scheduler.is_stopped(host.daemon));
         let daemons = daemons.count();
+        let keepers = self.hosts.iter().filter_map(|host| host.keeper.as_ref());
+        let [mut keepers_frozen, mut keepers_dead] = [0; 2];
+        for keeper in keepers {
+            match keeper.process {
+                Some(process) => {
+                    keepers_frozen += usize::from(self.scheduler.is_stopped(process));
+                }
+                None => keepers_dead += 1,
+            }
+        }
         for worker in workers {
             frozen += usize::from(self.scheduler.is_stopped(worker));
             dead += usize::from(self.scheduler.core().is_dead(worker));
@@ -229,8 +239,10 @@ impl World {
             (frozen, Trouble::WorkerFrozen),
             (dead, Trouble::WorkerDead),
             (daemons, Trouble::DaemonFrozen),
+            (keepers_frozen, Trouble::KeeperFrozen),
+            (keepers_dead, Trouble::KeeperDown),
             (
-                self.scheduler.stopped() - frozen - daemons,
+                self.scheduler.stopped() - frozen - daemons - keepers_frozen,
                 Trouble::VmmFrozen,
             ),
         ] {

@@ -1,6 +1,7 @@
 //! A host of the simulation: its port's engine, the functions it lends, and what its kernel does when they die.
 
 use crate::coroutine::{Pause, pause};
+use crate::keeper::{Device, KeeperHost};
 use crate::pool::{Disk, Watch, Watched};
 use crate::random::Random;
 use crate::scheduler::{Process, Scheduler, wait_for};
@@ -41,6 +42,10 @@ pub struct Lent {
     pub vectors: usize,
     /// Whether the operator wants it offered.
     pub wanted: bool,
+    /// No keeper has opened it when it was to be offered.
+    pub unopened: bool,
+    /// Its device, while a port has it from a keeper.
+    pub device: Device,
 }
 
 impl Lent {
@@ -58,6 +63,8 @@ impl Lent {
             arc,
             vectors,
             wanted: true,
+            unopened: false,
+            device: Device::default(),
         }
     }
 
@@ -120,6 +127,8 @@ pub struct Host {
     pub lease_ttl_ms: u64,
     /// Where that writes leases down: it stays when the daemon ends.
     pub disk: Disk,
+    /// Who opens its functions, where the port does not itself.
+    pub keeper: Option<KeeperHost>,
     /// Whether it has power.
     pub powered: bool,
     /// Its kernel is still closing what the daemon had.
@@ -148,6 +157,7 @@ impl Host {
             watch: None,
             lease_ttl_ms: LEASE_TTL_MS,
             disk: Disk::default(),
+            keeper: None,
             powered: true,
             closing: None,
             tainted: false,
@@ -220,7 +230,8 @@ impl Host {
         for lent in &self.functions {
             lent.soft.arm(FaultPlan::default());
             lent.soft.space().arm(FaultPlan::default());
-            parts.push(Part::Function(Arc::clone(&lent.soft)));
+            let device = Arc::clone(&lent.device);
+            parts.push(Part::Function(Arc::clone(&lent.soft), device));
         }
         self.port.space().arm(FaultPlan::default());
         for at in (2..parts.len()).rev() {
@@ -242,7 +253,7 @@ impl Host {
 
 enum Part {
     Port(Arc<SoftPort>),
-    Function(Arc<SoftFunction>),
+    Function(Arc<SoftFunction>, Device),
 }
 
 impl Part {
@@ -256,7 +267,7 @@ impl Part {
                 pause(Pause::Ready);
                 clear(port.space());
             }
-            Self::Function(function) => {
+            Self::Function(function, device) => {
                 for index in IrqIndex::ALL {
                     let _ = function.disable_irqs(index);
                 }
@@ -264,6 +275,10 @@ impl Part {
                 function.reset().expect("a kernel's reset");
                 pause(Pause::Ready);
                 clear(function.space());
+                // Only now it is free for others.
+                if let Ok(mut device) = device.lock() {
+                    device.take();
+                }
             }
         }
     }

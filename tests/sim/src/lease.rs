@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
+use sublet::daemon::vocabulary::VerbError;
 use sublet::worker::server::WorkerServer;
 use vfio_shim::path::{BorrowedFunction, CallError, LeaseId, Refusal};
 use vmm_glue::vfio_user::{SessionShared, SessionState};
@@ -99,6 +100,8 @@ pub enum Outcome {
     Returned(Result<(), CallError>),
     /// Of `available` and `unavailable`.
     Lent(Result<(), Refusal>),
+    /// No keeper has opened what was to be offered.
+    NotOpened(VerbError),
 }
 
 /// Which verb.

@@ -13,6 +13,8 @@ pub mod forged;
 pub mod forger;
 pub mod guest;
 pub mod host;
+pub mod keeper;
+pub mod keepers;
 pub mod lease;
 pub mod memory;
 pub mod ops;

@@ -68,7 +68,7 @@ impl World {
             .any(|h| h.side != side && h.function == function);
         match op {
             Op::Revoke if !leased => return false,
-            Op::Lend if lent.wanted && !self.random.once_in(12) => return false,
+            Op::Lend if lent.wanted && !lent.unopened && !self.random.once_in(12) => return false,
             Op::Revoke => engine.revoke(bdf, "revoked by the operator"),
             _ if self.verbs.iter().any(busy) => return false,
             Op::Lend => self.lend(side, function),

@@ -104,7 +104,7 @@ impl Sum {
 /// The child's part: every `stride`-th seed.
 pub fn child(wish: Wish, stride: u64) -> ExitCode {
     schedule::keep_panics();
-    let dir = tempfile::tempdir().expect("a temporary folder");
+    let dir = folder();
     let started = Instant::now();
     let mut sum = Sum::default();
     let mut at = 0;
@@ -231,7 +231,7 @@ fn tell_failure(failure: &str) {
 /// One seed, told as a story.
 pub fn story(seed: u64) -> ExitCode {
     schedule::keep_panics();
-    let dir = tempfile::tempdir().expect("a temporary folder");
+    let dir = folder();
     match schedule::run(seed, true, dir.path()) {
         Ok(report) => {
             report.story.iter().for_each(|line| println!("{line}"));
@@ -244,4 +244,12 @@ pub fn story(seed: u64) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// For sockets and trees of files: in memory, where that is possible.
+fn folder() -> tempfile::TempDir {
+    let in_memory = tempfile::tempdir_in("/dev/shm");
+    in_memory
+        .or_else(|_| tempfile::tempdir())
+        .expect("a temporary folder")
 }

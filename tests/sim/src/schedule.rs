@@ -15,6 +15,9 @@ pub const STEPS_MIN: usize = 200;
 /// Steps from one quiet moment to the next.
 const STEPS_TO_QUIET: usize = 50;
 
+/// Of so many schedules one has keepers.
+const KEPT_ONCE_IN: u64 = 4;
+
 /// What is special in a schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
@@ -28,17 +31,20 @@ pub struct Shape {
     pub workers: bool,
     /// On both hosts port and daemon are processes of their own, and each may die without the other.
     pub apart: bool,
+    /// Functions are opened by keepers, which die and stand still like everybody else.
+    pub kept: bool,
 }
 
 impl Shape {
     /// By chance.
-    fn draw(random: &mut Random) -> Self {
+    fn draw(seed: u64, random: &mut Random) -> Self {
         Self {
             fabric: Fabric::ALL[random.below(Fabric::ALL.len())],
             forger: random.once_in(5),
             short_leases: random.once_in(3),
             workers: random.once_in(3),
             apart: random.once_in(2),
+            kept: seed.is_multiple_of(KEPT_ONCE_IN),
         }
     }
 }
@@ -97,7 +103,7 @@ fn open_fds() -> usize {
 /// Runs a schedule. `dir` is for sockets, and empty again after it.
 pub fn run(seed: u64, story: bool, dir: &Path) -> Result<Report, Failure> {
     let mut random = Random::new(seed);
-    let shape = Shape::draw(&mut random);
+    let shape = Shape::draw(seed, &mut random);
     run_as(shape, (seed, random), story, dir)
 }
 
@@ -152,6 +158,7 @@ fn drive(world: &mut World, fabric: Fabric) {
             }
         }
         world.act();
+        world.act_on_keepers();
         go_on(world);
         world.note_struck();
         world.reap();

@@ -177,6 +177,10 @@ impl Runtime for ProcessRuntime {
         self.core.reach(self.process, Step::Undo(step));
     }
 
+    fn is_killed(&self) -> bool {
+        self.core.is_dead(self.process)
+    }
+
     fn idle(&self, wait: Wait) -> Idle {
         pause(Pause::Idle(wait));
         Idle::Look

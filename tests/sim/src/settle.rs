@@ -203,7 +203,9 @@ impl World {
                     .tell(4, || format!("{name}: what is not there is started again"));
                 self.restart(side);
             }
+            self.start_keeper(side);
         }
+        self.lend_unopened();
     }
 
     fn is_quiet(&mut self) -> bool {
@@ -216,7 +218,7 @@ impl World {
         let mut dead = self.held.iter().filter(|held| held.server.ended());
         let buried = dead.all(Held::is_buried);
         let idle = self.verbs.is_empty() && self.orphans.is_empty() && buried;
-        idle && guests && up && self.agreed()
+        idle && guests && up && self.agreed() && self.keepers_rest()
     }
 
     fn unquiet(&mut self) -> String {
@@ -228,7 +230,10 @@ impl World {
             .collect();
         let orphans = self.orphans.len();
         let links = [0, 1].map(|side| self.status(side).map(|status| status.link));
-        format!("verbs {verbs:?}, guests {guests:?}, {orphans} orphans, links {links:?}")
+        let keepers = [0, 1].map(|side| self.unrest(side));
+        format!(
+            "verbs {verbs:?}, guests {guests:?}, {orphans} orphans, links {links:?}, keepers {keepers:?}"
+        )
     }
 
     /// What `status` tells of a port.
@@ -436,6 +441,7 @@ impl World {
             0,
             "INVARIANT leak: maps after the end of both daemons"
         );
+        self.end_keepers();
         for host in &self.hosts {
             for lent in &host.functions {
                 assert_eq!(

@@ -1,4 +1,4 @@
-//! The named moments at which a process may be killed: before each step of undoing, and on both sides of what a daemon writes down.
+//! The named moments at which a process may be killed: before each step of undoing, on both sides of what a daemon writes down, and in a keeper's work.
 
 use std::fmt;
 use sublet::pool::Move;
@@ -39,6 +39,20 @@ impl StoreStep {
     }
 }
 
+/// A moment of a keeper's work on a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[expect(missing_docs, reason = "their names say it")]
+pub enum KeeperStep {
+    Wrote,
+    Opens,
+    Opened,
+}
+
+impl KeeperStep {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Wrote, Self::Opens, Self::Opened];
+}
+
 /// Where a process may be killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Step {
@@ -46,16 +60,20 @@ pub enum Step {
     Undo(UndoStep),
     /// A daemon, at this moment of what it writes down.
     Store(StoreStep),
+    /// A keeper, after a write to sysfs, or on either side of opening a group.
+    Keeper(KeeperStep),
 }
 
 impl Step {
-    /// How many there are.
-    pub const COUNT: usize = UndoStep::ALL.len() + StoreStep::ALL.len();
+    /// How many there are of ports, workers and daemons: the first.
+    pub const OF_PATHS: usize = UndoStep::ALL.len() + StoreStep::ALL.len();
 
     /// All of them, in order.
     pub fn all() -> impl Iterator<Item = Self> {
         let undo = UndoStep::ALL.into_iter().map(Self::Undo);
-        undo.chain(StoreStep::ALL.into_iter().map(Self::Store))
+        let store = StoreStep::ALL.into_iter().map(Self::Store);
+        undo.chain(store)
+            .chain(KeeperStep::ALL.into_iter().map(Self::Keeper))
     }
 
     /// For a trace.
@@ -63,6 +81,7 @@ impl Step {
         match self {
             Self::Undo(step) => step as u64,
             Self::Store(step) => UndoStep::ALL.len() as u64 + step as u64,
+            Self::Keeper(step) => Self::OF_PATHS as u64 + step as u64,
         }
     }
 }
@@ -72,6 +91,7 @@ impl fmt::Display for Step {
         match self {
             Self::Undo(step) => write!(f, "{step:?}"),
             Self::Store(step) => write!(f, "{step:?}"),
+            Self::Keeper(step) => write!(f, "Keeper{step:?}"),
         }
     }
 }

@@ -108,12 +108,14 @@ pub enum Trouble {
     StoreUnsure,
     HostFrozen,
     DaemonFrozen,
+    KeeperFrozen,
     VmmFrozen,
     WorkerFrozen,
     WorkerDead,
     HostDown,
     PortDown,
     DaemonDown,
+    KeeperDown,
     CableOut,
     LeaseExpired,
     PeerForges,
@@ -121,7 +123,7 @@ pub enum Trouble {
 
 impl Trouble {
     /// All of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 26] = [
         Self::BellLost,
         Self::BellLate,
         Self::StoreHeld,
@@ -137,12 +139,14 @@ impl Trouble {
         Self::StoreUnsure,
         Self::HostFrozen,
         Self::DaemonFrozen,
+        Self::KeeperFrozen,
         Self::VmmFrozen,
         Self::WorkerFrozen,
         Self::WorkerDead,
         Self::HostDown,
         Self::PortDown,
         Self::DaemonDown,
+        Self::KeeperDown,
         Self::CableOut,
         Self::LeaseExpired,
         Self::PeerForges,
@@ -321,6 +325,6 @@ mod tests {
         let empty = table.empty();
         assert!(empty.contains(&(Op::Lend, Trouble::BellLate)));
         assert!(!empty.contains(&(Op::Borrow, Trouble::BellLate)));
-        assert_eq!(empty.len(), 36 * 24 - 4);
+        assert_eq!(empty.len(), 36 * 26 - 4);
     }
 }

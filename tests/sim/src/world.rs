@@ -3,6 +3,7 @@
 use crate::forger::Forger;
 use crate::guest::{Guest, Life, Tally};
 use crate::host::{Host, WINDOW_BYTES};
+use crate::keeper::{KeeperHost, open_by};
 use crate::lease::{Held, Kind, Outcome, Verb, Vmm, Wish};
 use crate::random::Random;
 use crate::schedule::Shape;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vfio_shim::model::Function;
 use vfio_shim::ntb::soft::{FaultPlan, SoftHost, SoftLink, SoftPortConfig};
-use vfio_shim::path::Engine;
+use vfio_shim::path::{Engine, Keep, PortStatus};
 
 /// All of a simulation.
 pub struct World {
@@ -55,6 +56,10 @@ pub struct World {
     pub workers: bool,
     /// Whether ports and daemons are processes of their own.
     pub apart: bool,
+    /// Whether keepers open the functions for the ports.
+    pub kept: bool,
+    /// How many trees there were for keepers.
+    pub(crate) trees: u64,
     /// Those processes, but for some that have ended.
     pub worker_processes: Vec<Process>,
     pub(crate) dir: PathBuf,
@@ -100,6 +105,8 @@ impl World {
             forger: None,
             workers: shape.workers,
             apart: shape.apart,
+            kept: shape.kept,
+            trees: 0,
             worker_processes: Vec::new(),
             dir: dir.to_owned(),
             sockets: 0,
@@ -108,6 +115,9 @@ impl World {
         if shape.forger {
             let side = world.random.below(2);
             world.forger = Some(Forger::new(side, &world.hosts));
+        }
+        if shape.kept {
+            world.start_keepers();
         }
         for side in 0..2 {
             if shape.short_leases {
@@ -156,10 +166,12 @@ impl World {
     fn kill_at(&mut self, process: Process, step: Step) {
         let host = &self.hosts[process.side];
         let (name, port, daemon) = (host.name(), host.process, host.daemon);
+        let keeper = host.keeper.as_ref().and_then(|keeper| keeper.process);
         self.trace.tell(step.number(), || {
             let who = match process {
                 _ if process == port => "the port",
                 _ if process == daemon => "the daemon",
+                _ if Some(process) == keeper => "the keeper",
                 _ => "a worker",
             };
             format!("{name}: {who} is killed at {step}")
@@ -168,6 +180,7 @@ impl World {
         match process {
             _ if process == port => self.kill_port(process.side),
             _ if process == daemon => self.kill_daemon(process.side),
+            _ if Some(process) == keeper => self.kill_keeper(process.side),
             _ => self.scheduler.kill(process),
         }
     }
@@ -262,11 +275,24 @@ impl World {
     /// `available`.
     pub fn lend(&mut self, side: usize, function: usize) {
         let lent = &mut self.hosts[side].functions[function];
-        lent.wanted = true;
+        (lent.wanted, lent.unopened) = (true, false);
         let (entry, soft) = (lent.entry(), Arc::clone(&lent.soft));
+        let (bdf, device) = (lent.bdf, Arc::clone(&lent.device));
+        let host = &self.hosts[side];
+        let keeper = host.keeper.as_ref().map(KeeperHost::folder);
+        let runtime = self.scheduler.runtime(host.process);
         self.verb((side, Kind::Lend, function), None, move |engine| {
             let function: Arc<dyn Function> = soft;
-            Outcome::Lent(engine.offer(entry, function))
+            let offers = |status: PortStatus| status.lent.iter().any(|l| l.offer.entry.bdf == bdf);
+            let offered = engine.status().is_some_and(offers);
+            let keep = match keeper.filter(|_| !offered) {
+                None => Keep::default(),
+                Some(folder) => match open_by(&folder, bdf, &device, runtime) {
+                    Ok(keep) => keep,
+                    Err(refusal) => return Outcome::NotOpened(refusal),
+                },
+            };
+            Outcome::Lent(engine.offer_with(entry, function, keep))
         });
     }
 
@@ -301,6 +327,15 @@ impl World {
                         format!("{host}: {kind:?} is answered: {result:?}")
                     });
                     self.drop_held(|held| matches!(kind, Kind::Return(lease) if held.side == verb.side && held.lease == lease && held.function == verb.function));
+                }
+                Outcome::NotOpened(refusal) => {
+                    self.trace.tell(2, || {
+                        format!(
+                            "{host}: function {} is not opened: {refusal}",
+                            verb.function
+                        )
+                    });
+                    self.hosts[verb.side].functions[verb.function].unopened = true;
                 }
                 Outcome::Lent(result) => {
                     self.trace.tell(u64::from(result.is_ok()), || {
@@ -422,6 +457,7 @@ impl World {
         for worker in self.workers_of(side) {
             self.scheduler.kill(worker);
         }
+        self.kill_keeper(side);
         self.kill(side);
     }
 

@@ -1,8 +1,9 @@
-//! Schedules of a given shape: with a peer that forges, with leases that expire under their borrowers, with workers, ports and daemons that die.
+//! Schedules of a given shape: with a peer that forges, with leases that expire under their borrowers, with workers, ports, daemons and keepers that die.
 
 use sim_tests::faults::Fabric;
 use sim_tests::random::Random;
 use sim_tests::schedule::{self, Shape};
+use sim_tests::steps::Step;
 use sim_tests::table::{Op, Table, Trouble};
 use std::sync::Mutex;
 
@@ -10,7 +11,7 @@ use std::sync::Mutex;
 static ALONE: Mutex<()> = Mutex::new(());
 
 /// Runs so many schedules; what was met in them.
-fn passed(many: u64, [forger, short_leases, workers, apart]: [bool; 4]) -> Table {
+fn passed(many: u64, [forger, short_leases, workers, apart, kept]: [bool; 5]) -> Table {
     let _alone = ALONE.lock();
     let dir = tempfile::tempdir().unwrap();
     let mut table = Table::default();
@@ -21,6 +22,7 @@ fn passed(many: u64, [forger, short_leases, workers, apart]: [bool; 4]) -> Table
             short_leases,
             workers,
             apart,
+            kept,
         };
         schedule::keep_panics();
         let report = schedule::run_as(shape, (seed, Random::new(seed)), false, dir.path());
@@ -35,14 +37,14 @@ fn passed(many: u64, [forger, short_leases, workers, apart]: [bool; 4]) -> Table
 
 #[test]
 fn honest_host_keeps_its_invariants_whatever_its_peer_forges() {
-    let table = passed(64, [true, false, false, false]);
+    let table = passed(64, [true, false, false, false, false]);
     assert!(table.met(Op::Forge, Trouble::PeerForges) > 0);
     assert!(table.met(Op::Interrupt, Trouble::PeerForges) > 0);
 }
 
 #[test]
 fn lease_that_nobody_opens_expires_and_one_with_an_open_path_never_does() {
-    let table = passed(16, [true, true, false, false]);
+    let table = passed(16, [true, true, false, false, false]);
     let expired: u64 = Op::ALL
         .iter()
         .map(|(op, _)| table.met(*op, Trouble::LeaseExpired))
@@ -53,7 +55,7 @@ fn lease_that_nobody_opens_expires_and_one_with_an_open_path_never_does() {
 
 #[test]
 fn worker_that_dies_or_stands_still_costs_its_own_lease_alone() {
-    let table = passed(24, [false, false, true, false]);
+    let table = passed(24, [false, false, true, false, false]);
     for trouble in [Trouble::WorkerDead, Trouble::WorkerFrozen] {
         for op in [Op::Interrupt, Op::Store, Op::Revoke, Op::Return] {
             assert!(table.met(op, trouble) > 0, "{op:?} never met {trouble:?}");
@@ -63,7 +65,7 @@ fn worker_that_dies_or_stands_still_costs_its_own_lease_alone() {
 
 #[test]
 fn daemon_that_dies_ends_no_path_and_a_port_that_dies_ends_its_own() {
-    let table = passed(24, [false, true, true, true]);
+    let table = passed(24, [false, true, true, true, false]);
     for trouble in [Trouble::DaemonDown, Trouble::PortDown, Trouble::HostDown] {
         for op in [Op::Borrow, Op::Return, Op::KillPort, Op::KillDaemon] {
             assert!(table.met(op, trouble) > 0, "{op:?} never met {trouble:?}");
@@ -71,4 +73,17 @@ fn daemon_that_dies_ends_no_path_and_a_port_that_dies_ends_its_own() {
     }
     let expired = table.met(Op::KillDaemon, Trouble::LeaseExpired);
     assert!(expired > 0, "no lease expired near a daemon's death");
+}
+
+#[test]
+fn keeper_that_dies_costs_nobody_a_path_and_the_next_one_gives_back_what_it_had() {
+    let table = passed(48, [false, false, true, true, true]);
+    for trouble in [Trouble::KeeperDown, Trouble::KeeperFrozen] {
+        assert!(table.met(Op::Lend, trouble) > 0, "{trouble:?}");
+        assert!(table.met(Op::Interrupt, trouble) > 0, "{trouble:?}");
+    }
+    let of_keepers = table
+        .kills()
+        .filter(|(step, _)| matches!(step, Step::Keeper(_)));
+    assert!(of_keepers.map(|(_, count)| count).all(|count| count > 0));
 }

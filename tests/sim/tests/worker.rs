@@ -23,6 +23,7 @@ fn two_hosts(dir: &tempfile::TempDir) -> World {
         short_leases: false,
         workers: true,
         apart: false,
+        kept: false,
     };
     let mut world = World::new(Random::new(1), shape, Trace::new(true), dir.path());
     go_on(&mut world);
